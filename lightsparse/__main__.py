@@ -1,0 +1,24 @@
+"""`python -m lightsparse`: all commands, one line each."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+COMMANDS = {
+    "python train.py": "train a model; also lightsparse-train",
+    "python -m lightsparse.show": "draw an attention pattern as PNG",
+    "python -m lightsparse.bench kernels": "speed of sparse attention against dense",
+    "python -m lightsparse.bench memory": "peak memory as the sequence grows",
+    "python -m lightsparse.bench train": "tokens per second of training steps",
+    "python -m lightsparse.bench table": "saved measurements as Markdown",
+}
+
+
+def main() -> None:
+    console = Console(soft_wrap=True)
+    for command, purpose in COMMANDS.items():
+        console.print(f"{command:<37}{purpose}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
