@@ -1,0 +1,68 @@
+"""Block-sparse dilated attention: dilated segments united with any other patterns, one exact softmax per row.
+
+The segments follow LongNet (Ding et al. 2023, arXiv 2307.02486, section 2.2), counted in blocks; unlike LongNet's sum of
+separately normalised branches, a row has a single softmax over everything it reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from lightsparse.attention.core import AttentionConfig, AttentionShape
+from lightsparse.attention.fixed import FixedPatternAttention
+from lightsparse.patterns import AtDensity, BlockDilated, LocalWindow, Pattern, Union
+
+
+@dataclass(frozen=True)
+class BlockSparseConfig(AttentionConfig):
+    block: int = 64  # tokens per block, of queries and keys
+    segment_lengths: tuple[int, ...] = (1024, 4096)  # tokens, multiples of the block; empty: only `pattern`
+    dilation_rates: tuple[int, ...] = (1, 4)  # blocks, one per segment length
+    pattern: dict[str, Pattern | None] = field(default_factory=dict)  # further patterns by name; null switches one off
+    solve: str = "window"  # the integer field of the patterns that `density` solves
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 1:
+            raise ValueError(f"attention.block is {self.block}; it counts tokens and must be at least 1")
+        if self.segment_lengths or self.dilation_rates:
+            BlockDilated(self.segment_lengths, self.dilation_rates).check_block(self.block)
+        if not self.parts():
+            raise ValueError(
+                "attention.segment_lengths and attention.pattern are both empty; give at least one segment or pattern"
+            )
+
+    def parts(self) -> tuple[Pattern, ...]:
+        """The patterns whose union is read."""
+        dilated = [BlockDilated(self.segment_lengths, self.dilation_rates)] if self.segment_lengths else []
+        return (*dilated, *(part for part in self.pattern.values() if part is not None))
+
+    def small(self) -> Self:
+        return replace(
+            self, block=16, segment_lengths=(32, 64), dilation_rates=(1, 2), pattern={"local": LocalWindow(20)}
+        )
+
+    def full(self) -> Self:
+        return replace(self, pattern={"local": LocalWindow(1 << 24)})
+
+
+class BlockSparseRingDilatedAttention(FixedPatternAttention):
+    """Union of BlockDilated(segment_lengths, dilation_rates) and any patterns; O(N · K) time, O(N) memory."""
+
+    Config = BlockSparseConfig
+
+    def __init__(self, config: BlockSparseConfig, shape: AttentionShape):
+        super().__init__(config, shape)
+        self.block = config.block
+        self.pattern: Pattern = Union(config.parts())
+        if config.density is not None:
+            wanted = AtDensity(self.pattern, config.density, config.solve, at=shape.context)
+            if shape.context is not None:  # refuse what cannot be reached now, not in the middle of a run
+                wanted.solved(
+                    shape.context, block=self.block, heads=shape.heads, kv_heads=shape.kv_heads, causal=shape.causal
+                )
+            self.pattern = wanted
+
+    def pattern_at(self, num_keys: int) -> Pattern:
+        return self.pattern

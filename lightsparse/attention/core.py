@@ -1,0 +1,128 @@
+"""What every attention variant is: a module from (q, k, v, x, context) to an output in the shape of q.
+
+A variant is one file here and one YAML in conf/attention/ whose `_target_` names its AttentionCore subclass.
+The subclass's `Config` (a frozen dataclass on top of the file) is the schema of the YAML; its capabilities are class
+attributes, checked once at construction, so that nothing fails in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightsparse.kernels import Dropout, sample_keys
+from lightsparse.patterns import BlockLayout
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What the model tells a core about its layer."""
+
+    heads: int  # query heads
+    kv_heads: int  # key/value heads; divides heads
+    head_dim: int
+    embed_dim: int
+    layer: int = 0  # index in the depth of the model
+    causal: bool = True
+    context: int | None = None  # tokens of a training sample: the length a density target refers to; None = each length
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.heads is {self.heads} and model.kv_heads is {self.kv_heads}; kv_heads must divide heads"
+            )
+
+
+@dataclass
+class SequenceContext:
+    """Where the tokens of one forward pass stand. One object serves all layers of that pass.
+
+    positions  int64 [B|1, Nq]: position of each query token from its document's start (RoPE's angle)
+    documents  int32 [B, Nkv] or None: document id of every key token, non-decreasing; None = one document
+    q_start    index of the first query among the keys: Nq = Nkv − q_start (decoding with a cache)
+    seed       one integer of (run seed, global step, micro-batch): all randomness of the pass is a function of it
+    sample_ids int64 [B] or None: global ids of the samples, so that randomness does not depend on the batch's split
+    layouts    what the cores built for this pass, keyed by their own config: built once, read by every layer
+    """
+
+    positions: Tensor
+    documents: Tensor | None = None
+    q_start: int = 0
+    seed: int = 0
+    sample_ids: Tensor | None = None
+    layouts: dict[Any, Any] = field(default_factory=dict)
+
+    def dropout(self, rate: float, *, layer: int, training: bool, batch: int, device: torch.device) -> Dropout | None:
+        """The dropout of one layer in this pass, or None when it is off."""
+        if rate == 0.0 or not training:
+            return None
+        samples = self.sample_ids if self.sample_ids is not None else torch.arange(batch, device=device)
+        return Dropout(rate, sample_keys(self.seed, layer, samples))
+
+
+@dataclass
+class AttentionResult:
+    out: Tensor  # [B, H, Nq, D]
+    aux_loss: Tensor | None = None  # scalar, added to the loss by the training module
+    stats: dict[str, Tensor] = field(default_factory=dict)  # scalars for the log; `density` is always there
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Fields every variant has; each variant's Config extends it."""
+
+    density: float | None = None  # target share of dense tiles; null: as the pattern gives
+    dropout: float = 0.0  # share of attention weights dropped in training
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"attention.dropout is {self.dropout}; it is a share and must lie in [0, 1)")
+        if self.density is not None and not 0.0 < self.density <= 1.0:
+            raise ValueError(
+                f"attention.density is {self.density}; it is a share of dense tiles and must lie in (0, 1]"
+            )
+
+    def small(self) -> Self:
+        """The variant scaled down to a hundred tokens, for the tests that every variant passes."""
+        raise NotImplementedError(f"{type(self).__name__} has no small()")
+
+    def full(self) -> Self:
+        """A budget of everything, under which a core with `exact_at_full_budget` equals dense attention."""
+        raise NotImplementedError(f"{type(self).__name__} has no full()")
+
+
+class AttentionCore(nn.Module):
+    """Base of all variants. Subclasses set `Config`, the capabilities, and `forward`.
+
+    Construction raises ValueError, naming the alternative, when the shape asks for what the variant cannot do.
+    """
+
+    Config: ClassVar[type[AttentionConfig]]
+    supports_causal: ClassVar[bool] = True
+    supports_bidirectional: ClassVar[bool] = True
+    supports_documents: ClassVar[bool] = True
+    supports_gqa: ClassVar[bool] = True
+    exact_at_full_budget: ClassVar[bool] = True  # with budget = everything it equals dense attention
+    context_parallel: ClassVar[tuple[str, ...]] = ()  # exchanges it can use
+
+    def __init__(self, config: AttentionConfig, shape: AttentionShape):
+        super().__init__()
+        self.config, self.shape = config, shape
+        name = type(self).__name__
+        if shape.causal and not self.supports_causal:
+            raise ValueError(f"{name} is bidirectional only; use objective=mlm or another attention")
+        if not shape.causal and not self.supports_bidirectional:
+            raise ValueError(f"{name} is causal only; use objective=causal or another attention")
+        if shape.heads != shape.kv_heads and not self.supports_gqa:
+            raise ValueError(f"{name} needs as many key/value heads as query heads; set model.kv_heads={shape.heads}")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+        """q [B, H, Nq, D], k/v [B, Hkv, Nkv, D] after RoPE, x [B, Nq, E] the layer's input → AttentionResult."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def layout(self, num_keys: int, ctx: SequenceContext, device: torch.device) -> BlockLayout:
+        """The BlockLayout of this pass, for kernels, pictures and density; fixed patterns only."""
+        raise NotImplementedError(f"{type(self).__name__} has no layout that is known before its input")

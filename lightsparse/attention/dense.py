@@ -1,0 +1,65 @@
+"""Dense attention: the yardstick. PyTorch's fused kernel, document by document where documents are packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lightsparse.attention.core import AttentionConfig, AttentionResult, AttentionShape, SequenceContext
+from lightsparse.attention.fixed import FixedPatternAttention
+from lightsparse.patterns import LocalWindow, Pattern
+
+_BLOCK = 64  # tokens; only of the layout used for pictures, dropout and decoding
+
+
+@dataclass(frozen=True)
+class DenseConfig(AttentionConfig):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.density is not None and self.density != 1.0:
+            raise ValueError(
+                f"attention.density is {self.density}; dense attention has no parameter to solve for it, "
+                "use attention=block_sparse"
+            )
+
+    def small(self) -> Self:
+        return self
+
+    def full(self) -> Self:
+        return self
+
+
+class DenseAttention(FixedPatternAttention):
+    """Every token reads every token before it (causal) or every token; density 1."""
+
+    Config = DenseConfig
+
+    def __init__(self, config: DenseConfig, shape: AttentionShape):
+        super().__init__(config, shape)
+        self.block = _BLOCK
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+        if ctx.q_start or (self.training and self.config.dropout):
+            return super().forward(q, k, v, x=x, ctx=ctx)
+        if ctx.documents is None:
+            out = self._fused(q, k, v)
+        else:
+            samples = [self._by_document(*qkv, ctx.documents[b]) for b, qkv in enumerate(zip(q, k, v, strict=True))]
+            out = torch.stack(samples)
+        return AttentionResult(out, stats={"density": torch.ones(())})
+
+    def pattern_at(self, num_keys: int) -> Pattern:
+        return LocalWindow(num_keys)  # a window over everything
+
+    def _by_document(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, documents_N: Tensor) -> Tensor:
+        lengths = torch.unique_consecutive(documents_N, return_counts=True)[1].tolist()
+        parts = zip(*(x.unsqueeze(0).split(lengths, dim=2) for x in (q_HND, k_HND, v_HND)), strict=True)
+        return torch.cat([self._fused(*part) for part in parts], dim=2)[0]
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grouped = self.shape.heads != self.shape.kv_heads
+        return scaled_dot_product_attention(q, k, v, is_causal=self.shape.causal, enable_gqa=grouped)
