@@ -1,0 +1,147 @@
+"""One layer of the decoder: attention and a gated MLP, each on a normed copy of the residual stream (Llama).
+
+Parameter names are those of Hugging Face's Llama and Qwen3, so that weights pass both ways by name.
+
+Shapes: B batch, N tokens, E embed_dim, H heads, D head_dim, M mlp_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightsparse.attention.core import AttentionCore, AttentionResult, SequenceContext
+from lightsparse.models.cache import KVCache
+from lightsparse.models.chunked import map_chunks
+from lightsparse.models.rope import Rotation
+
+INIT_STD = 0.02  # GPT-2's; matrices that write to the residual stream take INIT_STD / √(2 · depth)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight (Zhang & Sennrich 2019, arXiv 1910.07467) over the last dimension."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # nn.RMSNorm leaves the fused kernel when autocast hands it a bf16 x and an fp32 weight.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def matrix(inputs: int, outputs: int, std: float = INIT_STD) -> nn.Linear:
+    """A linear map without bias, its weights drawn from N(0, std²)."""
+    linear = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(linear.weight, std=std)
+    return linear
+
+
+class SelfAttention(nn.Module):
+    """Projections, rotation and cache around an attention core.
+
+    q, k and v stay separate matrices: Muon orthogonalises each alone, and one joint product was not faster
+    (2048 tokens, E 512, 8 and 2 heads of 64, one thread).
+    """
+
+    def __init__(self, core: AttentionCore, *, qk_norm: bool, eps: float, out_std: float):
+        super().__init__()
+        shape = core.shape
+        self.head_dim = shape.head_dim
+        self.q_proj = matrix(shape.embed_dim, shape.heads * shape.head_dim)
+        self.k_proj = matrix(shape.embed_dim, shape.kv_heads * shape.head_dim)
+        self.v_proj = matrix(shape.embed_dim, shape.kv_heads * shape.head_dim)
+        self.o_proj = matrix(shape.heads * shape.head_dim, shape.embed_dim, out_std)
+        self.q_norm = RMSNorm(shape.head_dim, eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(shape.head_dim, eps) if qk_norm else nn.Identity()
+        self.core = core
+
+    def forward(
+        self, x_BNE: Tensor, rotation: Rotation, ctx: SequenceContext, cache: KVCache | None
+    ) -> tuple[Tensor, AttentionResult]:
+        """The attended tokens [B, N, E] and what the core reports."""
+        q_BNHD = self.q_proj(x_BNE).unflatten(-1, (-1, self.head_dim))
+        k_BNHD = self.k_proj(x_BNE).unflatten(-1, (-1, self.head_dim))
+        v_BNHD = self.v_proj(x_BNE).unflatten(-1, (-1, self.head_dim))
+        q = rotation.apply(self.q_norm(q_BNHD)).transpose(1, 2)
+        k = rotation.apply(self.k_norm(k_BNHD)).transpose(1, 2)
+        v = v_BNHD.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        result: AttentionResult = self.core(q, k, v, x=x_BNE, ctx=ctx)
+        return self.o_proj(result.out.transpose(1, 2).flatten(2)), result
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, embed_dim: int, mlp_dim: int, out_std: float):
+        super().__init__()
+        self.gate_proj = matrix(embed_dim, mlp_dim)
+        self.up_proj = matrix(embed_dim, mlp_dim)
+        self.down_proj = matrix(mlp_dim, embed_dim, out_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LayerOutput(NamedTuple):
+    x: Tensor  # [B, N, E] the residual stream
+    aux_loss: Tensor | None
+    stats: dict[str, Tensor]
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    depth       layers of the model: the more write to the stream, the smaller each starts
+    checkpoint  keep only the residual stream before each half and recompute the rest in the backward pass
+    chunk       tokens the MLP takes at a time
+    """
+
+    def __init__(
+        self,
+        core: AttentionCore,
+        *,
+        depth: int,
+        mlp_dim: int,
+        qk_norm: bool,
+        eps: float,
+        checkpoint: bool,
+        chunk: int,
+    ):
+        super().__init__()
+        embed_dim, out_std = core.shape.embed_dim, INIT_STD / math.sqrt(2 * depth)
+        self.checkpoint, self.chunk = checkpoint, chunk
+        self.input_layernorm = RMSNorm(embed_dim, eps)
+        self.self_attn = SelfAttention(core, qk_norm=qk_norm, eps=eps, out_std=out_std)
+        self.post_attention_layernorm = RMSNorm(embed_dim, eps)
+        self.mlp = SwiGLU(embed_dim, mlp_dim, out_std)
+
+    def forward(
+        self, x_BNE: Tensor, rotation: Rotation, ctx: SequenceContext, cache: KVCache | None = None
+    ) -> LayerOutput:
+        recompute = self.checkpoint and torch.is_grad_enabled()
+        # The halves are recomputed apart: around both, the MLP's chunks would be computed three times. The generator
+        # state is not kept because all randomness of a layer is a function of ctx.
+        if recompute and cache is None:
+            attended: LayerOutput = checkpoint(
+                self._attend, x_BNE, rotation, ctx, cache, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            attended = self._attend(x_BNE, rotation, ctx, cache)
+        x_BNE = map_chunks(self._feed_forward, attended.x, self.chunk, recompute=recompute)
+        return attended._replace(x=x_BNE)
+
+    def _attend(self, x_BNE: Tensor, rotation: Rotation, ctx: SequenceContext, cache: KVCache | None) -> LayerOutput:
+        out_BNE, result = self.self_attn(self.input_layernorm(x_BNE), rotation, ctx, cache)
+        return LayerOutput(x_BNE + out_BNE, result.aux_loss, result.stats)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.post_attention_layernorm(x))

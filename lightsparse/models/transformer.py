@@ -1,0 +1,224 @@
+"""The decoder: a Llama-style transformer whose attention is chosen by config.
+
+`depth` is the one dial of its size; widths that are null follow from it. `layer_pattern` says which layers use the
+chosen attention. Nothing here holds the logits or the MLP's intermediates of a whole long sequence: see chunked.py.
+
+Shapes: B batch, N tokens, E embed_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightsparse.attention.core import AttentionCore, AttentionShape, SequenceContext
+from lightsparse.attention.dense import DenseAttention, DenseConfig
+from lightsparse.models.cache import KVCache
+from lightsparse.models.chunked import cross_entropy_sum, token_cross_entropy
+from lightsparse.models.layers import INIT_STD, Layer, RMSNorm, matrix
+from lightsparse.models.rope import RopeConfig, RotaryEmbedding
+from lightsparse.patterns.mask import document_starts
+
+
+class Widths(NamedTuple):
+    embed_dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_dim: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Size and form of the model. Null widths follow from depth; `widths` has the numbers."""
+
+    depth: int  # layers
+    embed_dim: int | None = None  # null: 64 · depth
+    heads: int | None = None  # query heads; null: embed_dim / head_dim
+    kv_heads: int | None = None  # key/value heads, divides heads; null: heads
+    head_dim: int | None = None  # null: embed_dim / heads where heads is given, else 64
+    mlp_dim: int | None = None  # null: 8/3 · embed_dim, rounded up to a multiple of 64
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    qk_norm: bool = False  # RMSNorm on each head's query and key
+    tie_embeddings: bool = False  # the output matrix is the embedding
+    layer_pattern: str = "S"  # repeated over the depth: S the chosen attention, D dense
+    norm_eps: float = 1e-6
+    checkpoint: bool = False  # keep only the residual stream, recompute the layers in the backward pass
+    chunk: int = 8192  # tokens at a time in the MLP and the loss; above it they are recomputed chunk by chunk
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "embed_dim", "heads", "kv_heads", "head_dim", "mlp_dim", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name} is {value}; it must be at least 1")
+        if not self.norm_eps > 0:
+            raise ValueError(f"model.norm_eps is {self.norm_eps}; it must be above 0 (Llama uses 1e-6)")
+        if not self.layer_pattern or set(self.layer_pattern) - set("SD"):
+            raise ValueError(
+                f"model.layer_pattern is {self.layer_pattern!r}; use the letters S (the chosen attention) and "
+                "D (dense), for example SSSD"
+            )
+        if len(self.layer_pattern) > self.depth:
+            raise ValueError(
+                f"model.layer_pattern is {self.layer_pattern!r}, longer than model.depth {self.depth}; "
+                "shorten it or raise the depth"
+            )
+        embed_dim, heads, kv_heads, head_dim, _ = self.widths
+        if self.head_dim is None and self.heads is not None and embed_dim % heads:
+            raise ValueError(f"model.embed_dim is {embed_dim} and model.heads {heads}; heads must divide embed_dim")
+        if self.heads is None and embed_dim % head_dim:
+            raise ValueError(
+                f"model.embed_dim is {embed_dim}, no multiple of head_dim {head_dim}; set model.heads or model.head_dim"
+            )
+        if head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}; RoPE rotates pairs, so it must be even: set model.head_dim")
+        if self.rope.scaling == "ntk" and head_dim == 2:
+            raise ValueError("model.rope.scaling is ntk with head_dim 2; ntk needs a head_dim of at least 4")
+        if heads % kv_heads:
+            raise ValueError(f"model.heads is {heads} and model.kv_heads is {kv_heads}; kv_heads must divide heads")
+
+    @property
+    def widths(self) -> Widths:
+        """All widths as numbers, those left null derived from depth."""
+        embed_dim = self.embed_dim or 64 * self.depth
+        head_dim = self.head_dim or (embed_dim // self.heads if self.heads else 64)
+        heads = self.heads or max(1, embed_dim // head_dim)
+        mlp_dim = self.mlp_dim or math.ceil(8 * embed_dim / 3 / 64) * 64
+        return Widths(embed_dim, heads, self.kv_heads or heads, head_dim, mlp_dim)
+
+    @property
+    def layers(self) -> str:
+        """One letter per layer, the first layer first."""
+        return (self.layer_pattern * self.depth)[: self.depth]
+
+
+@dataclass
+class ModelOutput:
+    hidden: Tensor  # [B, N, E] after the final norm
+    aux_loss: Tensor | None  # scalar, the sum over layers
+    stats: dict[str, Tensor]  # scalars, the mean over the layers that report them; `density` is always there
+
+
+def context_for(
+    tokens_BN: Tensor,
+    documents: Tensor | None = None,
+    positions: Tensor | None = None,
+    seed: int = 0,
+    q_start: int = 0,
+) -> SequenceContext:
+    """The context of a plain pass over `tokens_BN`, which stand at q_start, q_start + 1, … among the keys.
+
+    documents  int32 [B, q_start + N] or None: document of every key token
+    positions  int64 [B|1, N] or None: counted from the document's start
+    """
+    if positions is None:
+        positions = torch.arange(q_start, q_start + tokens_BN.shape[1], device=tokens_BN.device)[None]
+        if documents is not None:
+            positions = positions - document_starts(documents)[:, q_start:]
+    return SequenceContext(positions=positions, documents=documents, q_start=q_start, seed=seed)
+
+
+class Transformer(nn.Module):
+    """Tokens → hidden states, and the losses over them.
+
+    build_core makes the attention of one S layer from its AttentionShape. causal=False reads both ways (objective=mlm).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        build_core: Callable[[AttentionShape], AttentionCore],
+        *,
+        vocab_size: int,
+        causal: bool = True,
+    ):
+        super().__init__()
+        self.config, self.vocab_size, self.causal = config, vocab_size, causal
+        embed_dim, heads, kv_heads, head_dim, mlp_dim = config.widths
+        self.rotary = RotaryEmbedding(config.rope, head_dim)
+        self.embed_tokens = nn.Embedding(vocab_size, embed_dim)
+        nn.init.normal_(self.embed_tokens.weight, std=INIT_STD)
+        self.layers = nn.ModuleList()
+        for index, letter in enumerate(config.layers):
+            shape = AttentionShape(heads, kv_heads, head_dim, embed_dim, layer=index, causal=causal)
+            core = build_core(shape) if letter == "S" else DenseAttention(DenseConfig(), shape)
+            self.layers.append(
+                Layer(
+                    core,
+                    depth=config.depth,
+                    mlp_dim=mlp_dim,
+                    qk_norm=config.qk_norm,
+                    eps=config.norm_eps,
+                    checkpoint=config.checkpoint,
+                    chunk=config.chunk,
+                )
+            )
+        self.norm = RMSNorm(embed_dim, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else matrix(embed_dim, vocab_size)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix [V, E]."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens_BN: Tensor, ctx: SequenceContext, caches: list[KVCache] | None = None) -> ModelOutput:
+        """Hidden states of int64 tokens [B, N]; with caches (one per layer), N new tokens after ctx.q_start old ones.
+
+        Raises ValueError where caches do not hold ctx.q_start tokens.
+        """
+        if caches is not None and any(cache.length != ctx.q_start for cache in caches):
+            raise ValueError(
+                f"ctx.q_start is {ctx.q_start} but the caches hold {[cache.length for cache in caches]} tokens; "
+                "q_start counts the tokens already read"
+            )
+        x_BNE = self.embed_tokens(tokens_BN)
+        rotation = self.rotary(ctx.positions)
+        aux_losses: list[Tensor] = []
+        stats: dict[str, list[Tensor]] = {}
+        for index, layer in enumerate(self.layers):
+            x_BNE, aux_loss, layer_stats = layer(x_BNE, rotation, ctx, None if caches is None else caches[index])
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+            for name, value in layer_stats.items():
+                stats.setdefault(name, []).append(value.detach())
+        return ModelOutput(
+            hidden=self.norm(x_BNE),
+            aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
+            stats={name: torch.stack(values).mean() for name, values in stats.items()},
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, N, E] → [B, N, V]. All at once: for a few tokens, not for a long sequence."""
+        return nn.functional.linear(hidden, self.head_weight)
+
+    def loss_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of −log p(label) in nats over labels [B, N] ≠ −100: fp32 scalar."""
+        return cross_entropy_sum(hidden.flatten(0, 1), self.head_weight, labels.flatten(), self._loss_chunk)
+
+    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """−log p(label) of every token in nats, 0 where the label is −100: fp32 [B, N], without gradient."""
+        losses_T = token_cross_entropy(hidden.flatten(0, 1), self.head_weight, labels.flatten(), self._loss_chunk)
+        return losses_T.view_as(labels)
+
+    @property
+    def _loss_chunk(self) -> int:
+        """Tokens whose logits take no more room than an MLP chunk."""
+        return min(self.config.chunk, max(1, self.config.chunk * self.config.widths.mlp_dim // self.vocab_size))
+
+    def flops_per_token(self, context: int, density: float) -> tuple[float, float]:
+        """Training FLOPs per token at `context` tokens: (at this density, with dense attention in every layer).
+
+        6 per parameter of every matrix product (the embedding lookup is none), and 12 · heads · head_dim per key read
+        (PaLM, arXiv 2204.02311, appendix B; a causal token reads half the context). `density` is the mean over layers,
+        as in ModelOutput.stats. Recomputed work is not counted.
+        """
+        widths = self.config.widths
+        matrices = sum(p.numel() for p in self.layers.parameters() if p.dim() >= 2) + self.head_weight.numel()
+        keys = (context + 1) / 2 if self.causal else float(context)
+        attention = 12 * widths.heads * widths.head_dim * keys * self.config.depth
+        return 6 * matrices + density * attention, 6 * matrices + attention
