@@ -1,0 +1,95 @@
+"""Any data set of the Hugging Face hub that consists of data files, read through `datasets`.
+
+Code from the hub is never run: `datasets` 5 has no scripts any more, and trust_remote_code is not passed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import config as datasets_config
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from lightsparse.data.documents import DataConfig, DataError, Document, column_text
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 5  # `datasets` itself retries for 23 s before it gives up on an unreachable hub
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubData(DataConfig):
+    name: str = ""  # as on the hub, such as emozilla/pg19, or a local folder laid out like one
+    config: str | None = None  # subset of a data set that has several
+    revision: str | None = None  # branch, tag or commit; refs/convert/parquet for data sets that were scripts
+    split: str = "train"  # split to train on
+    val_split: str | None = None  # split held out; null: hold out val_fraction of `split` by hash
+    column: str = "text"  # column that holds the text
+    streaming: bool = True  # read over the network as far as needed; false: download the data set to the cache first
+    max_characters: int = 200_000_000  # of each split, from its start: all text read is held in memory
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.name:
+            raise ValueError("data.name is empty; name a data set, as in data=hub data.name=emozilla/pg19")
+        if self.max_characters < 1:
+            raise ValueError(f"data.max_characters is {self.max_characters}; it counts characters, at least 1")
+        if self.val_split == self.split:
+            raise ValueError(
+                f"data.split and data.val_split are both {self.split!r}; validation text must not be trained on, "
+                "so name another split, or null to hold out a share of this one"
+            )
+
+    def documents(self) -> Iterator[Document]:
+        """Documents named by split and row, up to the one that reaches max_characters."""
+        if not os.path.isdir(self.name):
+            check_reachable(self.name, self.revision)
+        yield from self._documents(self.split, validation=None if self.val_split is None else False)
+        if self.val_split is not None:
+            yield from self._documents(self.val_split, validation=True)
+
+    def _documents(self, split: str, validation: bool | None) -> Iterator[Document]:
+        characters = 0
+        for row, content in enumerate(self._rows(split)):
+            text = column_text(content, self.column, self.name)
+            yield Document(f"{split}:{row}", text, validation)
+            characters += len(text)
+            if characters >= self.max_characters:
+                log.info("%s: stopped at data.max_characters after %d documents of %s", self.name, row + 1, split)
+                return
+
+    def _rows(self, split: str) -> Iterable[dict[str, Any]]:
+        try:
+            return load_dataset(self.name, self.config, split=split, revision=self.revision, streaming=self.streaming)
+        except ConnectionError as error:
+            raise _unreachable(self.name, error) from error
+        except (ValueError, OSError, RuntimeError, DatasetsError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"data set {self.name!r}, split {split!r}, cannot be loaded: {reason}") from error
+
+
+def check_reachable(name: str, revision: str | None) -> None:
+    """DataError within seconds if the hub, or this data set on it, cannot be read; nothing in offline mode."""
+    if datasets_config.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=CONNECT_SECONDS)
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"data set {name!r}, revision {revision or 'main'}, cannot be read: {reason}") from error
+    except Exception as error:  # a failed connection has another class in every HTTP client the hub's package has used
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> DataError:
+    return DataError(
+        f"the hub is not reachable for data set {name!r} ({error}); without it work data=stdlib, data=files, and with "
+        "HF_HUB_OFFLINE=1 data.streaming=false what is in the local cache"
+    )

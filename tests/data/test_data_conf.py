@@ -1,0 +1,18 @@
+"""conf/data/*.yaml against the dataclasses they are the schema of."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+CONF = Path(__file__).parents[2] / "conf" / "data"
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_yaml_lists_every_field_with_its_default_and_says_what_it_is_for(path):
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    schema = get_class(config.pop("_target_"))
+    assert config == {field.name: field.default for field in fields(schema)}
+    assert path.read_text().startswith("# ")
