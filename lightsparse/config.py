@@ -1,0 +1,191 @@
+"""The config of a run: `compose` overrides, `parse` what Hydra composed, `check` it before any compute, name it.
+
+Everything wrong with a config is a ConfigError of one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import HydraException
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from lightsparse.attention.core import AttentionShape, SequenceContext
+from lightsparse.build import AttentionChoice, OptimizerChoice, check_buildable, chosen, typed
+from lightsparse.data import ByteTokenizer, DataConfig
+from lightsparse.models.transformer import Transformer
+from lightsparse.overrides import compose_raw, raised_by_hydra, sentence, unknown_key, with_added
+from lightsparse.patterns import BlockLayout
+from lightsparse.schema import Config
+from lightsparse.targets import ConfigError
+from lightsparse.training.optimizers import parameter_groups
+from lightsparse.training.schedules import Schedule
+
+# Keys that may change between the parts of one run: they say how long, where and how watched, not what is trained.
+FREE_KEYS = (
+    "name",
+    "resume",
+    "runs_dir",
+    "threads",
+    "allow_targets",
+    "logger",
+    "callbacks",
+    "checkpoint",
+    "eval.every_n_steps",
+    "eval.sample_tokens",
+    "trainer.max_steps",
+    "trainer.progress",
+    "trainer.log_every_n_steps",
+    "data.num_workers",
+)
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The parsed config of conf/ under command-line overrides such as `attention=dense`. Raises ConfigError."""
+    try:
+        raw = compose_raw(overrides)
+    except Exception as error:
+        if not raised_by_hydra(error):
+            raise
+        raise ConfigError(explain(error, overrides)) from error
+    return parse(raw)
+
+
+def explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One sentence for an error of Hydra's composition.
+
+    For a key that conf/ does not have, the schema is asked: it knows the right ones.
+    """
+    key = unknown_key(error)
+    if key is None or key.startswith("hydra."):
+        return sentence(error)
+    added = with_added(overrides, key)
+    try:
+        parse(compose_raw(added))
+    except ConfigError as refused:
+        return str(refused)
+    except HydraException as other:
+        return sentence(error) if unknown_key(other) == key else explain(other, added)
+    return f"{key} has no value in conf/ that could be overridden; write +{key}=… to add it"
+
+
+def parse(raw: Mapping[str, Any]) -> Config:
+    """The typed config from the composed one (`overrides.plain`). Raises ConfigError."""
+    node = dict(raw)
+    allow = typed_allow(node.get("allow_targets"))
+    node["attention"] = AttentionChoice.of(node.get("attention"), allow)
+    node["optimizer"] = OptimizerChoice.of(node.get("optimizer"), allow)
+    node["data"] = chosen(DataConfig, node.get("data"), "data", allow)
+    node["schedule"] = chosen(Schedule, node.get("schedule"), "schedule", allow)
+    if type(node.get("precision")) is int:  # `precision=32` reads as a number
+        node["precision"] = str(node["precision"])
+    if node.get("name") is None:
+        node["name"] = f"{node['attention'].name}-{node['data'].context}-{config_hash(raw)}"
+    return typed(Config, node, "", allow)
+
+
+def typed_allow(value: object) -> tuple[str, ...]:
+    """`allow_targets`, needed before anything else is read."""
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise ConfigError(f"allow_targets is {value!r}; it must be a list of dotted names")
+    return tuple(value)
+
+
+def check(config: Config) -> None:
+    """Everything that can be found wrong without computing: shapes, density, targets, disk. Raises ConfigError."""
+    for group, kind in (("logger", Logger), ("callbacks", Callback)):
+        for name, node in getattr(config, group).items():
+            if node is not None:
+                check_buildable(node, f"{group}.{name}", kind=kind, allow=config.allow_targets)
+    if config.eval.tokens < config.data.context:
+        raise ConfigError(
+            f"eval.tokens is {config.eval.tokens}; it must hold one sample of data.context={config.data.context} tokens"
+        )
+    with contextlib.suppress(NotImplementedError):  # no layout before there is an input
+        layout_of(config)
+    with torch.device("meta"):  # shapes without memory
+        model = Transformer(
+            config.model,
+            config.attention.build,
+            vocab_size=ByteTokenizer.vocab_size,
+            causal=config.objective == "causal",
+        )
+    config.optimizer.build(parameter_groups(model, model.layers))
+    check_disk(config, model)
+
+
+def layout_of(config: Config) -> BlockLayout:
+    """The layout of one layer over data.context tokens of one document, on the CPU.
+
+    Raises ConfigError when the variant cannot reach what is asked (a density, say), with its reason, and
+    NotImplementedError for a variant that chooses its blocks from its input.
+    """
+    embed_dim, heads, kv_heads, head_dim, _ = config.model.widths
+    shape = AttentionShape(heads, kv_heads, head_dim, embed_dim, causal=config.objective == "causal")
+    context = config.data.context
+    ctx = SequenceContext(positions=torch.arange(context)[None])
+    try:
+        return config.attention.build(shape).layout(context, ctx, torch.device("cpu"))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_disk(config: Config, model: nn.Module) -> None:
+    """Refuse a run whose checkpoints do not fit beside each other: weights, and two optimizer states at most."""
+    bytes_each = 2 if config.precision == "bf16-true" else 4
+    size = 3 * bytes_each * sum(parameter.numel() for parameter in model.parameters())
+    run = Path(config.runs_dir, config.name).absolute()
+    written = len(list((run / "checkpoints").glob("step-*.ckpt")))
+    needed = size * max(1, config.checkpoint.keep + 1 - written)  # a new one is whole before the oldest goes
+    folder = next(folder for folder in (run, *run.parents) if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"runs_dir is {config.runs_dir}, where {free / 2**30:.1f} GiB are free, and checkpoints of "
+            f"{size / 2**30:.1f} GiB with checkpoint.keep={config.checkpoint.keep} take {needed / 2**30:.1f} GiB more; "
+            "keep fewer, free space or set runs_dir=<another disk>"
+        )
+
+
+def config_hash(raw: Mapping[str, Any]) -> str:
+    """Eight hex digits that differ between configs that train differently; FREE_KEYS do not count."""
+    text = json.dumps(_fixed_values(raw), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """The keys in which two raw configs train differently, one line each with both values; FREE_KEYS do not count."""
+    before, now = _fixed_values(stored), _fixed_values(present)
+    return [
+        f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, _ABSENT) != now.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+def _fixed_values(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value of all that a resumed run may not change."""
+    values: dict[str, Any] = {}
+    for key, value in node.items():
+        dotted = f"{prefix}{key}"
+        if dotted in FREE_KEYS:
+            continue
+        if isinstance(value, Mapping):
+            values |= _fixed_values(value, f"{dotted}.")
+        else:
+            values[dotted] = value
+    return values

@@ -1,0 +1,108 @@
+"""The typed schema of conf/config.yaml: every key, its type, its unit, its rule.
+
+The schema of a group lives with the code it configures (attention cores, ModelConfig, the DataConfigs, schedules); this
+file adds what belongs to the run as a whole. Defaults stand in conf/ and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightsparse.build import AttentionChoice, OptimizerChoice
+from lightsparse.data import DataConfig
+from lightsparse.models.transformer import ModelConfig
+from lightsparse.training.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    max_steps: int  # optimizer steps
+    accumulate: int  # micro-batches per optimizer step
+    grad_clip: float | None  # largest norm of the gradient; null = off
+    devices: int  # processes on this machine
+    num_nodes: int  # machines
+    progress: bool  # the progress bar
+    log_every_n_steps: int  # optimizer steps between rows of metrics.csv
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "accumulate", "devices", "num_nodes", "log_every_n_steps"):
+            _at_least(1, f"trainer.{name}", getattr(self, name))
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(f"trainer.grad_clip is {self.grad_clip}; a norm is above 0, and null is no clipping")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_n_steps: int  # optimizer steps
+    keep: int  # newest checkpoints that stay on disk
+
+    def __post_init__(self) -> None:
+        _at_least(1, "checkpoint.every_n_steps", self.every_n_steps)
+        _at_least(1, "checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every_n_steps: int  # optimizer steps
+    tokens: int  # validation tokens, in hash order of the documents
+    sample_tokens: int  # tokens of sample.txt; 0 = no sample
+
+    def __post_init__(self) -> None:
+        _at_least(1, "eval.every_n_steps", self.every_n_steps)
+        _at_least(1, "eval.tokens", self.tokens)
+        _at_least(0, "eval.sample_tokens", self.sample_tokens)
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    kind: Literal["single", "ddp"]  # one process, or replicas that average their gradients
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. `lightsparse.config.parse` makes it from the composed YAML."""
+
+    name: str  # directory below runs_dir
+    seed: int
+    resume: Literal["auto", "must", "never"]
+    precision: Literal["32", "bf16-mixed", "bf16-true"]
+    compile: bool
+    objective: Literal["causal", "mlm"]
+    mlm_ratio: float  # share of tokens that are masked; read by objective=mlm only
+    runs_dir: str
+    matmul_precision: Literal["highest", "high", "medium"]  # torch.set_float32_matmul_precision
+    threads: int | None  # per process; null = torch's choice
+    allow_targets: tuple[str, ...]
+    attention: AttentionChoice
+    model: ModelConfig
+    data: DataConfig
+    strategy: StrategyConfig
+    optimizer: OptimizerChoice
+    schedule: Schedule
+    logger: dict[str, Any]  # name → node of a Lightning logger, or null
+    callbacks: dict[str, Any]  # name → node of a Lightning callback, or null
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    eval: EvalConfig
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.,=+-]*", self.name):
+            raise ValueError(f"name is {self.name}; it names one directory: letters, digits and . , = + - _")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must lie in [0, 2³²)")
+        if not 0.0 < self.mlm_ratio < 1.0:
+            raise ValueError(f"mlm_ratio is {self.mlm_ratio}; it is a share of tokens and must lie in (0, 1)")
+        if self.threads is not None:
+            _at_least(1, "threads", self.threads)
+        ranks = self.trainer.devices * self.trainer.num_nodes
+        if self.strategy.kind == "single" and ranks > 1:
+            raise ValueError(
+                f"trainer.devices × trainer.num_nodes is {ranks}; strategy=single takes 1, use strategy=ddp"
+            )
+
+
+def _at_least(lowest: int, name: str, value: int) -> None:
+    if value < lowest:
+        raise ValueError(f"{name} is {value}; it must be at least {lowest}")
