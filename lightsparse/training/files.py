@@ -1,0 +1,53 @@
+"""Files that are either whole or not there: write beside, flush to disk, rename."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_SUFFIX = ".partial"  # no reader of a run directory looks at names that end so
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the name `path`, replacing what was there, once the block ends without an error.
+
+    The bytes and the rename are on disk when this returns: neither SIGKILL nor a power cut leaves half a file. The
+    folder must exist. An error inside the block leaves `path` as it was and removes the partial file.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` as the whole UTF-8 content of `path`, atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`. Only the folder's one writer may call this."""
+    for partial in folder.glob(f".*{_SUFFIX}"):
+        partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable; a no-op where folders cannot be opened (Windows)."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,188 @@
+"""The LightningModule: loss, gradients and validation, exact over micro-batches and ranks.
+
+Losses are sums of nats over real targets. A sum of sums divided once by the targets of the whole global step is what
+one big batch would give; a mean of micro-batch means is not, when some hold fewer targets than others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightsparse.attention.core import SequenceContext
+from lightsparse.config import Config
+from lightsparse.models.transformer import ModelOutput, Transformer
+from lightsparse.training.objectives import IGNORED, Objective
+from lightsparse.training.optimizers import parameter_groups
+
+FIRST_BUCKET = 16  # tokens; loss by position is kept for positions 0…15, 16…31, 32…63, …
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is no longer a number. Raised before the weights or a checkpoint take it in."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a set of targets, and what follows from them. Without any target everything is nan."""
+
+    nats: float
+    targets: float  # tokens that count
+    bytes: float  # of text behind those tokens
+
+    @property
+    def loss(self) -> float:
+        """Nats per target."""
+        return self.nats / self.targets if self.targets else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step over all its micro-batches and ranks."""
+
+    totals: Totals
+    density: float  # achieved by attention, mean over layers and micro-batches
+    grad_norm: float  # before clipping
+    learning_rate: float
+
+
+class LanguageModel(LightningModule):
+    """Trains a Transformer on batches of the data module.
+
+    token_bytes  int64 [vocabulary]: bytes of text behind each token
+    mask_id      the token that hides others under objective=mlm
+    After each step `step_result`, after each validation `validation` (and `by_position`, from the start of the context
+    to its end) hold the numbers; who writes them where is not this module's matter.
+    """
+
+    def __init__(self, model: Transformer, config: Config, *, token_bytes: Tensor, mask_id: int) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.objective = Objective(config.objective, config.seed, mask_id, config.mlm_ratio)
+        self.register_buffer("token_bytes", token_bytes, persistent=False)
+        edges = [FIRST_BUCKET << i for i in range(64) if FIRST_BUCKET << i < config.data.context]
+        self.register_buffer("bucket_edges", torch.tensor(edges), persistent=False)
+        self.step_result: StepResult | None = None
+        self.validation: Totals | None = None
+        self.by_position: list[Totals] = []
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        self._sums = torch.zeros(4, device=self.device, dtype=torch.float32)  # nats, targets, bytes, density
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """The sum of nats over this micro-batch's targets; `on_before_optimizer_step` divides, once."""
+        key = self.objective.training_key(self.global_step, batch_idx % self.config.trainer.accumulate)
+        labels_BN, output = self._forward(batch, key)
+        nats = self.model.loss_sum(output.hidden, labels_BN)
+        targets, text_bytes = self._targets_and_bytes(labels_BN)
+        self._sums += torch.stack(
+            [value.detach().float() for value in (nats, targets, text_bytes, output.stats["density"])]
+        )
+        # An auxiliary loss is a mean; weighed by the targets it stays one after the division.
+        return nats if output.aux_loss is None else nats + output.aux_loss * targets
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the targets of the whole global step.
+
+        Lightning has divided each micro-batch's loss by `accumulate`, DDP the gradients by the number of ranks.
+        """
+        micro_batches = self.config.trainer.accumulate * self.trainer.world_size
+        nats, targets, text_bytes, density = self._over_ranks(self._sums).tolist()
+        self._sums.zero_()
+        self._check_finite("loss", nats)
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, micro_batches / max(targets, 1.0))
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._check_finite("gradient's norm", norm)
+        self.step_result = StepResult(
+            Totals(nats, targets, text_bytes), density / micro_batches, norm, optimizer.param_groups[0]["lr"]
+        )
+        # All samples up to here are in these gradients: whoever saves a checkpoint from now on saves that number.
+        samples = self.config.data.batch_size * micro_batches
+        self.trainer.datamodule.consumed = (self.global_step + 1) * samples  # type: ignore[attr-defined]
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_step >= self.config.trainer.max_steps:
+            self.trainer.should_stop = True  # before it stops Lightning validates once more, whatever the interval
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.config.optimizer.build(parameter_groups(self.model, self.model.layers))
+        schedule, max_steps = self.config.schedule, self.config.trainer.max_steps
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- validation ---------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        # Fp64 on the CPU: sums over a whole validation set are too long for fp32, and not every device has fp64.
+        self._buckets = torch.zeros(len(self.bucket_edges) + 1, 3, dtype=torch.float64)
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        labels_BN, output = self._forward(batch, self.objective.validation_key())
+        nats_BN = self.model.token_losses(output.hidden, labels_BN).float()
+        counts_BN = labels_BN != IGNORED
+        bytes_BN = self.token_bytes[labels_BN.clamp(min=0)] * counts_BN
+        bucket_BN = torch.bucketize(batch["positions"], self.bucket_edges, right=True)
+        for column, value_BN in enumerate((nats_BN, counts_BN, bytes_BN)):
+            sums = torch.zeros(len(self._buckets), device=self.device, dtype=torch.float32)
+            sums.index_add_(0, bucket_BN.flatten(), value_BN.flatten().float())
+            self._buckets[:, column] += sums.cpu()
+
+    def on_validation_epoch_end(self) -> None:
+        buckets = self._over_ranks(self._buckets.to(self.device, torch.float32)).double().cpu()
+        self.by_position = [Totals(*row) for row in buckets.tolist()]
+        self.validation = Totals(*buckets.sum(0).tolist())
+        # For a user's callbacks (EarlyStopping, ModelCheckpoint); equal on all ranks already.
+        values = {"val_loss": self.validation.loss, "val_bits_per_byte": self.validation.bits_per_byte}
+        self.log_dict(values, logger=False, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["validation"] = [[part.nats, part.targets, part.bytes] for part in self.by_position]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.by_position = [Totals(*part) for part in checkpoint["validation"]]
+        sums = [sum(column) for column in zip(*checkpoint["validation"], strict=True)]
+        self.validation = Totals(*sums) if sums else None
+
+    # ---- both ---------------------------------------------------------------------------------------------------
+
+    def _forward(self, batch: Mapping[str, Tensor], key: int) -> tuple[Tensor, ModelOutput]:
+        tokens_BN, labels_BN = self.objective.inputs_and_labels(batch, key)
+        isolated = self.config.data.pack == "isolate"
+        ctx = SequenceContext(
+            positions=batch["positions"] if isolated else batch["positions"][:1],
+            documents=batch["documents"] if isolated else None,  # one document: cores build one layout for all samples
+            seed=key,
+            sample_ids=batch["sample_ids"],
+        )
+        return labels_BN, self.model(tokens_BN, ctx)
+
+    def _targets_and_bytes(self, labels_BN: Tensor) -> tuple[Tensor, Tensor]:
+        counts_BN = labels_BN != IGNORED
+        return counts_BN.sum(), (self.token_bytes[labels_BN.clamp(min=0)] * counts_BN).sum()
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the {what} is {value} at step {self.global_step + 1}, which was not taken; lower optimizer.lr, "
+                f"lengthen schedule.warmup_steps or set trainer.grad_clip"
+            )

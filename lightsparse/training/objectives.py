@@ -1,0 +1,82 @@
+"""What the model is asked to predict: the next token (causal) or hidden ones (mlm).
+
+All randomness here is a hash of numbers that name the batch. No generator is consumed, so a run that resumes, or has
+another number of ranks, hides the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # a label that does not count
+_WORD = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Inputs and labels of a batch.
+
+    causal  predict each next token; the data module's own labels
+    mlm     hide a share of the tokens behind `mask_id` and predict those (Devlin et al. 2019, arXiv 1810.04805, without
+            the random and kept tokens); the model must be bidirectional
+    """
+
+    name: Literal["causal", "mlm"]
+    seed: int
+    mask_id: int
+    mlm_ratio: float = 0.15  # share of tokens hidden; mlm only
+
+    def inputs_and_labels(self, batch: Mapping[str, Tensor], key: int) -> tuple[Tensor, Tensor]:
+        """Tokens to read and labels to score, both int64 [B, N], labels IGNORED where nothing is asked.
+
+        key  names this look at the samples (`training_key`, `validation_key`); the hidden tokens depend on it, on the
+             global id of the sample and on the place in it, not on the batch around it
+        """
+        tokens_BN = batch["tokens"]
+        if self.name == "causal":
+            return tokens_BN, batch["labels"]
+        hidden_BN = uniform(key, batch["sample_ids"], tokens_BN.shape[1]) < self.mlm_ratio
+        asked_BN = hidden_BN & (batch["labels"] != IGNORED)  # a validation token scored in another sample
+        return tokens_BN.masked_fill(hidden_BN, self.mask_id), tokens_BN.masked_fill(~asked_BN, IGNORED)
+
+    def training_key(self, step: int, micro_batch: int) -> int:
+        """The randomness key of one micro-batch: a function of (run seed, global step, micro-batch)."""
+        return mixed(self.seed, 0, step, micro_batch)
+
+    def validation_key(self) -> int:
+        """The same key for every validation, so that its losses can be compared."""
+        return mixed(self.seed, 1)
+
+
+def mixed(*numbers: int) -> int:
+    """One well-spread integer below 2^63 from several: SplitMix64 (Steele et al. 2014) chained over them."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & _WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state ^= state >> 31
+    return state >> 1
+
+
+def uniform(key: int, sample_ids_B: Tensor, length: int) -> Tensor:
+    """Fp32 [B, length] in [0, 1): a hash of (key, sample id, place), the same on every device."""
+    place_N = torch.arange(length, device=sample_ids_B.device)
+    x_BN = _hashed(_hashed(sample_ids_B.long() ^ key)[:, None] + place_N)
+    return ((x_BN >> 40) & 0xFFFFFF).to(torch.float32) / (1 << 24)
+
+
+def _hashed(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 tensors; products wrap around, shifts are made logical by the masks."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word

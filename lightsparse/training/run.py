@@ -1,0 +1,141 @@
+"""One training run from a checked config: directory, data, model, trainer, and what is left when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+from lightsparse.analysis.curves import count_text
+from lightsparse.attention.core import AttentionCore, SequenceContext
+from lightsparse.config import Config
+from lightsparse.data.module import TextDataModule
+from lightsparse.models.transformer import Transformer
+from lightsparse.patterns import BlockLayout
+from lightsparse.training.directory import RunDirectory, Start
+from lightsparse.training.files import write_text
+from lightsparse.training.flops import matmul_error, matmul_peak
+from lightsparse.training.metrics import MetricsFile, read_metrics
+from lightsparse.training.module import LanguageModel
+from lightsparse.training.outputs import draw_plots, write_sample
+from lightsparse.training.quiet import quiet_lightning
+from lightsparse.training.recorder import Recorder
+from lightsparse.training.summary import show, summarize
+from lightsparse.training.trainer import build_trainer
+
+
+def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Train to config.trainer.max_steps, or from the newest checkpoint on, and return the summary.
+
+    raw  the composed config as plain values; it is kept in the run directory and compared on resume
+    A run that has finished already is not repeated: its summary is shown and returned. Under ddp every rank calls this.
+    Raises ConfigError (the directory forbids it), DataError (other data than the checkpoint's), NonFiniteError.
+    """
+    started = time.perf_counter()
+    quiet_lightning()
+    is_first = rank_zero_only.rank == 0
+    console = Console(quiet=not is_first, highlight=False)
+    directory = RunDirectory(Path(config.runs_dir) / config.name)
+    start = directory.open(config.resume, raw, config.trainer.max_steps)
+    if start.summary is not None:
+        console.print(f"{directory.path} is finished at step {start.summary['steps']}")
+        show(console, start.summary, directory.path)
+        return start.summary
+    if is_first:
+        MetricsFile(directory.metrics).rewind(start.step if start.checkpoint else -1)
+
+    _set_machine(config)
+    seed_everything(config.seed, workers=True, verbose=False)
+    data = TextDataModule(config.data, config.seed, config.eval.tokens)
+    data.setup()
+    model = Transformer(
+        config.model,
+        config.attention.build,
+        vocab_size=data.tokenizer.vocab_size,
+        causal=config.objective == "causal",
+    )
+    module = LanguageModel(model, config, token_bytes=data.tokenizer.token_bytes(), mask_id=data.tokenizer.mask)
+    if config.compile:
+        model.compile()  # in place: the names in the checkpoint stay as they are
+    recorder = Recorder(config, started=started)
+    trainer = build_trainer(config, directory, recorder, console)
+    device = trainer.strategy.root_device
+    layout = _layout(model, config)
+    if is_first:
+        recorder.peak = matmul_peak(device, torch.float32 if config.precision == "32" else torch.bfloat16)
+        for line in _opening(config, model, data, layout, device, recorder.peak):
+            console.print(line)
+        console.print(_beginning(directory, start))
+
+    trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+    if is_first:
+        draw_plots(config, module, directory, layout, read_metrics(directory.metrics))
+        write_sample(config, module.to(device), data, directory)
+    summary = summarize(
+        config,
+        module,
+        recorder,
+        read_metrics(directory.metrics),
+        steps=trainer.global_step,
+        tokens=recorder.tokens(trainer),
+    )
+    if is_first:
+        write_text(directory.summary, json.dumps(summary, indent=2) + "\n")  # last: it says that all is there
+        show(console, summary, directory.path)
+    return summary
+
+
+def _set_machine(config: Config) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning chooses for the ranks it starts
+    torch.set_float32_matmul_precision(config.matmul_precision)
+
+
+def _layout(model: Transformer, config: Config) -> BlockLayout | None:
+    """What the chosen attention reads in one document of a whole context; None where that depends on the input."""
+    core = next((part for part in model.modules() if isinstance(part, config.attention.core)), None)
+    if not isinstance(core, AttentionCore):
+        return None  # layer_pattern has no S
+    ctx = SequenceContext(positions=torch.arange(config.data.context)[None])
+    try:
+        return core.layout(config.data.context, ctx, torch.device("cpu"))
+    except NotImplementedError:
+        return None
+
+
+def _opening(
+    config: Config,
+    model: Transformer,
+    data: TextDataModule,
+    layout: BlockLayout | None,
+    device: torch.device,
+    peak: float,
+) -> list[str]:
+    """What runs, on what text, on which machine: a line each."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    density = "" if layout is None else f" · density {layout.density():.3g}"
+    ranks = config.trainer.devices * config.trainer.num_nodes
+    where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    precision = "fp32" if config.precision == "32" else config.precision
+    return [
+        f"model    {config.attention.name} · {count_text(parameters)} parameters · context {config.data.context}{density}",
+        f"text     {type(config.data).__name__} · {count_text(data.num_train_tokens)} training tokens · "
+        f"fingerprint {data.fingerprint}",
+        f"machine  {where}{f' × {ranks} ranks' if ranks > 1 else ''} · {precision} · matmul {config.matmul_precision}: "
+        f"{count_text(peak)}FLOP/s, fp32 error {matmul_error(device):.0e}",
+    ]
+
+
+def _beginning(directory: RunDirectory, start: Start) -> str:
+    if start.checkpoint is None:
+        return f"run      {directory.path} starts"
+    return f"run      {directory.path} continues from step {start.step} ({start.checkpoint.name})"

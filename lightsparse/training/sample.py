@@ -1,0 +1,75 @@
+"""sample.txt: what the trained model writes after a piece of validation text, or (mlm) in its gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightsparse.data.tokens import ByteTokenizer
+from lightsparse.models.generation import generate
+from lightsparse.models.transformer import Transformer, context_for
+from lightsparse.training.objectives import uniform
+
+_LONGEST_PROMPT = 512  # tokens
+
+
+def continuation(
+    model: Transformer, tokenizer: ByteTokenizer, text: Sequence[int], *, context: int, length: int, seed: int
+) -> str:
+    """A prompt from the start of `text` (token ids) and `length` sampled tokens after it, a rule between them.
+
+    Prompt and continuation stay within `context`; the continuation ends early with its document.
+    """
+    length = min(length, context - 1)
+    prompt = torch.tensor([list(text[: min(_LONGEST_PROMPT, context - length)])], device=model.head_weight.device)
+    generator = torch.Generator(prompt.device).manual_seed(seed)
+    tokens = generate(model, prompt, length, temperature=0.8, top_k=40, generator=generator, stop_token=tokenizer.bos)
+    written = tokens[0, prompt.shape[1] :]
+    return _sections(
+        ("prompt (validation text)", _text(tokenizer, prompt[0])),
+        ("continuation (the model, temperature 0.8, top 40)", _text(tokenizer, written)),
+    )
+
+
+@torch.no_grad()
+def infilling(
+    model: Transformer,
+    tokenizer: ByteTokenizer,
+    text: Sequence[int],
+    *,
+    context: int,
+    length: int,
+    ratio: float,
+    seed: int,
+) -> str:
+    """The first `length` tokens of `text` with a share `ratio` hidden (shown as ▒), and the model's guesses there."""
+    tokens = torch.tensor([list(text[: min(length, context)])], device=model.head_weight.device)
+    hidden = uniform(seed, torch.zeros(1, dtype=torch.int64, device=tokens.device), tokens.shape[1]) < ratio
+    read = tokens.masked_fill(hidden, tokenizer.mask)
+    guesses = model.logits(model(read, context_for(read)).hidden).argmax(-1)
+    with_gaps = "▒".join(tokenizer.decode(part) for part in _split(read[0].tolist(), tokenizer.mask))
+    return _sections(
+        ("validation text with hidden bytes", with_gaps.replace(tokenizer.decode([tokenizer.bos]), "")),
+        ("filled in by the model", _text(tokenizer, torch.where(hidden, guesses, tokens)[0])),
+    )
+
+
+def _sections(*parts: tuple[str, str]) -> str:
+    return "".join(f"════ {title} ════\n{text}\n" for title, text in parts)
+
+
+def _text(tokenizer: ByteTokenizer, tokens: Tensor) -> str:
+    """The text without the marks of document starts."""
+    return tokenizer.decode(tokens[tokens != tokenizer.bos].cpu())
+
+
+def _split(tokens: list[int], at: int) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for token in tokens:
+        if token == at:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts

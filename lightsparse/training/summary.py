@@ -1,0 +1,85 @@
+"""summary.json: one run in numbers, and the same as the table a user sees last."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lightsparse.analysis.curves import count_text
+from lightsparse.bench.machine import hardware, versions
+from lightsparse.config import Config
+from lightsparse.training.module import LanguageModel, Totals
+from lightsparse.training.progress import duration
+from lightsparse.training.recorder import Recorder
+
+
+def summarize(
+    config: Config, module: LanguageModel, recorder: Recorder, rows: list[dict[str, float]], *, steps: int, tokens: int
+) -> dict[str, Any]:
+    """Everything summary.json holds. Rates are means over the run; what was never measured is null.
+
+    rows  of metrics.csv
+    """
+    validation = module.validation or Totals(0.0, 0.0, 0.0)
+    return {
+        "finished": True,
+        "name": config.name,
+        "attention": config.attention.name,
+        "objective": config.objective,
+        "context": config.data.context,
+        "seed": config.seed,
+        "steps": steps,
+        "tokens": tokens,
+        "tokens_per_s": tokens / recorder.train_s if recorder.train_s else None,
+        "val_loss": validation.loss,
+        "val_bits_per_byte": validation.bits_per_byte,
+        "val_perplexity": validation.perplexity,
+        "val_tokens": int(validation.targets),
+        "attention_density": _mean(rows, "attention_density"),
+        "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
+        "flops_per_s": _mean(rows, "flops_per_s"),
+        "dense_flops_per_s": _mean(rows, "dense_flops_per_s"),
+        "matmul_peak_flops_per_s": recorder.peak,
+        "mfu": _mean(rows, "mfu"),
+        "wall_s": recorder.wall_s,
+        "train_s": recorder.train_s,
+        "precision": config.precision,
+        "matmul_precision": config.matmul_precision,
+        "compile": config.compile,
+        "devices": config.trainer.devices * config.trainer.num_nodes,
+        "threads": torch.get_num_threads(),
+        "versions": versions() | {"lightning": importlib.metadata.version("lightning")},
+        "hardware": hardware(),
+    }
+
+
+def show(console: Console, summary: Mapping[str, Any], directory: Path) -> None:
+    """Print the summary as a small table, the run directory below it."""
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    lines = {
+        "validation": f"{summary['val_bits_per_byte']:.4f} bits per byte, loss {summary['val_loss']:.4f}, "
+        f"perplexity {summary['val_perplexity']:.2f}",
+        "trained": f"{summary['steps']:,} steps, {count_text(summary['tokens'])} tokens in {duration(summary['wall_s'])}",
+    }
+    if summary["tokens_per_s"] and summary["mfu"]:
+        lines["speed"] = (
+            f"{summary['tokens_per_s']:,.0f} tokens/s, {count_text(summary['flops_per_s'])}FLOP/s, "
+            f"{summary['mfu']:.1%} of the matmul peak"
+        )
+    if summary["attention_density"] is not None:
+        lines["density"] = f"{summary['attention_density']:.3f} of dense attention ({summary['attention']})"
+    lines["run directory"] = str(directory)
+    for name, text in lines.items():
+        table.add_row(name, text)
+    console.print(table)
+
+
+def _mean(rows: list[dict[str, float]], name: str) -> float | None:
+    values = [row[name] for row in rows if name in row]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,64 @@
+"""Lightning's Trainer as a run needs it: our files and clocks, nothing of its own on disk or screen."""
+
+from __future__ import annotations
+
+import inspect
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+
+from lightsparse.build import build, check_buildable
+from lightsparse.config import Config
+from lightsparse.training.checkpoint import AtomicCheckpointIO, StepCheckpoint
+from lightsparse.training.directory import RunDirectory
+from lightsparse.training.metrics import MetricsFile
+from lightsparse.training.progress import TrainingProgress
+from lightsparse.training.recorder import Recorder
+
+
+def build_trainer(config: Config, directory: RunDirectory, recorder: Recorder, console: Console) -> Trainer:
+    """Lightning's trainer with our files and clocks; validation before the first step and after the last one."""
+    loggers: list[Logger] = [MetricsFile(directory.metrics)]
+    for name, node in config.logger.items():
+        if node is not None:
+            target = check_buildable(node, f"logger.{name}", kind=Logger, allow=config.allow_targets)
+            takes_folder = "save_dir" in inspect.signature(target).parameters and "save_dir" not in node
+            given = {"save_dir": str(directory.path)} if takes_folder else {}
+            loggers.append(build(node, f"logger.{name}", kind=Logger, allow=config.allow_targets, **given))
+    callbacks: list[Callback] = [recorder]
+    if config.trainer.progress:
+        callbacks.append(TrainingProgress(recorder, console))
+    for name, node in config.callbacks.items():
+        if node is not None:
+            callbacks.append(build(node, f"callbacks.{name}", kind=Callback, allow=config.allow_targets))
+    callbacks.append(
+        StepCheckpoint(
+            directory.checkpoints,
+            config.checkpoint.every_n_steps,
+            config.checkpoint.keep,
+            config.trainer.max_steps,
+            config.eval.every_n_steps,
+        )
+    )
+    return Trainer(
+        strategy="ddp" if config.strategy.kind == "ddp" else "auto",
+        devices=config.trainer.devices,
+        num_nodes=config.trainer.num_nodes,
+        precision=config.precision,
+        max_steps=config.trainer.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=config.trainer.accumulate,
+        gradient_clip_val=config.trainer.grad_clip,
+        num_sanity_val_steps=-1,  # the whole validation before step 1, unless the run resumes
+        check_val_every_n_epoch=None,
+        val_check_interval=config.eval.every_n_steps * config.trainer.accumulate,
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        use_distributed_sampler=False,  # the data module shards by itself
+        enable_model_summary=False,
+        enable_progress_bar=config.trainer.progress,
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=directory.path,
+    )

@@ -1,0 +1,54 @@
+"""Which file is taken for the newest checkpoint, and which are removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightsparse.training.checkpoint import (
+    AtomicCheckpointIO,
+    checkpoint_steps,
+    newest_checkpoint,
+    validation_follows,
+)
+
+
+def saved(folder: Path, *steps: int) -> Path:
+    for step in steps:
+        AtomicCheckpointIO().save_checkpoint({"global_step": step}, folder / f"step-{step}.ckpt")
+    return folder
+
+
+def test_the_newest_is_by_number_and_not_by_name(tmp_path: Path) -> None:
+    assert newest_checkpoint(saved(tmp_path, 9, 1000, 200)) == (1000, tmp_path / "step-1000.ckpt")
+    assert list(checkpoint_steps(tmp_path)) == [9, 200, 1000]
+
+
+def test_half_written_foreign_and_damaged_files_are_never_taken(tmp_path: Path) -> None:
+    saved(tmp_path, 5, 6)
+    whole = (tmp_path / "step-6.ckpt").read_bytes()
+    (tmp_path / "step-6.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / ".step-7.ckpt.123.partial").write_bytes(whole)
+    (tmp_path / "step-8.ckpt.bak").write_bytes(whole)
+    (tmp_path / "step-9.ckpt").touch()
+    assert newest_checkpoint(tmp_path) == (5, tmp_path / "step-5.ckpt")
+
+
+def test_no_folder_and_no_checkpoint_are_none(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "absent") is None
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_failed_save_keeps_the_checkpoint_of_that_name(tmp_path: Path) -> None:
+    saved(tmp_path, 5)
+    with pytest.raises(AttributeError):
+        AtomicCheckpointIO().save_checkpoint({"local": lambda: None}, tmp_path / "step-5.ckpt")
+    assert torch.load(tmp_path / "step-5.ckpt", weights_only=True) == {"global_step": 5}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-5.ckpt"]
+
+
+def test_validation_comes_at_its_interval_and_once_at_the_end() -> None:
+    assert [step for step in range(8) if validation_follows(step, 3, 7)] == [3, 6, 7]
+    assert [step for step in range(7) if validation_follows(step, 3, 6)] == [3, 6]

@@ -1,0 +1,308 @@
+"""Whole runs: what they leave, and that being interrupted changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightsparse.schema import Config
+from lightsparse.targets import ConfigError
+from lightsparse.training import run
+from lightsparse.training.checkpoint import checkpoint_steps
+from lightsparse.training.metrics import COLUMNS, read_metrics
+from lightsparse.training.module import LanguageModel, NonFiniteError
+from lightsparse.training.run import fit
+
+Tiny = Callable[..., tuple[Config, dict[str, Any]]]
+TIMINGS = {"wall_s", "tokens_per_s", "flops_per_s", "dense_flops_per_s", "mfu"}
+
+
+class Killed(Exception):
+    """Stands for SIGKILL where the test must live on."""
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes longer than twelve steps of the tiny model: plots, and measuring the machine."""
+    monkeypatch.setattr(run, "draw_plots", lambda *given: None)
+    monkeypatch.setattr(run, "matmul_peak", lambda *given: 1e11)
+
+
+def folder(config: Config) -> Path:
+    return Path(config.runs_dir) / config.name
+
+
+def rows(config: Config) -> list[dict[str, float]]:
+    """metrics.csv without what the clock decides."""
+    table = read_metrics(folder(config) / "metrics.csv")
+    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in table]
+
+
+def final_state(config: Config) -> dict[str, Any]:
+    path = folder(config) / "checkpoints" / f"step-{config.trainer.max_steps}.ckpt"
+    return torch.load(path, weights_only=True)
+
+
+def killed(hook: str, step: int, config: Config, raw: dict[str, Any]) -> None:
+    """A run that dies as it enters `hook` of the module after `step` optimizer steps."""
+    whole = getattr(LanguageModel, hook)
+
+    def dying(self: LanguageModel, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == step:
+            raise Killed
+        return whole(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(LanguageModel, hook, dying)
+        fit(config, raw)
+
+
+def test_a_run_leaves_what_it_promises(tiny: Tiny) -> None:
+    config, raw = tiny()
+    summary = fit(config, raw)
+    left = folder(config)
+    assert json.loads((left / "summary.json").read_text()) == summary
+    assert summary["finished"] is True and summary["steps"] == 12 and summary["tokens"] == 12 * 2 * 64
+    assert summary["parameters"] > 0 and summary["tokens_per_s"] > 0 and summary["mfu"] > 0 and summary["wall_s"] > 0
+    assert summary["val_bits_per_byte"] < 8 and summary["attention_density"] == 1.0
+    for name in ("config.yaml", "metrics.csv", "plots/loss.png", "plots/loss_by_position.png", "plots/attention.png"):
+        assert (left / name).stat().st_size > 0, name
+    text = (left / "sample.txt").read_text()
+    assert text.startswith("════ prompt") and "\n════ continuation" in text
+    assert list(checkpoint_steps(left / "checkpoints")) == [10, 12]
+    assert not [path for path in left.rglob("*") if path.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_start_at_step_0_rise_and_hold_one_validation_where_due(tiny: Tiny) -> None:
+    config, raw = tiny("trainer.max_steps=10", "trainer.log_every_n_steps=3")
+    summary = fit(config, raw)
+    table = rows(config)
+    assert [row["step"] for row in table] == [0, 3, 4, 6, 8, 9, 10]
+    assert [row["step"] for row in table if "val_loss" in row] == [0, 4, 8, 10]
+    assert all("train_loss" in row for row in table[1:])
+    assert table[-1]["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
+    assert table[0]["val_bits_per_byte"] == pytest.approx(8.0, abs=0.3)
+    assert set(read_metrics(folder(config) / "metrics.csv")[-1]) == set(COLUMNS)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optimizer=adamw", "attention.dropout=0.2", "trainer.accumulate=2"),
+        ("optimizer=muon", "schedule=cosine", "data.pack=concat", "checkpoint.every_n_steps=4"),
+        ("optimizer=muon", "objective=mlm", "checkpoint.every_n_steps=1", "eval.every_n_steps=3"),
+    ],
+    ids=["adamw-dropout-accumulate", "muon-cosine-concat", "muon-mlm"],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(overrides: tuple[str, ...], tiny: Tiny) -> None:
+    whole, raw = tiny("name=whole", *overrides)
+    fit(whole, raw)
+    parts, raw = tiny("name=parts", *overrides)
+    for hook, step in [
+        ("validation_step", 0),
+        ("training_step", 2),
+        ("training_step", 7),
+        ("training_step", 8),
+        ("training_step", 10),
+        ("validation_step", 12),
+    ]:
+        killed(hook, step, parts, raw)
+    fit(parts, raw)
+    assert rows(parts) == rows(whole)
+    one, two = final_state(whole), final_state(parts)
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][name]), name
+    for key in ("TextDataModule", "lr_schedulers", "global_step", "validation"):
+        assert one[key] == two[key], key
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_continues_from_its_newest_checkpoint_and_says_so(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    config, raw = tiny()
+    killed("training_step", 7, config, raw)
+    capsys.readouterr()
+    before = json.dumps(rows(config)[:6])
+    fit(config, raw)
+    assert "tiny continues from step 5" in " ".join(capsys.readouterr().out.split())
+    assert json.dumps(rows(config)[:6]) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_damaged_newest_checkpoint_is_passed_over(tiny: Tiny) -> None:
+    config, raw = tiny()
+    killed("training_step", 11, config, raw)
+    damaged = folder(config) / "checkpoints" / "step-10.ckpt"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    fit(config, raw)
+    assert [row["step"] for row in rows(config)] == list(range(13))
+    assert torch.load(damaged, weights_only=True)["global_step"] == 10
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_finished_run_is_shown_and_not_repeated(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    config, raw = tiny()
+    summary = fit(config, raw)
+    before = {path: path.stat().st_mtime_ns for path in folder(config).rglob("*")}
+    capsys.readouterr()
+    assert fit(config, raw) == summary
+    assert "is finished at step 12" in " ".join(capsys.readouterr().out.split())
+    assert {path: path.stat().st_mtime_ns for path in folder(config).rglob("*")} == before
+
+
+def test_a_run_killed_after_its_last_step_only_finishes_its_files(tiny: Tiny) -> None:
+    config, raw = tiny()
+    summary = fit(config, raw)
+    before = rows(config)
+    for name in ("summary.json", "sample.txt", "plots/loss.png"):
+        (folder(config) / name).unlink()
+    again = fit(config, raw)
+    assert rows(config) == before
+    assert {key: again[key] for key in ("steps", "tokens", "val_loss", "attention_density")} == {
+        key: summary[key] for key in ("steps", "tokens", "val_loss", "attention_density")
+    }
+    assert (folder(config) / "sample.txt").exists() and (folder(config) / "plots" / "loss.png").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_finished_run_is_extended_by_more_steps(tiny: Tiny) -> None:
+    short, raw = tiny("trainer.max_steps=6", "schedule=constant")
+    fit(short, raw)
+    long, raw = tiny("trainer.max_steps=12", "schedule=constant")
+    summary = fit(long, raw)
+    whole, raw = tiny("trainer.max_steps=12", "schedule=constant", "name=whole")
+    assert summary["val_loss"] == fit(whole, raw)["val_loss"]
+    assert summary["steps"] == 12
+    assert [row["step"] for row in rows(long)] == list(range(13))
+
+
+@pytest.mark.usefixtures("quick")
+def test_wall_clock_and_speed_cover_all_restarts(tiny: Tiny) -> None:
+    config, raw = tiny()
+    killed("training_step", 11, config, raw)
+    first = read_metrics(folder(config) / "metrics.csv")
+    summary = fit(config, raw)
+    walls = [row["wall_s"] for row in read_metrics(folder(config) / "metrics.csv")]
+    assert walls == sorted(walls)
+    assert summary["wall_s"] > first[10]["wall_s"]
+    assert summary["tokens_per_s"] == pytest.approx(summary["tokens"] / summary["train_s"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_only_the_newest_checkpoints_stay(tiny: Tiny) -> None:
+    config, raw = tiny("checkpoint.every_n_steps=2", "checkpoint.keep=3")
+    fit(config, raw)
+    assert list(checkpoint_steps(folder(config) / "checkpoints")) == [8, 10, 12]
+
+
+@pytest.mark.usefixtures("quick")
+def test_checkpoints_have_lightnings_keys(tiny: Tiny) -> None:
+    config, raw = tiny()
+    fit(config, raw)
+    checkpoint = final_state(config)
+    assert {"state_dict", "global_step", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(checkpoint)
+    assert checkpoint["TextDataModule"]["consumed"] == 12 * 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_never_and_another_config_are_refused_before_anything_is_touched(tiny: Tiny) -> None:
+    config, raw = tiny("trainer.max_steps=4")
+    fit(config, raw)
+    before = {path: path.stat().st_mtime_ns for path in folder(config).rglob("*")}
+    with pytest.raises(ConfigError, match="already holds a run at step 4"):
+        fit(*tiny("resume=never"))
+    with pytest.raises(ConfigError, match="seed: 0 there, 3 here"):
+        fit(*tiny("seed=3"))
+    assert {path: path.stat().st_mtime_ns for path in folder(config).rglob("*")} == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_diverges_stops_with_a_sentence_and_a_sound_checkpoint(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, raw = tiny()
+    training_step = LanguageModel.training_step
+
+    def diverging(self: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
+        return training_step(self, batch, batch_idx) * (float("nan") if self.global_step == 7 else 1.0)
+
+    monkeypatch.setattr(LanguageModel, "training_step", diverging)
+    with pytest.raises(NonFiniteError, match="at step 8"):
+        fit(config, raw)
+    (path,) = checkpoint_steps(folder(config) / "checkpoints").values()
+    assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["state_dict"].values())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_low_precision_trains_to_nearly_the_same_loss(precision: str, tiny: Tiny) -> None:
+    full = fit(*tiny("name=full"))
+    low = fit(*tiny(f"name={precision}", f"precision={precision}"))
+    assert low["val_bits_per_byte"] == pytest.approx(full["val_bits_per_byte"], rel=0.03)
+    assert low["precision"] == precision
+
+
+@pytest.mark.usefixtures("quick")
+def test_extra_loggers_get_the_same_rows_in_the_run_directory(tiny: Tiny) -> None:
+    config, raw = tiny("+logger.also._target_=lightning.pytorch.loggers.CSVLogger", "trainer.max_steps=4")
+    fit(config, raw)
+    (extra,) = folder(config).rglob("lightning_logs/*/metrics.csv")
+    assert extra.read_text().count("\n") == 1 + 5
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.multiprocess
+def test_sigkill_and_the_same_command_again_finish_the_run(tiny: Tiny, command: Callable[..., list[str]]) -> None:
+    config, raw = tiny("name=killed", "trainer.max_steps=400")
+    whole, raw = tiny("name=whole", "trainer.max_steps=400")
+    fit(whole, raw)
+    words = command("name=killed", "trainer.max_steps=400")
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not checkpoint_steps(folder(config) / "checkpoints"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder(config) / "summary.json").exists()
+    again = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "killed continues from step" in " ".join(again.stdout.split())
+    assert rows(config) == rows(whole)
+    assert all(
+        torch.equal(final_state(config)["state_dict"][k], v) for k, v in final_state(whole)["state_dict"].items()
+    )
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.multiprocess
+def test_two_ranks_train_like_one_with_twice_the_batch(tiny: Tiny, command: Callable[..., list[str]]) -> None:
+    one, raw = tiny("name=one", "trainer.max_steps=6")
+    fit(one, raw)
+    words = ("name=two", "strategy=ddp", "trainer.devices=2", "data.batch_size=1", "trainer.max_steps=6")
+    two, raw = tiny(*words)
+    subprocess.run(command(*words), check=True, stdout=subprocess.DEVNULL, timeout=240)
+    for ours, theirs in zip(rows(one), rows(two), strict=True):
+        assert ours["step"] == theirs["step"] and ours["tokens"] == theirs["tokens"]
+        for name in ("train_loss", "val_loss", "train_bits_per_byte", "grad_norm"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-3), name
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.slow
+def test_a_compiled_run_follows_the_plain_one_under_the_same_names(tiny: Tiny) -> None:
+    plain, raw = tiny("name=plain", "trainer.max_steps=4")
+    fit(plain, raw)
+    compiled, raw = tiny("name=compiled", "compile=true", "trainer.max_steps=4")
+    fit(compiled, raw)
+    assert final_state(plain)["state_dict"].keys() == final_state(compiled)["state_dict"].keys()
+    assert rows(compiled)[-1]["val_loss"] == pytest.approx(rows(plain)[-1]["val_loss"], rel=1e-4)
