@@ -1,0 +1,74 @@
+"""`python -m lightsparse.bench`: kernels, memory, train, and table."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from lightsparse.bench import kernels, memory, train
+from lightsparse.bench.report import Report, load
+from lightsparse.bench.verify import VerificationError
+
+MEASUREMENTS = {
+    "kernels": (kernels, "block-sparse attention against dense SDPA and FlexAttention; verified, then timed"),
+    "memory": (memory, "peak memory of attention forward + backward as the sequence grows"),
+    "train": (train, "tokens/s and peak memory of whole training steps: ours sparse, ours dense, transformers"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a wrong result, 2 for wrong options."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args = _parser().parse_args(words)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    errors = Console(stderr=True, soft_wrap=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, markup=False)]
+    )
+    try:
+        if args.command == "table":
+            for path in args.files:
+                Console(soft_wrap=True).print(load(path).markdown(), markup=False, highlight=False)
+            return 0
+        report = Report(args.command, command=f"python -m lightsparse.bench {shlex.join(words)}")
+        MEASUREMENTS[args.command][0].measure(args, report)
+    except (ValueError, FileNotFoundError) as error:
+        errors.print(str(error), markup=False, highlight=False)
+        return 2
+    except (VerificationError, BrokenProcessPool) as error:
+        errors.print(str(error), markup=False, highlight=False)
+        return 1
+    report.show(console)
+    if args.json:
+        report.save(args.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m lightsparse.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, purpose) in MEASUREMENTS.items():
+        about = (module.__doc__ or "").partition("\n\n")[2] or None
+        command = commands.add_parser(
+            name,
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.\n\n{about}" if about else purpose,
+            epilog=f"example:\n  {module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+    table = commands.add_parser("table", help="rows of saved measurements as Markdown, with command and hardware")
+    table.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="what --json wrote")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""`bench kernels`: block-sparse attention against dense causal SDPA, verified, then timed in alternation.
+
+speedup = dense time ÷ sparse time; flop_ratio = area of dense causal tiles ÷ area of computed tiles = 1 / density;
+efficiency = speedup ÷ flop_ratio: 1.0 means that sparse tiles cost what dense tiles cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch.nn.attention.flex_attention import flex_attention
+
+from lightsparse.bench import options
+from lightsparse.bench.choice import KINDS, pattern_at
+from lightsparse.bench.report import Report, Row
+from lightsparse.bench.timing import Lap, alternate, cpu_speedup, median_ms, runtime, speedup
+from lightsparse.bench.verify import Attend, Inputs, blocked, check, inputs, sampled_rows
+from lightsparse.patterns import BlockLayout
+
+_DOES_NOT_COMPILE = (TorchDynamoException, NotImplementedError)
+
+log = logging.getLogger(__name__)
+
+EXAMPLE = "python -m lightsparse.bench kernels --seq 16384 --heads 4 --head-dim 64 --block 64,128 --density 0.05,0.2"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_list(parser, "--seq", options.count, [16384], "sequence lengths, tokens")
+    options.add_heads(parser)
+    options.add_list(parser, "--block", options.count, [64, 128], "block sizes, tokens")
+    options.add_list(parser, "--density", float, [0.05, 0.2], "shares of dense tiles; at least this is achieved")
+    options.add_list(parser, "--dtype", options.dtype, ["fp32", "bf16"], "fp32, bf16; dense SDPA runs in the same")
+    about_pattern = "window, or mixed with global tokens and strides (window)"
+    parser.add_argument("--pattern", choices=KINDS, default="window", help=about_pattern)
+    options.add_runtime(parser, threads=1)
+    parser.add_argument("--repeats", type=options.count, default=5, metavar="R", help="timed rounds (5)")
+    parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention; it compiles for a minute")
+    options.add_json(parser)
+
+
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Fill the report with a row per backend and pass, for every combination of the listed options.
+
+    Raises VerificationError when a result is wrong and ValueError for options out of range.
+    """
+    kv_heads = options.kv_heads(args)
+    report.notes.append(
+        f"Dense: causal scaled_dot_product_attention in the row's dtype. One process, {args.repeats} alternating "
+        f"rounds, matmul precision {args.matmul_precision!r} on both sides; ms are medians, speedup is the median of "
+        "the ratios within a round, cpu_speedup the same in CPU time."
+    )
+    with runtime(args.threads, args.matmul_precision):
+        with_flex = not args.no_flex
+        for dtype, seq, block, density in itertools.product(args.dtype, args.seq, args.block, args.density):
+            log.info("%s, %s tokens, block %s, density %s", dtype, f"{seq:,}", block, density)
+            pattern = pattern_at(args.pattern, density, seq, block)
+            layout = pattern.layout(seq, block=block, heads=args.heads, kv_heads=kv_heads)
+            given = inputs(seq, args.heads, kv_heads, args.head_dim, options.DTYPES[dtype])
+            sparse = {"blocked": blocked(layout)}
+            errors = {"blocked": _verify_blocked(given, layout, args.pattern)}
+            if with_flex:
+                try:
+                    sparse["flex"], errors["flex"] = _flex(layout, given)
+                except _DOES_NOT_COMPILE as error:
+                    with_flex = False
+                    reason = " ".join(str(error).split())[:300]
+                    report.notes.append(f"FlexAttention is left out, it does not compile here: {reason}")
+            about: Row = {
+                "pattern": args.pattern,
+                "seq": seq,
+                "heads": args.heads,
+                "kv_heads": kv_heads,
+                "head_dim": args.head_dim,
+                "block": block,
+                "density_nominal": density,
+                "density": layout.density(),
+                "dtype": dtype,
+                "threads": args.threads,
+                "matmul_precision": args.matmul_precision,
+                "repeats": args.repeats,
+            }
+            trainable = {"blocked": sparse["blocked"]}  # FlexAttention has no backward on CPU
+            for name, contenders, run in (("fwd", sparse, _forward), ("fwd+bwd", trainable, _forward_backward)):
+                calls = {key: run(attend, given) for key, attend in {"dense": _dense, **contenders}.items()}
+                laps = alternate(calls, args.repeats)
+                for key in contenders:
+                    result = _result(laps[key], laps["dense"], layout.density())
+                    report.rows.append({"backend": key, "pass": name, **about, **result, "error": errors[key]})
+
+
+def _result(laps: list[Lap], dense: list[Lap], density: float) -> Row:
+    ratio = speedup(laps, dense)
+    return {
+        "ms": median_ms(laps),
+        "dense_ms": median_ms(dense),
+        "speedup": ratio,
+        "cpu_speedup": cpu_speedup(laps, dense),
+        "flop_ratio": 1 / density,
+        "efficiency": ratio * density,
+    }
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _verify_blocked(given: Inputs, layout: BlockLayout, kind: str) -> float:
+    """Largest relative error: every row at a small ragged size at half density, sampled rows at the measured size."""
+    (heads, seq, head_dim), kv_heads, block = given.q.shape[1:], given.k.shape[1], layout.q_block
+    small = min(seq, 8 * block - block // 3)
+    small_layout = pattern_at(kind, 0.5, small, block).layout(small, block=block, heads=heads, kv_heads=kv_heads)
+    small_given = inputs(small, heads, kv_heads, head_dim, given.q.dtype)
+    cases = ((small_layout, small_given, torch.arange(small)), (layout, given, sampled_rows(seq, block)))
+    errors = []
+    for of, problem, rows in cases:
+        what = f"backend blocked, {of.num_queries} tokens, block {block}"
+        errors.append(check(blocked(of), problem, of, rows, what, backward=True))
+    return max(errors)
+
+
+def _forward(attend: Attend, given: Inputs) -> Callable[[], object]:
+    def run() -> None:
+        with torch.no_grad():
+            attend(given.q, given.k, given.v)
+
+    return run
+
+
+def _forward_backward(attend: Attend, given: Inputs) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(attend(given.q, given.k, given.v), (given.q, given.k, given.v), given.grad)
+
+
+def _flex(layout: BlockLayout, given: Inputs) -> tuple[Attend, float]:
+    """Compiled FlexAttention over the layout, and its largest relative error. Raises _DOES_NOT_COMPILE."""
+    heads = given.q.shape[1]
+    block_mask = layout.to_flex(batch=1, heads=heads)
+    torch._dynamo.reset()  # past its limit of recompilations it would run eagerly, over every tile
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # On CPU it refuses inputs that require gradients, under no_grad as well.
+        return compiled(q.detach(), k.detach(), v.detach(), block_mask=block_mask, enable_gqa=heads != k.shape[1])
+
+    attend(given.q, given.k, given.v)
+    rows = sampled_rows(given.q.shape[2], layout.q_block)
+    return attend, check(attend, given, layout, rows, "FlexAttention", backward=False)

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+import torch.nn.functional as F
+
+from lightsparse.bench import __main__ as command
+from lightsparse.bench import kernels
+
+TINY = ["kernels", "--seq", "96,130", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--block", "16"]
+TINY += ["--density", "0.4", "--repeats", "2", "--no-flex"]
+PROMISED = {
+    *("backend", "pass", "seq", "heads", "head_dim", "block", "density", "dtype", "threads"),
+    *("ms", "dense_ms", "speedup", "flop_ratio", "efficiency"),
+}
+
+
+def test_a_run_leaves_rows_with_all_promised_keys_and_its_circumstances(tmp_path, capsys):
+    file = tmp_path / "made" / "kernels.json"
+    assert command.main([*TINY, "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert len(report["rows"]) == 2 * 2 * 2  # dtypes, lengths, passes
+    for row in report["rows"]:
+        assert row.keys() >= PROMISED
+        assert 0.4 <= row["density"] <= 0.5
+        assert row["flop_ratio"] == pytest.approx(1 / row["density"])
+        assert row["efficiency"] == pytest.approx(row["speedup"] / row["flop_ratio"])
+        assert row["ms"] > 0 and row["dense_ms"] > 0
+    assert {row["pass"] for row in report["rows"]} == {"fwd", "fwd+bwd"}
+    assert {row["dtype"] for row in report["rows"]} == {"fp32", "bf16"}
+    assert report["hardware"]["cores"] >= 1 and report["versions"]["torch"]
+    assert report["command"].startswith("python -m lightsparse.bench kernels --seq 96,130")
+    assert "efficiency" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_ends_the_run_before_anything_is_timed(monkeypatch, tmp_path, capsys):
+    def ignores_the_layout(layout):
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def never(*_):
+        raise AssertionError("timed a wrong kernel")
+
+    monkeypatch.setattr(kernels, "blocked", ignores_the_layout)
+    monkeypatch.setattr(kernels, "alternate", never)
+    assert command.main([*TINY, "--json", str(tmp_path / "x.json")]) == 1
+    assert "is wrong" in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("words", [["--heads", "4", "--kv-heads", "3"], ["--density", "1.5"]])
+def test_options_that_cannot_be_are_one_sentence(words, capsys):
+    assert command.main([*TINY, *words]) == 2
+    assert "must" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--dtype", "fp8"], ["--seq", "0"], ["--seq", "many"], ["--pattern", "round"]])
+def test_values_outside_an_option_are_refused(words):
+    with pytest.raises(SystemExit):
+        command.main([*TINY, *words])
+
+
+def test_lists_take_commas_and_spaces():
+    both = [command._parser().parse_args(["kernels", "--seq", *words]).seq for words in (["64,128"], ["64", "128"])]
+    assert both == [[64, 128], [64, 128]]
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_is_verified_and_timed_beside_ours(tmp_path):
+    file = tmp_path / "flex.json"
+    words = ["kernels", "--seq", "512", "--block", "64", "--density", "0.4", "--dtype", "fp32", "--repeats", "1"]
+    assert command.main([*words, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["backend"], row["pass"]) for row in rows] == [
+        ("blocked", "fwd"),
+        ("flex", "fwd"),
+        ("blocked", "fwd+bwd"),
+    ]
