@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +17,7 @@ from lightsparse.patterns.layout import BlockLayout
 
 log = logging.getLogger(__name__)
 _said: set[tuple[str, str]] = set()
+_preferred: ContextVar[str] = ContextVar("lightsparse_backend", default="auto")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,18 @@ BACKENDS = {
 }
 
 
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Calls with backend="auto" inside the block take this backend, or raise where it cannot serve them."""
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {name!r}; choose auto, {', '.join(BACKENDS)}")
+    token = _preferred.set(name)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -88,11 +104,11 @@ def block_sparse_attention(
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend is {backend!r}; choose auto, {', '.join(BACKENDS)}")
     ask = Request(layout, block_bias is not None, dropout is not None, return_lse, q.shape[2], k.shape[2])
-    chosen = backend
-    if backend == "auto":
+    chosen = _preferred.get() if backend == "auto" else backend
+    if chosen == "auto":
         chosen = "sdpa" if BACKENDS["sdpa"].refusal(ask) is None else "blocked"
-    elif (reason := BACKENDS[backend].refusal(ask)) is not None:
-        raise ValueError(f"backend {backend!r} {reason}; use backend=blocked")
+    elif (reason := BACKENDS[chosen].refusal(ask)) is not None:
+        raise ValueError(f"backend {chosen!r} {reason}; use backend=blocked")
     if (chosen, q.device.type) not in _said:
         _said.add((chosen, q.device.type))
         log.info("attention backend on %s: %s", q.device.type, chosen)

@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightsparse.hashing import chain, mixed, uniform
+
 IGNORED = -100  # a label that does not count
-_WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Objective:
         tokens_BN = batch["tokens"]
         if self.name == "causal":
             return tokens_BN, batch["labels"]
-        hidden_BN = uniform(key, batch["sample_ids"], tokens_BN.shape[1]) < self.mlm_ratio
+        hidden_BN = hiding_chance(key, batch["sample_ids"], tokens_BN.shape[1]) < self.mlm_ratio
         asked_BN = hidden_BN & (batch["labels"] != IGNORED)  # a validation token scored in another sample
         return tokens_BN.masked_fill(hidden_BN, self.mask_id), tokens_BN.masked_fill(~asked_BN, IGNORED)
 
@@ -53,30 +54,7 @@ class Objective:
         return mixed(self.seed, 1)
 
 
-def mixed(*numbers: int) -> int:
-    """One well-spread integer below 2^63 from several: SplitMix64 (Steele et al. 2014) chained over them."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & _WORD
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
-        state ^= state >> 31
-    return state >> 1
-
-
-def uniform(key: int, sample_ids_B: Tensor, length: int) -> Tensor:
-    """Fp32 [B, length] in [0, 1): a hash of (key, sample id, place), the same on every device."""
+def hiding_chance(key: int, sample_ids_B: Tensor, length: int) -> Tensor:
+    """Fp32 [B, length] in [0, 1): a hash of (key, sample id, place)."""
     place_N = torch.arange(length, device=sample_ids_B.device)
-    x_BN = _hashed(_hashed(sample_ids_B.long() ^ key)[:, None] + place_N)
-    return ((x_BN >> 40) & 0xFFFFFF).to(torch.float32) / (1 << 24)
-
-
-def _hashed(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 tensors; products wrap around, shifts are made logical by the masks."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
+    return uniform(chain(key, sample_ids_B[:, None], place_N))

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightsparse.data.tokens import ByteTokenizer
 from lightsparse.models.generation import generate
 from lightsparse.models.transformer import Transformer, context_for
-from lightsparse.training.objectives import uniform
+from lightsparse.training.objectives import hiding_chance
 
 _LONGEST_PROMPT = 512  # tokens
 
@@ -46,7 +46,7 @@ def infilling(
 ) -> str:
     """The first `length` tokens of `text` with a share `ratio` hidden (shown as ▒), and the model's guesses there."""
     tokens = torch.tensor([list(text[: min(length, context)])], device=model.head_weight.device)
-    hidden = uniform(seed, torch.zeros(1, dtype=torch.int64, device=tokens.device), tokens.shape[1]) < ratio
+    hidden = hiding_chance(seed, torch.zeros(1, dtype=torch.int64, device=tokens.device), tokens.shape[1]) < ratio
     read = tokens.masked_fill(hidden, tokenizer.mask)
     guesses = model.logits(model(read, context_for(read)).hidden).argmax(-1)
     with_gaps = "▒".join(tokenizer.decode(part) for part in _split(read[0].tolist(), tokenizer.mask))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightsparse.training.objectives import IGNORED, Objective, mixed, uniform
+from lightsparse.hashing import mixed
+from lightsparse.training.objectives import IGNORED, Objective, hiding_chance
 
 MASK = 255
 
@@ -61,13 +62,13 @@ def test_keys_differ_by_seed_step_and_micro_batch_and_validation_has_one() -> No
 
 @pytest.mark.parametrize("ratio", [0.05, 0.15, 0.6])
 def test_the_share_of_hidden_tokens_is_the_ratio(ratio: float) -> None:
-    values = uniform(mixed(1, 2), torch.arange(64), 2048)
+    values = hiding_chance(mixed(1, 2), torch.arange(64), 2048)
     share = (values < ratio).float().mean().item()
     assert share == pytest.approx(ratio, abs=4 * (ratio * (1 - ratio) / values.numel()) ** 0.5)
 
 
 def test_hash_values_fill_the_unit_interval_evenly_over_samples_and_places() -> None:
-    values = uniform(7, torch.arange(256), 256)
+    values = hiding_chance(7, torch.arange(256), 256)
     assert values.min() >= 0 and values.max() < 1
     assert values.mean(0).std() < 0.03 and values.mean(1).std() < 0.03  # 0.29 / √256 = 0.018 when independent
     neighbours = torch.corrcoef(torch.stack([values[:, :-1].flatten(), values[:, 1:].flatten()]))[0, 1]
