@@ -118,6 +118,7 @@ def check(config: Config) -> None:
             config.attention.build,
             vocab_size=ByteTokenizer.vocab_size,
             causal=config.objective == "causal",
+            context=config.data.context,
         )
     config.optimizer.build(parameter_groups(model, model.layers))
     check_disk(config, model)
@@ -130,8 +131,8 @@ def layout_of(config: Config) -> BlockLayout:
     NotImplementedError for a variant that chooses its blocks from its input.
     """
     embed_dim, heads, kv_heads, head_dim, _ = config.model.widths
-    shape = AttentionShape(heads, kv_heads, head_dim, embed_dim, causal=config.objective == "causal")
-    context = config.data.context
+    context, causal = config.data.context, config.objective == "causal"
+    shape = AttentionShape(heads, kv_heads, head_dim, embed_dim, causal=causal, context=context)
     ctx = SequenceContext(positions=torch.arange(context)[None])
     try:
         return config.attention.build(shape).layout(context, ctx, torch.device("cpu"))

@@ -45,6 +45,7 @@ class SequenceContext:
     q_start    index of the first query among the keys: Nq = Nkv − q_start (decoding with a cache)
     seed       one integer of (run seed, global step, micro-batch): all randomness of the pass is a function of it
     sample_ids int64 [B] or None: global ids of the samples, so that randomness does not depend on the batch's split
+    states     per layer, what a core keeps between decoding steps beside keys and values; None = no decoding
     layouts    what the cores built for this pass, keyed by their own config: built once, read by every layer
     """
 
@@ -53,6 +54,7 @@ class SequenceContext:
     q_start: int = 0
     seed: int = 0
     sample_ids: Tensor | None = None
+    states: dict[int, dict[str, Tensor]] | None = None
     layouts: dict[Any, Any] = field(default_factory=dict)
 
     def dropout(self, rate: float, *, layer: int, training: bool, batch: int, device: torch.device) -> Dropout | None:

@@ -7,10 +7,14 @@ from torch import Tensor
 
 
 class KVCache:
-    """Grows by doubling, so that decoding N tokens copies O(N) rows in all. No gradient passes through it."""
+    """Grows by doubling, so that decoding N tokens copies O(N) rows in all. No gradient passes through it.
+
+    state  what the layer's attention core keeps beside keys and values (SequenceContext.states)
+    """
 
     def __init__(self) -> None:
         self.length = 0  # tokens held
+        self.state: dict[str, Tensor] = {}
         self._k: Tensor | None = None
         self._v: Tensor | None = None
 

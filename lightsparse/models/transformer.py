@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -127,6 +127,7 @@ class Transformer(nn.Module):
     """Tokens → hidden states, and the losses over them.
 
     build_core makes the attention of one S layer from its AttentionShape. causal=False reads both ways (objective=mlm).
+    context is the length of a training sample in tokens, to which a density target refers; None = each length by itself.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Transformer(nn.Module):
         *,
         vocab_size: int,
         causal: bool = True,
+        context: int | None = None,
     ):
         super().__init__()
         self.config, self.vocab_size, self.causal = config, vocab_size, causal
@@ -145,7 +147,7 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embed_tokens.weight, std=INIT_STD)
         self.layers = nn.ModuleList()
         for index, letter in enumerate(config.layers):
-            shape = AttentionShape(heads, kv_heads, head_dim, embed_dim, layer=index, causal=causal)
+            shape = AttentionShape(heads, kv_heads, head_dim, embed_dim, layer=index, causal=causal, context=context)
             core = build_core(shape) if letter == "S" else DenseAttention(DenseConfig(), shape)
             self.layers.append(
                 Layer(
@@ -176,6 +178,8 @@ class Transformer(nn.Module):
                 f"ctx.q_start is {ctx.q_start} but the caches hold {[cache.length for cache in caches]} tokens; "
                 "q_start counts the tokens already read"
             )
+        if caches is not None:
+            ctx = replace(ctx, states={index: cache.state for index, cache in enumerate(caches)})
         x_BNE = self.embed_tokens(tokens_BN)
         rotation = self.rotary(ctx.positions)
         aux_losses: list[Tensor] = []

@@ -61,6 +61,7 @@ def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
         config.attention.build,
         vocab_size=data.tokenizer.vocab_size,
         causal=config.objective == "causal",
+        context=config.data.context,
     )
     module = LanguageModel(model, config, token_bytes=data.tokenizer.token_bytes(), mask_id=data.tokenizer.mask)
     if config.compile:
