@@ -1,7 +1,7 @@
 """Block-sparse dilated attention: dilated segments united with any other patterns, one exact softmax per row.
 
-The segments follow LongNet (Ding et al. 2023, arXiv 2307.02486, section 2.2), counted in blocks; unlike LongNet's sum of
-separately normalised branches, a row has a single softmax over everything it reads.
+The segments follow LongNet (Ding et al. 2023, arXiv 2307.02486, section 2.2), counted in blocks; unlike LongNet's sum
+of separately normalised branches, a row has a single softmax over everything it reads.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from lightsparse.attention.core import AttentionConfig, AttentionShape
+from torch import Tensor
+
+from lightsparse.attention.core import AttentionConfig, AttentionShape, SequenceContext
 from lightsparse.attention.fixed import FixedPatternAttention
-from lightsparse.patterns import AtDensity, BlockDilated, LocalWindow, Pattern, Union
+from lightsparse.kernels.weights import attention_weights, list_dense_rows
+from lightsparse.patterns import AtDensity, BlockDilated, BlockLayout, LocalWindow, Pattern, Union
+
+_EVERYTHING = LocalWindow(1 << 24)  # tokens; wider than any sequence
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class BlockSparseConfig(AttentionConfig):
         )
 
     def full(self) -> Self:
-        return replace(self, pattern={"local": LocalWindow(1 << 24)})
+        return replace(self, pattern={"local": _EVERYTHING})
 
 
 class BlockSparseRingDilatedAttention(FixedPatternAttention):
@@ -56,7 +61,9 @@ class BlockSparseRingDilatedAttention(FixedPatternAttention):
         super().__init__(config, shape)
         self.block = config.block
         self.pattern: Pattern = Union(config.parts())
-        if config.density is not None:
+        if config.density == 1.0:  # exactly everything; solving stops within 2%
+            self.pattern = _EVERYTHING
+        elif config.density is not None:
             wanted = AtDensity(self.pattern, config.density, config.solve, at=shape.context)
             if shape.context is not None:  # refuse what cannot be reached now, not in the middle of a run
                 wanted.solved(
@@ -66,3 +73,13 @@ class BlockSparseRingDilatedAttention(FixedPatternAttention):
 
     def pattern_at(self, num_keys: int) -> Pattern:
         return self.pattern
+
+    def attention_weights(self, q: Tensor, k: Tensor, *, ctx: SequenceContext) -> tuple[Tensor, BlockLayout]:
+        """The weights of this pass, before dropout, and the layout whose table says which key block each belongs to.
+
+        q [B, H, Nq, D], k [B, Hkv, Nkv, D] → [B, H, NQ, K, block, block] fp32 (fp64 for fp64), differentiable. Those of
+        a query sum to 1 over (K, block); all is 0 where it has nothing to read. O(N · K) numbers, but K is every block
+        where some row reads everything (bidirectional global tokens).
+        """
+        layout = list_dense_rows(self.layout(k.shape[2], ctx, q.device))
+        return attention_weights(q, k, layout), layout

@@ -28,7 +28,8 @@ class Workspace:
         key = (name, dtype, device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a buffer first made in an evaluation must serve training too
+                buffer = torch.empty(size, dtype=dtype, device=device)
             self.allocations += 1
             if _reuse() and buffer.nbytes <= _KEPT_BYTES:
                 self._buffers[key] = buffer

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from lightsparse.attention.block_sparse import BlockSparseConfig, BlockSparseRingDilatedAttention
 from lightsparse.attention.core import AttentionShape
+from lightsparse.kernels import block_sparse_attention
 from lightsparse.kernels.workspace import Workspace, without_reuse, workspace
 from lightsparse.models import ModelConfig, Transformer, context_for
+from lightsparse.patterns import LocalWindow
 
 
 def trained(steps: int) -> list[Tensor]:
@@ -71,3 +73,12 @@ def test_a_huge_buffer_is_not_kept() -> None:
     for _ in range(2):
         space.take("a", (64 << 20) // 4 + 1, torch.float32, torch.device("cpu"))
     assert space.allocations == 2
+
+
+def test_buffers_first_made_under_inference_mode_serve_training() -> None:
+    workspace().clear()
+    with torch.inference_mode():
+        layout = LocalWindow(20).layout(50, block=16)
+        q = torch.randn(1, 1, 50, 8)
+        block_sparse_attention(q, q, q, layout, backend="blocked")
+    assert trained(1)[0] > 0
