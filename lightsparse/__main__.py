@@ -7,6 +7,7 @@ from rich.console import Console
 COMMANDS = {
     "python train.py": "train a model; also lightsparse-train",
     "python -m lightsparse.show": "draw an attention pattern as PNG",
+    "python -m lightsparse.analysis": "how far back an attention reaches",
     "python -m lightsparse.bench kernels": "speed of sparse attention against dense",
     "python -m lightsparse.bench memory": "peak memory as the sequence grows",
     "python -m lightsparse.bench train": "tokens per second of training steps",

@@ -56,6 +56,12 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    backend: Literal["auto", "blocked", "reference", "flex", "sdpa"]  # of attention; see kernels/dispatch.py
+    flash: Literal["auto", "fa3", "fa4", "none"]  # of dense attention on CUDA; see kernels/flash.py
+
+
+@dataclass(frozen=True)
 class StrategyConfig:
     kind: Literal["single", "ddp"]  # one process, or replicas that average their gradients
 
@@ -75,6 +81,7 @@ class Config:
     matmul_precision: Literal["highest", "high", "medium"]  # torch.set_float32_matmul_precision
     threads: int | None  # per process; null = torch's choice
     allow_targets: tuple[str, ...]
+    kernels: KernelsConfig
     attention: AttentionChoice
     model: ModelConfig
     data: DataConfig

@@ -45,10 +45,11 @@ def save(layout: BlockLayout, path: Path, title: str) -> Path:
         if index % columns == 0:
             axes.set_ylabel("query token", fontsize=11)
         if index + columns >= len(shown):
-            axes.set_xlabel("key token", fontsize=11)
+            appended = layout.num_keys > layout.num_tokens
+            axes.set_xlabel("key token, then summaries" if appended else "key token", fontsize=11)
     keys = [Patch(color=_COMPUTED, label="computed"), Patch(color=_SKIPPED, label="dense attention only")]
     figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False, fontsize=11)
-    subtitle = f"density {layout.density():.3g} · {layout.num_keys:,} tokens · block {layout.kv_block}"
+    subtitle = f"density {layout.density():.3g} · {layout.num_tokens:,} tokens · block {layout.kv_block}"
     if len(groups) > len(shown):
         subtitle += f" · {len(shown)} of {len(groups)} distinct heads"
     figure.suptitle(f"{title}\n{subtitle}", fontsize=13)
@@ -92,15 +93,15 @@ def dense_map(layout: BlockLayout) -> Tensor:
     """Bool [NQ, NKVB]: tiles that dense attention over the same documents computes, in the first sample."""
     mask = layout.mask
     last_query = _last_of_blocks(mask.q_pos[0], layout.q_block)
-    first_key = torch.arange(0, layout.num_keys, layout.kv_block)
+    first_key = torch.arange(0, layout.num_tokens, layout.kv_block)
     tiles = torch.ones(len(last_query), len(first_key), dtype=torch.bool)
     if mask.causal:
         tiles &= first_key <= last_query[:, None]
     if mask.q_doc is not None and mask.kv_doc is not None:
-        q_doc, kv_doc = mask.q_doc[0], mask.kv_doc[0]
+        q_doc, kv_doc = mask.q_doc[0], mask.kv_doc[0, : layout.num_tokens]
         tiles &= kv_doc[:: layout.kv_block] <= _last_of_blocks(q_doc, layout.q_block)[:, None]
         tiles &= _last_of_blocks(kv_doc, layout.kv_block) >= q_doc[:: layout.q_block, None]
-    return tiles
+    return torch.nn.functional.pad(tiles, (0, layout.num_kv_blocks - tiles.shape[1]))  # none of the appended keys
 
 
 def _draw(axes: Axes, layout: BlockLayout) -> None:
@@ -111,7 +112,9 @@ def _draw(axes: Axes, layout: BlockLayout) -> None:
     right = picture.shape[1] * _tiles_per_pixel(layout.num_kv_blocks) * layout.kv_block
     axes.imshow(picture.numpy(), extent=(0, right, start + down, start), aspect="auto")
     axes.set(xlim=(0, keys), ylim=(start + queries, start), box_aspect=1)
-    for axis, begin, length in ((axes.xaxis, 0, keys), (axes.yaxis, start, queries)):
+    if keys > layout.num_tokens:
+        axes.axvline(layout.num_tokens, color=_FRAME, linewidth=0.8)
+    for axis, begin, length in ((axes.xaxis, 0, layout.num_tokens), (axes.yaxis, start, queries)):
         ticks = [begin + length * quarter // 4 for quarter in range(5)]
         axis.set_ticks(ticks, [_tokens(tick) for tick in ticks])
     axes.tick_params(labelsize=10, length=3, color=_FRAME)

@@ -9,15 +9,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from lightsparse.kernels import blocked_op, reference, sdpa
+from lightsparse.kernels import blocked_op, flex, reference, sdpa
 from lightsparse.kernels.dropout import Dropout
 from lightsparse.patterns.layout import BlockLayout
+from lightsparse.patterns.mask import ElementMask
 
 log = logging.getLogger(__name__)
 _said: set[tuple[str, str]] = set()
-_preferred: ContextVar[str] = ContextVar("lightsparse_backend", default="auto")
+_of_process = "auto"  # no ContextVar: recomputation in the backward may run in a thread of autograd's own
+_preferred: ContextVar[str | None] = ContextVar("lightsparse_backend", default=None)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Request:
     lse: bool
     nq: int
     nkv: int
+    q: Tensor  # for its device, dtype and shape
+    gradients: bool
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Backend:
     dropout: bool = True
     differentiable_lse: bool = True
     any_layout: bool = True  # otherwise only layouts that are dense
+    flex: bool = False  # FlexAttention, whose limits depend on device, dtype and size
 
     def refusal(self, ask: Request) -> str | None:
         """Why it cannot serve the call, or None."""
@@ -52,12 +58,13 @@ class Backend:
             return "takes no dropout"
         if ask.lse and not self.differentiable_lse:
             return "returns no differentiable lse"
-        return None
+        return flex.refusal(ask.q, ask.layout, gradients=ask.gradients, lse=ask.lse) if self.flex else None
 
 
 BACKENDS = {
     "reference": Backend("reference"),
     "blocked": Backend("blocked"),
+    "flex": Backend("flex", block_bias=False, dropout=False, flex=True),
     "sdpa": Backend("sdpa", block_bias=False, dropout=False, differentiable_lse=False, any_layout=False),
 }
 
@@ -65,13 +72,25 @@ BACKENDS = {
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Calls with backend="auto" inside the block take this backend, or raise where it cannot serve them."""
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {name!r}; choose auto, {', '.join(BACKENDS)}")
+    _check_name(name)
     token = _preferred.set(name)
     try:
         yield
     finally:
         _preferred.reset(token)
+
+
+def set_backend(name: str) -> None:
+    """From now on calls with backend="auto" outside `use_backend` take this one, in all threads of the process.
+
+    With flex, rows of single queries (decoding) stay on automatic: they are no tiles.
+    Raises ValueError for an unknown name, and for flex where no CUDA device could train with it.
+    """
+    global _of_process
+    _check_name(name)
+    if name == "flex" and not torch.cuda.is_available():
+        raise ValueError(_refused("flex", "has no backward on CPU", on_cpu=True))
+    _of_process = name
 
 
 def block_sparse_attention(
@@ -94,39 +113,82 @@ def block_sparse_attention(
     scale       multiplies q·k; default 1/√D
     block_bias  [B|1, H|Hkv|1, NQ, K]: added to the scores of that entry of the layout's table, differentiable
     dropout     Dropout(rate, keys) on the attention weights
-    backend     auto | blocked | reference | sdpa
+    backend     auto | blocked | reference | flex | sdpa; auto is sdpa for dense layouts, else flex on CUDA where it
+                can, else blocked
     return_lse  also return the log-sum-exp of each row's scores, [B, H, Nq] fp32, differentiable
 
     Returns out [B, H, Nq, D] in q's dtype; a row with nothing to read is 0 (lse −inf).
     Raises ValueError for shapes, dtypes or devices that do not fit, and for what the backend cannot do.
     """
-    _check(q, k, v, layout, block_bias)
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {backend!r}; choose auto, {', '.join(BACKENDS)}")
-    ask = Request(layout, block_bias is not None, dropout is not None, return_lse, q.shape[2], k.shape[2])
-    chosen = _preferred.get() if backend == "auto" else backend
+    _check(q, k, v, layout, block_bias, dropout)
+    _check_name(backend)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    ask = Request(layout, block_bias is not None, dropout is not None, return_lse, q.shape[2], k.shape[2], q, gradients)
+    chosen = (_preferred.get() or _process_choice(layout)) if backend == "auto" else backend
     if chosen == "auto":
-        chosen = "sdpa" if BACKENDS["sdpa"].refusal(ask) is None else "blocked"
+        chosen = _automatic(ask)
     elif (reason := BACKENDS[chosen].refusal(ask)) is not None:
-        raise ValueError(f"backend {chosen!r} {reason}; use backend=blocked")
-    if (chosen, q.device.type) not in _said:
-        _said.add((chosen, q.device.type))
-        log.info("attention backend on %s: %s", q.device.type, chosen)
+        raise ValueError(_refused(chosen, reason, on_cpu=q.device.type == "cpu"))
+    if (
+        chosen == "blocked"
+        and torch.is_grad_enabled()
+        and layout.mask.dense is not None
+        and layout.mask.dense.requires_grad
+    ):
+        raise ValueError('backend "blocked" gives mask.dense no gradient; detach it or use backend=reference')
+    _say(chosen, ask)
 
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if chosen == "sdpa":
         return sdpa.attention(q, k, v, layout, scale)
-    if chosen == "reference":
+    out: Tensor
+    lse: Tensor | None
+    if chosen == "flex":
+        out, lse = flex.attention(q, k, v, layout, scale, return_lse)
+    elif chosen == "reference":
         out, lse = reference.attention(q, k, v, layout, scale, block_bias, dropout)
     else:
         out, lse = blocked_op.attention(q, k, v, layout, scale, block_bias, dropout, return_lse)
-    return (out, lse) if return_lse else out
+    return (out, lse) if lse is not None and return_lse else out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, bias: Tensor | None) -> None:
+def _process_choice(layout: BlockLayout) -> str:
+    return "auto" if _of_process == "flex" and layout.q_block == 1 else _of_process
+
+
+def _automatic(ask: Request) -> str:
+    """The first backend in the order of speed that can serve the call."""
+    names = ("sdpa", "flex") if ask.q.device.type == "cuda" else ("sdpa",)
+    return next((name for name in names if BACKENDS[name].refusal(ask) is None), "blocked")
+
+
+def _refused(chosen: str, reason: str, on_cpu: bool) -> str:
+    way_out = "backend=blocked"
+    if chosen == "flex" and on_cpu:
+        way_out += " (the CPU default) or move the tensors to CUDA"
+    return f'backend "{chosen}" {reason}; use {way_out}'
+
+
+def _say(chosen: str, ask: Request) -> None:
+    """Log the choice once per backend and device, and on CUDA why it is not flex."""
+    on = ask.q.device.type
+    if (chosen, on) in _said:
+        return
+    _said.add((chosen, on))
+    why = BACKENDS["flex"].refusal(ask) if on == "cuda" and chosen == "blocked" else None
+    log.info("attention backend on %s: %s%s", on, chosen, f" (flex {why})" if why else "")
+
+
+def _check_name(backend: str) -> None:
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}; choose auto, {', '.join(BACKENDS)}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, bias: Tensor | None, dropout: Dropout | None) -> None:
     if k.shape != v.shape or q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
-            f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; they must be [B, H, Nq, D] and twice [B, Hkv, Nkv, D]"
+            f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
+            "they must be [B, H, Nq, D] and twice [B, Hkv, Nkv, D]"
         )
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads % kv_heads:
@@ -137,7 +199,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, bias: Tensor | 
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one floating-point dtype")
     if (layout.num_queries, layout.num_keys) != (q.shape[2], k.shape[2]):
         raise ValueError(
-            f"the layout is for {layout.num_queries} queries and {layout.num_keys} keys; q has {q.shape[2]} and k {k.shape[2]}"
+            f"the layout is for {layout.num_queries} queries and {layout.num_keys} keys; "
+            f"q has {q.shape[2]} and k {k.shape[2]}"
         )
     batch, of_heads = layout.kv_indices.shape[:2]
     if batch not in (1, q.shape[0]) or of_heads not in (1, kv_heads, heads):
@@ -145,6 +208,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, bias: Tensor | 
             f"the layout's table is for batch {batch} and {of_heads} heads; q, k have batch {q.shape[0]}, "
             f"{heads} and {kv_heads} heads, of which the table takes 1 or all"
         )
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"q, k, v are on {q.device}, {k.device} and {v.device}; they must share one device")
     if layout.kv_indices.device != q.device:
         raise ValueError(
             f"the layout is on {layout.kv_indices.device} and q on {q.device}; build it with device=q.device"
@@ -155,5 +220,31 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, bias: Tensor | 
         or bias.shape[1] not in (1, kv_heads, heads)
     ):
         raise ValueError(
-            f"block_bias is {tuple(bias.shape)}; it must be [B|1, H|Hkv|1, NQ, K] with NQ, K = {tuple(layout.kv_indices.shape[2:])}"
+            f"block_bias is {tuple(bias.shape)}; it must be [B|1, H|Hkv|1, NQ, K] "
+            f"with NQ, K = {tuple(layout.kv_indices.shape[2:])}"
         )
+    if dropout is not None and dropout.keys.shape != q.shape[:1]:
+        raise ValueError(
+            f"dropout.keys has shape {tuple(dropout.keys.shape)}; q has batch {q.shape[0]}, a key per sample"
+        )
+    _check_mask(layout.mask, q)
+
+
+def _check_mask(mask: ElementMask, q: Tensor) -> None:
+    for name in ("q_pos", "visible_from", "visible_until", "q_doc", "kv_doc"):
+        held = getattr(mask, name)
+        if held is not None and held.shape[0] not in (1, q.shape[0]):
+            raise ValueError(
+                f"mask.{name} is for batch {held.shape[0]}; q has batch {q.shape[0]}, of which it takes 1 or all"
+            )
+    if mask.dense is not None:
+        batch, heads = mask.dense.shape[:2]
+        if (
+            batch not in (1, q.shape[0])
+            or heads not in (1, q.shape[1])
+            or mask.dense.shape[2:] != (mask.num_queries, mask.num_keys)
+        ):
+            raise ValueError(
+                f"mask.dense is {tuple(mask.dense.shape)}; it must be [B|1, H|1, Nq, Nkv], here with B, H, Nq, Nkv = "
+                f"{(*q.shape[:3], mask.num_keys)}"
+            )

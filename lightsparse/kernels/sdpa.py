@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,12 +11,22 @@ from torch.nn.functional import scaled_dot_product_attention
 from lightsparse.patterns.layout import BlockLayout
 from lightsparse.patterns.mask import ALWAYS
 
+_dense: WeakKeyDictionary[BlockLayout, bool] = WeakKeyDictionary()
 
+
+@torch.compiler.disable  # a compiled model takes the answer, it does not trace the question
 def is_dense(layout: BlockLayout) -> bool:
     """Whether the layout is plain causal or plain full attention over one document, with no key hidden.
 
     Causal with fewer queries than keys counts only for a single query (decoding), which reads all keys.
+    Looked at once per layout: on CUDA every look waits for the device.
     """
+    if layout not in _dense:
+        _dense[layout] = _is_dense(layout)
+    return _dense[layout]
+
+
+def _is_dense(layout: BlockLayout) -> bool:
     mask, nq, nkv = layout.mask, layout.num_queries, layout.num_keys
     if mask.dense is not None or mask.q_doc is not None or mask.kv_doc is not None:
         return False
@@ -27,7 +39,21 @@ def is_dense(layout: BlockLayout) -> bool:
     else:
         unhidden = (mask.visible_from <= mask.q_pos.min()) & (mask.visible_until > mask.q_pos.max())
         aligned = torch.ones_like(mask.q_pos, dtype=torch.bool)
-    return bool(unhidden.all()) and bool(aligned.all()) and layout.density() == 1.0
+    return bool(unhidden.all()) and bool(aligned.all()) and _reads_all_blocks(layout)
+
+
+def _reads_all_blocks(layout: BlockLayout) -> bool:
+    """Whether every row lists every key block up to its last query's (causal) or every one.
+
+    Row by row: equal areas would also count a block too few in one row and one too many in another.
+    """
+    table, nq, nkv = layout.kv_indices, layout.num_queries, layout.num_keys
+    row = torch.arange(layout.num_q_blocks, device=table.device)
+    last = torch.full_like(row, layout.num_kv_blocks - 1)
+    if layout.mask.causal:
+        last = (nkv - nq + (row + 1) * layout.q_block - 1).clamp(max=nkv - 1) // layout.kv_block
+    listed = ((table >= 0) & (table <= last[:, None])).sum(-1)
+    return bool(((listed == last + 1) | torch.isin(row, layout.dense_rows)).all())
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float) -> Tensor:

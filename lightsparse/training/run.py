@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from lightsparse.analysis.curves import count_text
-from lightsparse.attention.core import AttentionCore, SequenceContext
-from lightsparse.config import Config
+from lightsparse.config import Config, layout_of
 from lightsparse.data.module import TextDataModule
+from lightsparse.kernels import flash, set_backend
 from lightsparse.models.transformer import Transformer
 from lightsparse.patterns import BlockLayout
+from lightsparse.targets import ConfigError
 from lightsparse.training.directory import RunDirectory, Start
 from lightsparse.training.files import write_text
 from lightsparse.training.flops import matmul_error, matmul_peak
@@ -27,6 +27,7 @@ from lightsparse.training.metrics import MetricsFile, read_metrics
 from lightsparse.training.module import LanguageModel
 from lightsparse.training.outputs import draw_plots, write_sample
 from lightsparse.training.quiet import quiet_lightning
+from lightsparse.training.ranks import is_first_rank
 from lightsparse.training.recorder import Recorder
 from lightsparse.training.summary import show, summarize
 from lightsparse.training.trainer import build_trainer
@@ -41,8 +42,9 @@ def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     started = time.perf_counter()
     quiet_lightning()
-    is_first = rank_zero_only.rank == 0
+    is_first = is_first_rank()
     console = Console(quiet=not is_first, highlight=False)
+    _set_machine(config)  # first: what this machine refuses leaves no directory behind
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     start = directory.open(config.resume, raw, config.trainer.max_steps)
     if start.summary is not None:
@@ -52,7 +54,6 @@ def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
     if is_first:
         MetricsFile(directory.metrics).rewind(start.step if start.checkpoint else -1)
 
-    _set_machine(config)
     seed_everything(config.seed, workers=True, verbose=False)
     data = TextDataModule(config.data, config.seed, config.eval.tokens)
     data.setup()
@@ -69,7 +70,7 @@ def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
     recorder = Recorder(config, started=started)
     trainer = build_trainer(config, directory, recorder, console)
     device = trainer.strategy.root_device
-    layout = _layout(model, config)
+    layout = _layout(config)
     if is_first:
         recorder.peak = matmul_peak(device, torch.float32 if config.precision == "32" else torch.bfloat16)
         for line in _opening(config, model, data, layout, device, recorder.peak):
@@ -99,16 +100,20 @@ def _set_machine(config: Config) -> None:
         torch.set_num_threads(config.threads)
         os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning chooses for the ranks it starts
     torch.set_float32_matmul_precision(config.matmul_precision)
-
-
-def _layout(model: Transformer, config: Config) -> BlockLayout | None:
-    """What the chosen attention reads in one document of a whole context; None where that depends on the input."""
-    core = next((part for part in model.modules() if isinstance(part, config.attention.core)), None)
-    if not isinstance(core, AttentionCore):
-        return None  # layer_pattern has no S
-    ctx = SequenceContext(positions=torch.arange(config.data.context)[None])
     try:
-        return core.layout(config.data.context, ctx, torch.device("cpu"))
+        set_backend(config.kernels.backend)
+        flash.activate(config.kernels.flash)
+    except ValueError as error:  # what only this machine knows; the names were checked with the schema
+        raise ConfigError(f"kernels.{str(error).removeprefix('kernels.')}") from error
+
+
+def _layout(config: Config) -> BlockLayout | None:
+    """What the chosen attention reads in one document of a whole context; None where no layer uses it or where that
+    depends on the input."""
+    if "S" not in config.model.layers:
+        return None
+    try:
+        return layout_of(config)
     except NotImplementedError:
         return None
 

@@ -1,0 +1,1 @@
+"""Pictures and numbers about patterns, attention and runs."""

@@ -1,0 +1,380 @@
+"""The conversion to FlexAttention's lists is checked for every pattern without compiling; one kernel is compiled."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
+from torch.nn.attention.flex_attention import _ordered_to_dense
+
+from lightsparse.config import compose
+from lightsparse.kernels import block_sparse_attention, dispatch, flex, reference, set_backend, use_backend
+from lightsparse.patterns import (
+    BigBird,
+    BlockDilated,
+    BlockLayout,
+    GlobalTokens,
+    Hierarchical,
+    LocalWindow,
+    PerHead,
+    PooledHierarchy,
+    RandomBlocks,
+    Strided,
+    interval_mask,
+)
+from lightsparse.targets import ConfigError
+from lightsparse.training.run import _set_machine
+
+HEADS, KV_HEADS = 4, 2
+PATTERNS = {
+    "window": LocalWindow(40),
+    "globals": GlobalTokens(20),
+    "strided": Strided(3),
+    "dilated": BlockDilated((64, 128), (2, 4)),
+    "random": RandomBlocks(2, seed=1),
+    "bigbird": BigBird(window=33, global_tokens=5, random=1, seed=2),
+    "hierarchical": Hierarchical(((32, 1), (64, 2), (None, 4))),
+    "union": LocalWindow(20) | GlobalTokens(3) | Strided(4),
+    "intersection": LocalWindow(90) & Strided(2),
+    "per kv head": PerHead((LocalWindow(20), Strided(2))),
+    "per head": PerHead((LocalWindow(20), Strided(2), GlobalTokens(1), RandomBlocks(3))),
+    "pooled": PooledHierarchy(window=24, coarser=((48, 4), (None, 8))),
+}
+CASES = [
+    (name, causal, documents, length)
+    for name in PATTERNS
+    for causal in (True, False)
+    for documents in (False, True)
+    for length in (63, 111, 160)
+    if causal or name != "pooled"
+]
+
+
+def layout_of(name: str, causal: bool = True, documents: bool = False, length: int = 111) -> BlockLayout:
+    ids = None
+    if documents:
+        ids = torch.zeros(2, length, dtype=torch.int32)
+        ids[0, 17:] = 1
+        ids[1, 32:] = 1
+        ids[1, length - 5 :] = 2
+    return PATTERNS[name].layout(length, block=16, heads=HEADS, kv_heads=KV_HEADS, causal=causal, documents=ids)
+
+
+def of_every_head(tiles: Tensor, batch: int) -> Tensor:
+    """[B|1, H|Hkv|1, …] → [batch, HEADS, …]."""
+    return tiles.repeat_interleave(HEADS // tiles.shape[1], 1).expand(batch, -1, -1, -1)
+
+
+def listed(layout: BlockLayout) -> dict[str, Tensor]:
+    """Which tiles each of the four lists names, bool [2, HEADS, NQ, NKVB]."""
+    tiles = flex.block_mask(layout, HEADS)
+    nq, nkv = layout.num_q_blocks, layout.num_kv_blocks
+    lists = {
+        "partial": _ordered_to_dense(tiles.kv_num_blocks, tiles.kv_indices, nkv),
+        "full": _ordered_to_dense(tiles.full_kv_num_blocks, tiles.full_kv_indices, nkv),
+        "partial, transposed": _ordered_to_dense(tiles.q_num_blocks, tiles.q_indices, nq).mT,
+        "full, transposed": _ordered_to_dense(tiles.full_q_num_blocks, tiles.full_q_indices, nq).mT,
+    }
+    return {name: of_every_head(found.bool(), 2) for name, found in lists.items()}
+
+
+@pytest.mark.parametrize(("name", "causal", "documents", "length"), CASES)
+def test_the_lists_name_the_tiles_of_the_layout_and_their_transpose(name, causal, documents, length):
+    layout = layout_of(name, causal, documents, length)
+    lists = listed(layout)
+    assert torch.equal(lists["partial"] | lists["full"], of_every_head(layout.block_map(), 2))
+    assert not (lists["partial"] & lists["full"]).any()
+    assert torch.equal(lists["partial, transposed"], lists["partial"])
+    assert torch.equal(lists["full, transposed"], lists["full"])
+
+
+@pytest.mark.parametrize(("name", "causal", "documents", "length"), CASES)
+def test_the_rule_of_flex_is_the_layout_inside_its_tiles_and_no_full_tile_needs_it(name, causal, documents, length):
+    layout = layout_of(name, causal, documents, length)
+    b, h, i, j = torch.meshgrid(
+        *(torch.arange(n) for n in (2, HEADS, layout.num_queries, layout.num_keys)), indexing="ij"
+    )
+    allowed = flex.block_mask(layout, HEADS).mask_mod(b, h, i, j)
+    dense, lists = of_every_head(layout.to_dense(), 2), listed(layout)
+
+    def of_tokens(tiles: Tensor) -> Tensor:
+        return tiles.repeat_interleave(16, 2).repeat_interleave(16, 3)[:, :, : layout.num_queries, : layout.num_keys]
+
+    inside = of_tokens(lists["partial"] | lists["full"])
+    assert torch.equal(allowed & inside, dense)
+    assert dense[of_tokens(lists["full"])].all()
+
+
+def test_a_row_that_reads_everything_is_listed_like_any_other():
+    layout = layout_of("globals", causal=False)
+    assert len(layout.dense_rows)
+    lists = listed(layout)
+    assert (lists["partial"] | lists["full"])[:, :, layout.dense_rows.long()].all()
+
+
+@pytest.mark.parametrize("name", ["window", "dilated", "per head"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_stated_bytes_are_those_of_the_lists_and_shared_tables_stay_shared(name, documents):
+    layout = layout_of(name, documents=documents)
+    tiles = flex.block_mask(layout, HEADS)
+    lists = (tiles.kv_indices, tiles.full_kv_indices, tiles.q_indices, tiles.full_q_indices)
+    assert sum(x.nbytes for x in lists) == flex.list_bytes(layout, HEADS)
+    assert tiles.kv_indices.shape[:2] == (2 if documents else 1, 1 if name == "window" else HEADS)
+    assert all(x.is_contiguous() and x.dtype == torch.int32 for x in lists)
+
+
+def test_lists_are_made_once_per_layout_and_go_with_it():
+    layout = layout_of("window")
+    tiles = flex.block_mask(layout, HEADS)
+    assert flex.block_mask(layout, HEADS) is tiles
+    gone = weakref.ref(tiles)
+    del tiles, layout
+    gc.collect()
+    assert gone() is None
+
+
+def qkv(layout: BlockLayout, dim: int = 32, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((HEADS, layout.num_queries), (KV_HEADS, layout.num_keys), (KV_HEADS, layout.num_keys))
+    return [torch.randn(2, *shape, dim, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def one_kernel_for_all(layout: BlockLayout) -> BlockLayout:
+    """The same layout written so that all of them share one compilation: a table per head, documents per sample."""
+    mask, table = layout.mask, layout.kv_indices.repeat_interleave(HEADS // layout.kv_indices.shape[1], 1)
+    if mask.q_doc is None:
+        zeros = torch.zeros(2, layout.num_keys, dtype=torch.int32)
+        mask = replace(mask, q_doc=zeros, kv_doc=zeros.clone())  # one tensor twice would be another kernel
+    return replace(layout, kv_indices=table, mask=mask)
+
+
+def hidden_keys() -> BlockLayout:
+    """Keys 0 … 40 are hidden, so that the first queries read nothing."""
+    layout = layout_of("window")
+    visible_from = layout.mask.visible_from.clone()
+    visible_from[:, :41] = torch.iinfo(torch.int32).max
+    return replace(layout, mask=replace(layout.mask, visible_from=visible_from))
+
+
+def window_and_sinks() -> BlockLayout:
+    layout = layout_of("union")
+    return replace(layout, mask=interval_mask(layout.num_keys, window=20, sinks=3))
+
+
+def test_the_compiled_forward_equals_the_reference_and_one_kernel_serves_every_layout_of_a_shape():
+    layouts = [
+        layout_of("dilated", documents=True),
+        layout_of("per head"),
+        layout_of("random", causal=False),
+        layout_of("globals", causal=False),
+        window_and_sinks(),
+        hidden_keys(),
+    ]
+    before = counters["stats"]["unique_graphs"]
+    for layout in map(one_kernel_for_all, layouts):
+        q, k, v = qkv(layout)
+        out = block_sparse_attention(q, k, v, layout, backend="flex", scale=0.3)
+        expected = block_sparse_attention(q, k, v, layout, backend="reference", scale=0.3)
+        assert torch.allclose(out, expected, atol=1e-5)
+    assert not out[:, :, :41].any()  # rows with nothing to read
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("length", [63, 1000])
+def test_the_compiled_forward_equals_the_reference_for_every_pattern(name, length):
+    layout = layout_of(name, documents=length == 1000, length=length)
+    q, k, v = qkv(layout)
+    out = block_sparse_attention(q, k, v, layout, backend="flex")
+    assert torch.allclose(out, block_sparse_attention(q, k, v, layout, backend="reference"), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [1, 4, 64, 128])
+def test_any_block_does_on_the_cpu(block):
+    layout = LocalWindow(40).layout(150, block=block)
+    q, k, v = qkv(layout)
+    out = block_sparse_attention(q, k, v, layout, backend="flex")
+    assert torch.allclose(out, block_sparse_attention(q, k, v, layout, backend="reference"), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_around_it_changes_nothing():
+    layout = layout_of("union")
+    q, k, v = qkv(layout)
+
+    def model(q: Tensor) -> Tensor:
+        return 2 * block_sparse_attention(q * 1.5, k, v, layout, backend="flex")
+
+    assert torch.allclose(torch.compile(model)(q), model(q), atol=1e-6)
+
+
+def test_where_compiling_is_switched_off_it_refuses_rather_than_read_too_much():
+    layout = layout_of("strided")
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="use backend=blocked"):
+        block_sparse_attention(*qkv(layout), layout, backend="flex")
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention traced and differentiated, and then run by PyTorch's slow dense form of it, which has a backward on
+    CPU and reads the mask alone, not the lists."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *qkv: None)
+    monkeypatch.setattr(flex, "_compiled", lambda device: torch.compile(flex._attend, backend="aot_eager"))
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_output_and_lse_have_the_gradients_of_the_reference():
+    layout = LocalWindow(111).layout(111, block=16)  # all tiles, so that the mask alone says everything
+    visible_from = layout.mask.visible_from.clone()
+    visible_from[:, :9] = torch.iinfo(torch.int32).max  # rows 0 … 8 read nothing
+    layout = replace(layout, mask=replace(layout.mask, visible_from=visible_from))
+    q, k, v = (x.requires_grad_() for x in qkv(layout))
+    out, lse = flex.attention(q, k, v, layout, 0.3, True)
+    assert not out[:, :, :9].any() and (lse[:, :, :9] == float("-inf")).all()
+    merged = torch.logaddexp(lse, lse)  # of two branches that both read nothing: its gradient there is NaN
+    loss = (out * out.sin()).sum() + torch.where(merged > float("-inf"), merged, 0.0).sin().sum()
+    grads = torch.autograd.grad(loss, (q, k, v))
+
+    out, lse = reference.attention(q[:, :, 9:], k, v, layout.per_token(9, 111), 0.3, None, None)
+    loss = (out * out.sin()).sum() + torch.logaddexp(lse, lse).sin().sum()
+    for mine, expected in zip(grads, torch.autograd.grad(loss, (q, k, v)), strict=True):
+        assert torch.allclose(mine, expected, atol=1e-4)
+
+
+REFUSED = {
+    "has no backward on CPU; use backend=blocked (the CPU default) or move the tensors to CUDA": {"grad": True},
+    "returns no lse on CPU; use backend=blocked": {"return_lse": True},
+    "takes no block_bias; use backend=blocked": {"block_bias": True},
+    "takes no dropout; use backend=blocked": {"dropout": True},
+    "takes no mask.dense; use backend=blocked": {"dense": True},
+    "computes in fp32, bf16 and fp16, not in float64; use backend=blocked": {"dtype": torch.float64},
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_it_cannot_do_is_refused_with_the_way_out(sentence):
+    asked = REFUSED[sentence]
+    layout = layout_of("window")
+    if "dense" in asked:
+        layout = replace(layout, mask=replace(layout.mask, dense=torch.ones(1, 1, 111, 111, dtype=torch.bool)))
+    q, k, v = qkv(layout, dtype=asked.get("dtype", torch.float32))
+    q.requires_grad_("grad" in asked)
+    bias = torch.zeros(1, 1, *layout.kv_indices.shape[2:]) if "block_bias" in asked else None
+    dropout = dispatch.Dropout(0.5, torch.zeros(2, dtype=torch.int64)) if "dropout" in asked else None
+    with pytest.raises(ValueError) as refused:
+        block_sparse_attention(
+            q, k, v, layout, backend="flex", block_bias=bias, dropout=dropout, return_lse="return_lse" in asked
+        )
+    assert str(refused.value).startswith(f'backend "flex" {sentence}')
+
+
+def test_lists_beyond_the_limit_are_refused_with_their_size(monkeypatch):
+    layout, q = layout_of("window"), torch.zeros(2, HEADS, 111, 32)
+    assert flex.refusal(q, layout, gradients=False, lse=False) is None
+    monkeypatch.setattr(flex, "LIST_BYTES_LIMIT", flex.list_bytes(layout, HEADS) - 1)
+    assert "lists tiles at full width" in flex.refusal(q, layout, gradients=False, lse=False)
+    million = LocalWindow(256).layout(1 << 20, block=128)
+    assert flex.list_bytes(million, heads=32) == 1 << 30  # 1,048,576 tokens at block 128 just fit, one table for all
+
+
+class OnCuda:
+    """As much of a CUDA tensor as refusals look at."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, dim: int = 64, dtype: torch.dtype = torch.bfloat16):
+        self.shape, self.dtype = (2, HEADS, 256, dim), dtype
+
+
+@pytest.mark.parametrize("block", [16, 24, 32, 48, 64, 96, 128, 192, 256])
+def test_blocks_that_cuda_has_tiles_for_are_taken_and_others_refused(block):
+    layout = LocalWindow(40).layout(256, block=block)
+    refused = flex.refusal(OnCuda(), layout, gradients=True, lse=True)
+    assert (refused is None) == (block in (32, 64, 96, 128, 192, 256))
+    if refused is not None:
+        assert refused == f"needs blocks in multiples of 32 on CUDA, not {block} × {block}"
+        return
+    found, options = CUDAConfigHeuristic(), flex.tile_options(layout)
+    forward = [
+        (options.get("fwd_BLOCK_M", tile.block_m), options.get("fwd_BLOCK_N", tile.block_n))
+        for tile in found.flex_attn_fwd_autotune_configs
+    ]
+    assert any(block % m == 0 and block % n == 0 for m, n in forward)
+    backward = found.flex_attn_bwd_autotune_configs
+    assert any(block % n == 0 for tile in backward for n in [max(tile.block_m1, tile.block_n1)])
+
+
+def test_small_heads_are_refused_on_cuda():
+    layout = LocalWindow(40).layout(256, block=64)
+    assert flex.refusal(OnCuda(dim=8), layout, gradients=False, lse=False) == (
+        "needs a head dim of at least 16 on CUDA, not 8"
+    )
+
+
+def asked_on_cuda(layout: BlockLayout, bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> dispatch.Request:
+    return dispatch.Request(layout, bias, False, False, 256, 256, OnCuda(dtype=dtype), True)
+
+
+def test_on_cuda_dense_goes_to_sdpa_tiles_to_flex_and_the_rest_to_blocked():
+    tiles, dense = LocalWindow(40).layout(256, block=64), LocalWindow(256).layout(256, block=64)
+    assert dispatch._automatic(asked_on_cuda(dense)) == "sdpa"
+    assert dispatch._automatic(asked_on_cuda(tiles)) == "flex"
+    assert dispatch._automatic(asked_on_cuda(tiles, bias=True)) == "blocked"
+    assert dispatch._automatic(asked_on_cuda(LocalWindow(40).layout(256, block=16))) == "blocked"
+    assert dispatch._automatic(asked_on_cuda(tiles.per_token(3, 4))) == "blocked"
+
+
+@pytest.fixture
+def backend_of_process() -> Iterator[None]:
+    yield
+    set_backend("auto")
+
+
+@pytest.mark.usefixtures("backend_of_process")
+def test_the_backend_of_the_process_holds_until_a_block_of_code_says_otherwise():
+    layout = layout_of("window")
+    q, k, v = qkv(layout)
+    set_backend("sdpa")
+    with pytest.raises(ValueError, match='backend "sdpa" takes only layouts'):
+        block_sparse_attention(q, k, v, layout)
+    with use_backend("auto"):
+        block_sparse_attention(q, k, v, layout)
+    with pytest.raises(ValueError, match="backend is 'flx'"):
+        set_backend("flx")
+
+
+@pytest.mark.usefixtures("backend_of_process")
+def test_the_config_sets_the_backend_and_a_machine_that_cannot_says_so():
+    layout = layout_of("window")
+    _set_machine(compose(["kernels.backend=sdpa", "threads=1", "matmul_precision=highest"]))
+    with pytest.raises(ValueError, match='backend "sdpa" takes only layouts'):
+        block_sparse_attention(*qkv(layout), layout)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r'^kernels\.backend "flex" has no backward on CPU; use backend=blocked'):
+            _set_machine(compose(["kernels.backend=flex", "threads=1", "matmul_precision=highest"]))
+
+
+if torch.cuda.is_available():
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", PATTERNS)
+    @pytest.mark.parametrize("block", [32, 64, 128])
+    @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)])
+    def test_on_cuda_output_lse_and_gradients_equal_the_reference(name, block, dtype, bound):
+        pattern = BlockDilated((256, 512), (2, 4)) if name == "dilated" else PATTERNS[name]
+        layout = pattern.layout(1000, block=block, heads=HEADS, kv_heads=KV_HEADS, device="cuda")
+        results = []
+        for backend in ("flex", "reference"):
+            q, k, v = (x.requires_grad_() for x in qkv(layout, 64, dtype, "cuda"))
+            out, lse = block_sparse_attention(q, k, v, layout, backend=backend, return_lse=True)
+            grads = torch.autograd.grad(out.float().sin().sum() + lse.sin().sum(), (q, k, v))
+            results.append([x.float() for x in (out, lse, *grads)])
+        for mine, expected in zip(*results, strict=True):
+            assert (mine - expected).norm() <= bound * expected.norm()
