@@ -51,6 +51,11 @@ class BlockLayout:
         return self.mask.num_keys
 
     @property
+    def num_tokens(self) -> int:
+        """Keys that are tokens; they lead, and the appended ones, if any, begin at the next whole block."""
+        return self.num_keys if self.mask.num_tokens is None else self.mask.num_tokens
+
+    @property
     def num_q_blocks(self) -> int:
         return self.kv_indices.shape[2]
 
@@ -72,6 +77,8 @@ class BlockLayout:
         allowed = tiles[:, :, : self.num_queries, : self.num_keys] & self.mask.to_dense()
         if self.mask.dense is not None:
             explicit = self.mask.dense
+            if explicit.shape[1] > 1:  # it differs by query head, the table perhaps by key/value head
+                allowed = allowed.repeat_interleave(explicit.shape[1] // allowed.shape[1], 1)
             allowed = allowed & (explicit if explicit.dtype == torch.bool else explicit > float("-inf"))
         return allowed
 
@@ -82,7 +89,7 @@ class BlockLayout:
         opens = _of_blocks(mask.visible_from, self.kv_block, "max")
         closes = _of_blocks(mask.visible_until, self.kv_block, "min")
         first_q, last_q = (_of_blocks(mask.q_pos, self.q_block, of) for of in ("min", "max"))
-        batch = max(t.shape[0] for t in (table, opens, first_q))
+        batch = max(t.shape[0] for t in (table, opens, closes, first_q))
         if mask.q_doc is not None and mask.kv_doc is not None:
             batch = max(batch, mask.q_doc.shape[0], mask.kv_doc.shape[0])
         table = table.expand(batch, -1, -1, -1)
@@ -106,15 +113,22 @@ class BlockLayout:
     def density(self) -> float:
         """Query–key area of the computed tiles ÷ area of the tiles of dense attention over the same documents.
 
-        Mean over batch and query heads.
+        Mean over batch and query heads. Keys beside the tokens (summaries) count above the line only.
         """
         return self._density
 
     @cached_property
     def _density(self) -> float:
+        computed, dense = self.areas()
+        return float((computed / dense[:, None]).mean())
+
+    def areas(self) -> tuple[Tensor, Tensor]:
+        """Query–key area of the computed tiles, fp64 [B|1, H|Hkv|1], and of dense attention's, fp64 [B|1]: pairs."""
         mask = self.mask
         q_area = _block_lengths(self.num_queries, self.q_block, mask.device)
-        k_area = _block_lengths(self.num_keys, self.kv_block, mask.device)
+        token_area = _block_lengths(self.num_tokens, self.kv_block, mask.device)
+        appended = max(self.num_keys - len(token_area) * self.kv_block, 0)  # the tokens' last block may be short
+        k_area = torch.cat([token_area, _block_lengths(appended, self.kv_block, mask.device)])
         area_before = torch.cat([k_area.new_zeros(1), k_area.cumsum(0)])  # keys before block J
 
         first, last = self._dense_span()
@@ -123,23 +137,21 @@ class BlockLayout:
         is_dense_row = torch.zeros(self.num_q_blocks, dtype=torch.bool, device=mask.device)
         is_dense_row[self.dense_rows.long()] = True
         chosen_area = torch.where(is_dense_row, dense_area[:, None], chosen_area).double()
-        per_head = (chosen_area * q_area).sum(-1)  # [B|1, H']
-        dense = (dense_area.double() * q_area).sum(-1)[:, None]
-        return float((per_head / dense).mean())
+        return (chosen_area * q_area).sum(-1), (dense_area.double() * q_area).sum(-1)
 
     def _dense_span(self) -> tuple[Tensor, Tensor]:
         """First and last key block of each row under dense attention over the same documents: two int64 [B|1, NQ]."""
         mask = self.mask
         last_q = _of_blocks(mask.q_pos, self.q_block, "max")
-        last_key = last_q if mask.causal else torch.full_like(last_q, self.num_keys - 1)
+        last_key = last_q if mask.causal else torch.full_like(last_q, self.num_tokens - 1)
         first_key = torch.zeros_like(last_key)
         if mask.q_doc is not None and mask.kv_doc is not None:
             q_first, q_last = (_of_blocks(mask.q_doc, self.q_block, of) for of in ("min", "max"))
-            docs = mask.kv_doc.expand(len(q_first), -1).contiguous()
+            docs = mask.kv_doc[:, : self.num_tokens].expand(len(q_first), -1).contiguous()
             first_key = torch.searchsorted(docs, q_first.contiguous())
             document_end = torch.searchsorted(docs, q_last.contiguous(), right=True) - 1
             last_key = torch.minimum(last_key, document_end)
-        return first_key.long() // self.kv_block, last_key.clamp(max=self.num_keys - 1).long() // self.kv_block
+        return first_key.long() // self.kv_block, last_key.clamp(max=self.num_tokens - 1).long() // self.kv_block
 
     def per_token(self, start: int, stop: int) -> BlockLayout:
         """The rows of queries start … stop − 1, one row per query (q_block = 1): decoding at any offset."""

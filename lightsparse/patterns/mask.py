@@ -2,7 +2,7 @@
 
     mask(i, j) = visible_from[j] <= q_pos[i] < visible_until[j]  and  q_doc[i] == kv_doc[j]
 
-Windows, sinks, causality, padding and (later) pooled levels are all this one rule. It is also FlexAttention's
+Windows, sinks, causality, padding and pooled levels are all this one rule. It is also FlexAttention's
 `mask_mod` signature, so the same object serves every backend.
 """
 
@@ -28,6 +28,8 @@ class ElementMask:
                                  only the backends `reference` and `blocked` take it
     causal                       whether dense attention over the same documents would be causal; density counts
                                  against that
+    num_tokens                   leading keys that are tokens, where keys are appended (summaries, each segment padded
+                                 to whole blocks); None = all keys. Dense attention reads only tokens
     """
 
     q_pos: Tensor
@@ -37,6 +39,7 @@ class ElementMask:
     kv_doc: Tensor | None = None
     dense: Tensor | None = None
     causal: bool = True
+    num_tokens: int | None = None
 
     @property
     def num_queries(self) -> int:
@@ -48,11 +51,14 @@ class ElementMask:
 
     def __call__(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """FlexAttention's `mask_mod(b, h, q_index, kv_index)`: True where query i may read key j (ignores `dense`)."""
-        bq, bk = b % self.q_pos.shape[0], b % self.visible_from.shape[0]
-        position = self.q_pos[bq, i]
-        allowed = (self.visible_from[bk, j] <= position) & (position < self.visible_until[bk, j])
+
+        def at(values: Tensor, index: Tensor) -> Tensor:
+            return values[b % values.shape[0], index]  # each has its own batch dimension, 1 or B
+
+        position = at(self.q_pos, i)
+        allowed = (at(self.visible_from, j) <= position) & (position < at(self.visible_until, j))
         if self.q_doc is not None and self.kv_doc is not None:
-            allowed = allowed & (self.q_doc[b % self.q_doc.shape[0], i] == self.kv_doc[b % self.kv_doc.shape[0], j])
+            allowed = allowed & (at(self.q_doc, i) == at(self.kv_doc, j))
         return allowed
 
     def to_dense(self) -> Tensor:
@@ -98,15 +104,17 @@ def interval_mask(
         raise ValueError(f"window is {window}; a window counts tokens and must be at least 1")
     if sinks < 0:
         raise ValueError(f"sinks is {sinks}; it counts tokens and must be at least 0")
+    starts = None if documents is None else document_starts(documents.to(device))
     position = torch.arange(num_keys, dtype=torch.int32, device=device)[None]
     visible_from = position if causal else torch.full_like(position, NEVER)
     visible_until = torch.full_like(position, ALWAYS)
     if window is not None:
+        window = min(window, num_keys)  # the sum below stays within int32
         visible_until = position + window
         if not causal:
             visible_from = position - (window - 1)
     if window is not None and sinks:
-        since_start = position - (0 if documents is None else document_starts(documents))
+        since_start = position - (0 if starts is None else starts)
         is_sink = since_start < sinks
         visible_until = torch.where(is_sink, ALWAYS, visible_until)
         if not causal:

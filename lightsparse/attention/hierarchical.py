@@ -1,0 +1,132 @@
+"""Hierarchical attention: near tokens one by one, farther ones through means of ever more tokens, under one softmax.
+
+Every query covers every past token exactly once, by itself or by one summary, so nothing is out of reach at any
+distance, and a token's cost is a few windows plus N / (coarsest stride).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from lightsparse.attention.core import AttentionConfig, AttentionResult, AttentionShape, SequenceContext
+from lightsparse.attention.fixed import FixedPatternAttention
+from lightsparse.attention.pooling import log_counts, with_summaries
+from lightsparse.kernels import block_sparse_attention
+from lightsparse.patterns import AtDensity, Hierarchical, LocalWindow, Pattern, PooledHierarchy
+from lightsparse.patterns.hierarchical import Levels, as_levels, check_nested
+
+Preset = Literal["standard", "fine_grained", "long_range", "ultra_sparse"]
+
+# Beside each: the most its density is, summaries included, in blocks of 64 at 4,096, 16,384 and 65,536 tokens.
+PRESETS: dict[Preset, Levels] = {
+    "standard": ((512, 1), (8192, 64), (None, 512)),  # 0.30, 0.10, 0.03
+    "fine_grained": ((1024, 1), (8192, 16), (None, 64)),  # 0.52, 0.19, 0.065
+    "long_range": ((256, 1), (8192, 32), (32768, 128), (None, 512)),  # 0.20, 0.075, 0.03
+    "ultra_sparse": ((64, 1), (2048, 64), (None, 1024)),  # 0.10, 0.035, 0.01
+}
+
+
+@dataclass(frozen=True)
+class HierarchicalConfig(AttentionConfig):
+    preset: Preset | None = "standard"  # named levels; null: those in `levels`
+    levels: Levels = ()  # [window in tokens, stride], finest first; the last window is null, the whole past
+    reduce: Literal["mean"] | None = "mean"  # mean: one summary per `stride` tokens; null: every stride-th block itself
+    log_count: bool = True  # reduce: mean only; log(stride) is added to a summary's score, so that it weighs `stride`
+    block: int = 64  # keys per block, of tokens and summaries, and queries
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 1:
+            raise ValueError(f"attention.block is {self.block}; it counts tokens and must be at least 1")
+        if self.preset is None and not self.levels:
+            raise ValueError("attention.preset is null and attention.levels is empty; give one of them")
+        if self.preset is not None and self.levels:
+            raise ValueError(
+                f"attention.preset is {self.preset} and attention.levels is {self.levels}; "
+                "give one of them: attention.preset=null for levels of your own"
+            )
+        levels = as_levels(self.chosen_levels(), "attention.levels")
+        check_nested(levels, "attention.levels")
+        windows = [window for window, _ in levels if window is not None]
+        if windows != sorted(windows):
+            raise ValueError(
+                f"attention.levels is {levels}; a coarser level's window must not be smaller than a finer one's"
+            )
+
+    def chosen_levels(self) -> Levels:
+        return self.levels if self.preset is None else PRESETS[self.preset]
+
+    def small(self) -> Self:
+        return replace(self, preset=None, levels=((9, 1), (25, 4), (None, 16)), block=16)
+
+    def full(self) -> Self:
+        everything = tuple((None if w is None else 1 << 24, stride) for w, stride in self.chosen_levels())
+        return replace(self, preset=None, levels=everything)
+
+
+class BlockSparseHierarchical(FixedPatternAttention):
+    """Tokens of a near window, and mean-pooled keys and values of everything before it.
+
+    The scheme (levels, handover, documents) is ours. Its ideas are known: fine near and coarse far (H-Transformer-1D,
+    Zhu & Soricut 2021, arXiv 2107.11906; Focal Transformer, Yang et al. 2021, arXiv 2107.00641), pooled memories
+    (Compressive Transformer, Rae et al. 2019, arXiv 1911.05507), near, far and global blocks under one softmax
+    (BigBird, Zaheer et al. 2020, arXiv 2007.14062), and log(size) added to the score of a merged token (ToMe, Bolya et
+    al. 2022, arXiv 2210.09461, "proportional attention").
+
+    Keys arrive after RoPE, so a summary's key is the mean of rotated keys: the fast-turning pairs of dimensions partly
+    cancel, and what is left of them tells less about position the longer the stride. Its value is the plain mean. The
+    summaries are functions of k and v and carry gradients to every token they stand for.
+
+    Causal only: without causality a summary would be read from far before and from far behind its tokens, two
+    intervals, where a key has one. Decoding computes the summaries again from the cached tokens.
+    """
+
+    Config = HierarchicalConfig
+    supports_bidirectional = False
+
+    def __init__(self, config: HierarchicalConfig, shape: AttentionShape):
+        super().__init__(config, shape)
+        self.block = config.block
+        self.log_count = config.log_count
+        (window, _), *coarser = config.chosen_levels()
+        assert window is not None  # only the last level's is
+        pooled = config.reduce == "mean"
+        self.pattern: Pattern = (
+            PooledHierarchy(window, tuple(coarser)) if pooled else LocalWindow(window) | Hierarchical(tuple(coarser))
+        )
+        if config.density is not None:
+            self.pattern = self._solved(config.density, uniform=pooled)
+
+    def _solved(self, density: float, uniform: bool) -> Pattern:
+        """The pattern with its near window such that the density is reached at the training context."""
+        shape = self.shape
+        if shape.context is None:
+            raise ValueError(
+                f"attention.density is {density}; it needs AttentionShape.context, the length it refers to"
+            )
+        wanted = AtDensity(self.pattern, density, "window", at=shape.context, uniform=uniform)
+        sparser, _, _ = wanted.solved(
+            shape.context, block=self.block, heads=shape.heads, kv_heads=shape.kv_heads, causal=shape.causal
+        )
+        return sparser if uniform else wanted
+
+    def pattern_at(self, num_keys: int) -> Pattern:
+        return self.pattern
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+        if not isinstance(self.pattern, PooledHierarchy):
+            return super().forward(q, k, v, x=x, ctx=ctx)
+        layout = self.layout(k.shape[2], ctx, q.device)
+        segments = self.pattern.segments(k.shape[2], self.block)
+        keys, values = (with_summaries(t, segments, self.block) for t in (k, v))
+        bias = log_counts(layout, segments, q.dtype) if self.log_count and len(segments) > 1 else None
+        dropout = ctx.dropout(
+            self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
+        )
+        out = block_sparse_attention(q, keys, values, layout, block_bias=bias, dropout=dropout)
+        assert isinstance(out, Tensor)
+        return AttentionResult(out, stats={"density": torch.tensor(layout.density())})
