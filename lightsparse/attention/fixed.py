@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from lightsparse.attention.core import AttentionCore, AttentionResult, SequenceContext
 from lightsparse.kernels import block_sparse_attention
-from lightsparse.patterns import BlockLayout, Pattern
+from lightsparse.patterns import BlockLayout, LayoutKey, Pattern, PersistentPatternCache
+
+LAYOUTS = PersistentPatternCache()  # of the whole process: layers, steps and evaluations share it
 
 
 class FixedPatternAttention(AttentionCore):
@@ -30,17 +30,19 @@ class FixedPatternAttention(AttentionCore):
         assert isinstance(out, Tensor)
         return AttentionResult(out, stats={"density": torch.tensor(layout.density())})
 
+    @torch.compiler.disable  # numbers in, a table out: nothing to compile, and data-dependent widths break the graph
     def layout(self, num_keys: int, ctx: SequenceContext, device: torch.device) -> BlockLayout:
         """The layout of queries ctx.q_start … num_keys − 1. Layers of the same pattern share it."""
-        pattern, rows = self.pattern_at(num_keys), range(ctx.q_start // self.block, -(-num_keys // self.block))
-        heads, kv_heads, causal = self.shape.heads, self.shape.kv_heads, self.shape.causal
-        key = (type(self), pattern, self.block, heads, kv_heads, causal, num_keys, device, rows)
-        if ctx.documents is None:
-            whole = _layout_without_documents(*key)
-        else:
-            if key not in ctx.layouts:
-                ctx.layouts[key] = _layout(*key, ctx.documents)
-            whole = ctx.layouts[key]
+        shape, pattern = self.shape, self.pattern_at(num_keys)
+        rows = range(ctx.q_start // self.block, -(-num_keys // self.block))
+        key = LayoutKey(pattern, num_keys, self.block, shape.heads, shape.kv_heads, shape.causal, device, rows)
+        if ctx.documents is None and ctx.q_start == 0:
+            whole = LAYOUTS.layout(key, self.finish)
+        else:  # of this batch's documents, or of one decoding step: only the layers of the pass share it
+            of_pass = (key, self.finish)
+            if of_pass not in ctx.layouts:
+                ctx.layouts[of_pass] = self.finish(key.build(ctx.documents), pattern, ctx.documents)
+            whole = ctx.layouts[of_pass]
         within = ctx.q_start % self.block
         return whole.per_token(within, whole.num_queries) if within else whole
 
@@ -48,33 +50,3 @@ class FixedPatternAttention(AttentionCore):
     def finish(layout: BlockLayout, pattern: Pattern, documents: Tensor | None) -> BlockLayout:
         """What a variant adds to its pattern's layout, a token-exact window for example."""
         return layout
-
-
-def _layout(
-    variant: type[FixedPatternAttention],
-    pattern: Pattern,
-    block: int,
-    heads: int,
-    kv_heads: int,
-    causal: bool,
-    num_keys: int,
-    device: torch.device,
-    rows: range,
-    documents: Tensor | None,
-) -> BlockLayout:
-    layout = pattern.layout(
-        num_keys,
-        block=block,
-        heads=heads,
-        kv_heads=kv_heads,
-        causal=causal,
-        device=device,
-        rows=rows,
-        documents=documents,
-    )
-    return variant.finish(layout, pattern, documents)
-
-
-@lru_cache(maxsize=32)
-def _layout_without_documents(variant, pattern, block, heads, kv_heads, causal, num_keys, device, rows) -> BlockLayout:
-    return _layout(variant, pattern, block, heads, kv_heads, causal, num_keys, device, rows, None)
