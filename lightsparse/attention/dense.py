@@ -1,8 +1,11 @@
-"""Dense attention: the yardstick. PyTorch's fused kernel, document by document where documents are packed."""
+"""Dense attention: the yardstick. PyTorch's fused kernel, document by document where documents are packed.
+
+With a pattern it is attention over that pattern: dense attention intersected with it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -13,37 +16,43 @@ from lightsparse.attention.core import AttentionConfig, AttentionResult, Attenti
 from lightsparse.attention.fixed import FixedPatternAttention
 from lightsparse.patterns import LocalWindow, Pattern
 
-_BLOCK = 64  # tokens; only of the layout used for pictures, dropout and decoding
-
 
 @dataclass(frozen=True)
 class DenseConfig(AttentionConfig):
+    pattern: Pattern | None = None  # only pairs that this pattern reads; null: every pair
+    block: int = 64  # tokens per block of the pattern's grid; without a pattern, of pictures, dropout and decoding
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.density is not None and self.density != 1.0:
+        if self.block < 1:
+            raise ValueError(f"attention.block is {self.block}; it counts tokens and must be at least 1")
+        if self.density is not None and (self.density != 1.0 or self.pattern is not None):
             raise ValueError(
                 f"attention.density is {self.density}; dense attention has no parameter to solve for it, "
                 "use attention=block_sparse"
             )
 
     def small(self) -> Self:
-        return self
+        return replace(self, block=16)
 
     def full(self) -> Self:
-        return self
+        return replace(self, pattern=None)
 
 
 class DenseAttention(FixedPatternAttention):
-    """Every token reads every token before it (causal) or every token; density 1."""
+    """Every token reads every token before it (causal) or every token, where the pattern, if any, allows it."""
 
     Config = DenseConfig
+    config: DenseConfig
 
     def __init__(self, config: DenseConfig, shape: AttentionShape):
         super().__init__(config, shape)
-        self.block = _BLOCK
+        self.block = config.block
+        if config.pattern is not None:
+            refuse_unfit(config.pattern, shape, config.block)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
-        if ctx.q_start or (self.training and self.config.dropout):
+        if self.config.pattern is not None or ctx.q_start or (self.training and self.config.dropout):
             return super().forward(q, k, v, x=x, ctx=ctx)
         if ctx.documents is None:
             out = self._fused(q, k, v)
@@ -53,7 +62,7 @@ class DenseAttention(FixedPatternAttention):
         return AttentionResult(out, stats={"density": torch.ones(())})
 
     def pattern_at(self, num_keys: int) -> Pattern:
-        return LocalWindow(num_keys)  # a window over everything
+        return self.config.pattern or LocalWindow(num_keys)  # a window over everything
 
     def _by_document(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, documents_N: Tensor) -> Tensor:
         lengths = torch.unique_consecutive(documents_N, return_counts=True)[1].tolist()
@@ -63,3 +72,18 @@ class DenseAttention(FixedPatternAttention):
     def _fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grouped = self.shape.heads != self.shape.kv_heads
         return scaled_dot_product_attention(q, k, v, is_causal=self.shape.causal, enable_gqa=grouped)
+
+
+def refuse_unfit(pattern: Pattern, shape: AttentionShape, block: int) -> None:
+    """Raises the pattern's ValueError at construction, where it cannot serve the shape, rather than in a run."""
+    if shape.context is None:
+        return  # what it has to say may depend on the length
+    last = -(-shape.context // block) - 1
+    pattern.layout(
+        shape.context,
+        block=block,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        causal=shape.causal,
+        rows=range(last, last + 1),
+    )
