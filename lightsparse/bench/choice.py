@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightsparse.patterns import AtDensity, BlockLayout, GlobalTokens, LocalWindow, Pattern, Strided
+from lightsparse.patterns.at_density import OutOfReach
 
 KINDS = ("window", "mixed")
 _STEP = 0.005  # AtDensity's answer is within 2% of its target; the target is moved by this much to the wanted side
@@ -27,8 +28,11 @@ def pattern_at(kind: str, density: float, seq: int, block: int, *, at_most: bool
     target = density
     while 0.5 * density < target <= 1.0:
         pattern = AtDensity(sparsest, target, at=seq)
-        achieved = _layout(pattern, seq, block).density()
-        if achieved <= density if at_most else achieved >= density:
+        try:
+            achieved = _layout(pattern, seq, block).density()
+        except OutOfReach:  # a grid of few blocks reaches few densities: on to the next target
+            achieved = None
+        if achieved is not None and (achieved <= density if at_most else achieved >= density):
             return pattern
         target *= 1 - _STEP if at_most else 1 + _STEP
     return sparsest if at_most else LocalWindow(seq)

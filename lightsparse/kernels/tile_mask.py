@@ -1,4 +1,4 @@
-"""Masks of the tiles that need one. Most tiles of a layout are read in full; only the rest is compared token by token."""
+"""Masks of the tiles that need one: most tiles are read in full; only the rest is compared token by token."""
 
 from __future__ import annotations
 
@@ -71,4 +71,4 @@ class TileMasks:
 
 
 def _expanded(full_BHNK: Tensor, table_TNK: Tensor) -> Tensor:
-    return full_BHNK.reshape(-1, *full_BHNK.shape[2:]).expand_as(table_TNK)
+    return full_BHNK.flatten(0, 1).expand_as(table_TNK)

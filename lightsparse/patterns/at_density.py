@@ -14,18 +14,22 @@ from lightsparse.patterns.pattern import Pattern
 
 TOLERANCE = 0.02  # relative
 _GOLDEN = 0.6180339887498949
+_PROBE = 64  # blocks
+
+
+class OutOfReach(ValueError):
+    """No density near enough to the target can be reached."""
 
 
 @dataclass(frozen=True)
 class AtDensity(Pattern):
     """`pattern` with its integer field `solve` chosen so that the density is within 2% (relative) of `target`.
 
-    One step of a window or stride is a whole block in every row, too coarse for small grids. Between two steps a share
-    of the rows, spread evenly by the golden ratio, takes the denser one, so every density between the pattern's least
-    and greatest is reached.
+    One step of a window or stride is a whole block in every row, too coarse for small grids. Between two steps some of
+    the rows, spread evenly by the golden ratio, take the denser one; what is left is the step of a single row.
 
-    Raises ValueError when the pattern has no or several fields of that name, or the target lies outside what it reaches
-    (the message names the nearest reachable values).
+    Raises ValueError when the pattern has no or several fields of that name, and OutOfReach when no density within 2%
+    can be reached (the message names the nearest that can).
     """
 
     pattern: Pattern
@@ -37,6 +41,8 @@ class AtDensity(Pattern):
     def __post_init__(self) -> None:
         if not 0.0 < self.target <= 1.0:
             raise ValueError(f"AtDensity.target is {self.target}; it is a share of dense tiles and must lie in (0, 1]")
+        if self.at is not None and self.at < 1:
+            raise ValueError(f"AtDensity.at is {self.at}; it counts tokens and must be at least 1 (null: each length)")
         found = _count(self.pattern, self.solve)
         if found != 1:
             raise ValueError(
@@ -45,67 +51,127 @@ class AtDensity(Pattern):
             )
 
     def rows(self, grid: BlockGrid) -> Tensor:
-        sparser, denser, share = self._solved(grid)
-        low = sparser.rows(grid)
-        if share == 0.0:
-            return low
-        high = denser.rows(grid)
-        width = max(low.shape[-1], high.shape[-1])
-        low, high = (torch.nn.functional.pad(t, (0, width - t.shape[-1]), value=-1) for t in (low, high))
-        takes_denser = ((grid.row_ids.double() + 1) * _GOLDEN).frac() < share
-        return torch.where(takes_denser[None, None, :, None], high, low)
+        return self._mixture(grid).rows(grid)
 
     def dense_rows(self, grid: BlockGrid) -> Tensor:
-        return self._solved(grid)[0].dense_rows(grid)
+        return self._mixture(grid).dense_rows(grid)
 
     def solved(self, seq_len: int, *, block: int, heads: int = 1, kv_heads: int | None = None, causal: bool = True):
         """(sparser pattern, denser pattern, share of rows that take the denser one) for these sizes."""
-        return _solve(self, self.at or seq_len, block, heads, heads if kv_heads is None else kv_heads, causal)
+        found = _solve(self, self.at or seq_len, block, heads, heads if kv_heads is None else kv_heads, causal)
+        return found.sparser, found.denser, found.share
 
-    def _solved(self, grid: BlockGrid) -> tuple[Pattern, Pattern, float]:
-        return self.solved(grid.seq_len, block=grid.block, heads=grid.heads, kv_heads=grid.kv_heads, causal=grid.causal)
+    def _mixture(self, grid: BlockGrid) -> _Mixture:
+        return _Mixture(
+            *self.solved(grid.seq_len, block=grid.block, heads=grid.heads, kv_heads=grid.kv_heads, causal=grid.causal)
+        )
+
+
+@dataclass(frozen=True)
+class _Mixture(Pattern):
+    """`denser` in a share of the rows, the same ones whatever the length, and `sparser` in the rest."""
+
+    sparser: Pattern
+    denser: Pattern
+    share: float = 0.0
+
+    def rows(self, grid: BlockGrid) -> Tensor:
+        low = self.sparser.rows(grid)
+        if self.share == 0.0:
+            return low
+        high = self.denser.rows(grid)
+        width = max(low.shape[-1], high.shape[-1])
+        low, high = (torch.nn.functional.pad(t, (0, width - t.shape[-1]), value=-1) for t in (low, high))
+        return torch.where(self._takes_denser(grid.row_ids)[None, None, :, None], high, low)
+
+    def dense_rows(self, grid: BlockGrid) -> Tensor:
+        low = self.sparser.dense_rows(grid)
+        if self.share == 0.0:
+            return low
+        high = self.denser.dense_rows(grid)
+        return torch.cat([low[~self._takes_denser(low)], high[self._takes_denser(high)]]).unique()
+
+    def _takes_denser(self, row_ids: Tensor) -> Tensor:
+        return _place(row_ids) < self.share
+
+
+def _place(row_ids: Tensor) -> Tensor:
+    """A number in [0, 1) per row; any run of rows has them spread evenly: fp64 [rows]."""
+    return ((row_ids.double() + 1) * _GOLDEN).frac()
 
 
 @lru_cache(maxsize=256)
-def _solve(
-    wanted: AtDensity, seq_len: int, block: int, heads: int, kv_heads: int, causal: bool
-) -> tuple[Pattern, Pattern, float]:
-    def density(pattern: Pattern) -> float:
-        return pattern.layout(seq_len, block=block, heads=heads, kv_heads=kv_heads, causal=causal).density()
+def _solve(wanted: AtDensity, seq_len: int, block: int, heads: int, kv_heads: int, causal: bool) -> _Mixture:
+    """The mixture nearest to the target. No layout is built that is much denser than the target."""
+    target, solve = wanted.target, wanted.solve
+    where = f"at {seq_len} tokens in blocks of {block}"
+
+    def density(pattern: Pattern, tokens: int = seq_len) -> float:
+        return pattern.layout(tokens, block=block, heads=heads, kv_heads=kv_heads, causal=causal).density()
 
     def at(value: int) -> Pattern:
-        return _with_value(wanted.pattern, wanted.solve, value)
+        return _with_value(wanted.pattern, solve, value)
 
-    sparse_end, dense_end = 1, seq_len
-    if density(at(sparse_end)) > density(at(dense_end)):  # a larger stride reads less
-        sparse_end, dense_end = dense_end, sparse_end
-    least, greatest = density(at(sparse_end)), density(at(dense_end))
-    target = wanted.target
-    for value, reached in ((sparse_end, least), (dense_end, greatest)):
-        if abs(reached - target) <= TOLERANCE * target:
-            return at(value), at(value), 0.0
-    if not least < target < greatest:
-        raise ValueError(
-            f"density {target} is out of reach: {wanted.solve} = {sparse_end} … {dense_end} gives densities {least:.4g} "
-            f"… {greatest:.4g} at {seq_len} tokens in blocks of {block}; choose one in between or change the pattern"
+    def near(reached: float) -> bool:
+        return abs(reached - target) <= TOLERANCE * target
+
+    few = min(seq_len, _PROBE * block)  # enough to see whether a larger value reads more (window) or less (stride)
+    grows = density(at(1), few) <= density(at(few), few)
+    sparser, end = (1, seq_len) if grows else (seq_len, 1)
+    low = density(at(sparser))
+    if low >= target and not near(low):
+        raise OutOfReach(
+            f"density {target} is out of reach: the least is {low:.4g} ({solve} = {sparser}) {where}; choose that or "
+            "more, or change the pattern"
         )
-    while abs(dense_end - sparse_end) > 1:  # density(sparse_end) < target <= density(dense_end)
-        middle = (sparse_end + dense_end) // 2
-        if density(at(middle)) < target:
-            sparse_end = middle
+    denser, high = sparser, low
+    while high < target and denser != end:  # from the sparse end, so that no table much wider than wanted is built
+        sparser, low = denser, high
+        denser = min(2 * denser, seq_len) if grows else max(denser // 2, 1)
+        high = density(at(denser))
+    if high < target and not near(high):
+        raise OutOfReach(
+            f"density {target} is out of reach: the greatest is {high:.4g} ({solve} = {denser}) {where}; choose that "
+            "or less, or change the pattern"
+        )
+    while abs(denser - sparser) > 1:  # density(sparser) < target <= density(denser)
+        middle = (sparser + denser) // 2
+        reached = density(at(middle))
+        if reached < target:
+            sparser, low = middle, reached
         else:
-            dense_end = middle
-    low, high = density(at(sparse_end)), density(at(dense_end))
-    nearest, reached = min(((sparse_end, low), (dense_end, high)), key=lambda found: abs(found[1] - target))
-    if abs(reached - target) <= TOLERANCE * target:
-        return at(nearest), at(nearest), 0.0
+            denser, high = middle, reached
+    nearest, reached = min(((sparser, low), (denser, high)), key=lambda found: abs(found[1] - target))
+    if near(reached):
+        return _Mixture(at(nearest), at(nearest))
     if wanted.uniform:
-        raise ValueError(
-            f"density {target} is out of reach within {TOLERANCE:.0%}: the nearest are {low:.4g} ({wanted.solve} = "
-            f"{sparse_end}) and {high:.4g} ({wanted.solve} = {dense_end}) at {seq_len} tokens in blocks of {block}; "
-            "choose one of them or a smaller block"
+        raise OutOfReach(
+            f"density {target} is out of reach within {TOLERANCE:.0%}: the nearest are {low:.4g} ({solve} = {sparser}) "
+            f"and {high:.4g} ({solve} = {denser}) {where}; choose one of them or a smaller block"
         )
-    return at(sparse_end), at(dense_end), (target - low) / (high - low)
+
+    places = _place(torch.arange(-(-seq_len // block))).sort().values.tolist()
+
+    def mixture(rows: int) -> _Mixture:
+        """With `rows` rows that take the denser pattern."""
+        between = (places[rows - 1] + places[rows]) / 2 if 0 < rows < len(places) else float(rows > 0)
+        return _Mixture(at(sparser), at(denser), between)
+
+    some, more = 0, len(places)
+    while more - some > 1:  # density(mixture(some)) < target <= density(mixture(more))
+        middle = (some + more) // 2
+        reached = density(mixture(middle))
+        if reached < target:
+            some, low = middle, reached
+        else:
+            more, high = middle, reached
+    rows, reached = min(((some, low), (more, high)), key=lambda found: abs(found[1] - target))
+    if near(reached):
+        return mixture(rows)
+    raise OutOfReach(
+        f"density {target} is out of reach within {TOLERANCE:.0%}: the nearest are {low:.4g} and {high:.4g} ({solve} = "
+        f"{sparser} or {denser}, differing by row) {where}; choose one of them or a smaller block"
+    )
 
 
 def _count(pattern: Any, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Dilated segments in blocks: LongNet's pattern (Ding et al. 2023, arXiv 2307.02486, section 2.2) for one joint softmax."""
+"""Dilated segments in blocks: LongNet's pattern (Ding et al. 2023, arXiv 2307.02486, 2.2), one joint softmax."""
 
 from __future__ import annotations
 

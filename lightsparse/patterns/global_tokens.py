@@ -39,19 +39,20 @@ class GlobalTokens(Pattern):
                 "use trailing=0 or objective=mlm"
             )
         first, last = grid.document_spans()
-        starts = torch.tensor([row * grid.block for row in grid.rows], device=grid.device)
-        ends = (starts + grid.block - 1).clamp(max=grid.seq_len - 1)
+        starts, ends = self._tokens_of_rows(grid)
+        leading = min(self.n, grid.seq_len)
+        trailing = min(self.trailing, grid.seq_len)
         spans = []
-        if self.n:
+        if leading:
             # Documents of a row lie side by side. The first reaches back; those that begin inside the row have their
             # global tokens from there on, so one run of blocks from the row to the last one's covers them.
-            spans.append((first[:, starts], torch.minimum(first[:, starts] + self.n - 1, last[:, starts])))
+            spans.append((first[:, starts], torch.minimum(first[:, starts] + leading - 1, last[:, starts])))
             spans.append(
-                (torch.maximum(first[:, ends], starts), torch.minimum(first[:, ends] + self.n - 1, last[:, ends]))
+                (torch.maximum(first[:, ends], starts), torch.minimum(first[:, ends] + leading - 1, last[:, ends]))
             )
-        if self.trailing:
-            spans.append((torch.maximum(last[:, ends] - self.trailing + 1, first[:, ends]), last[:, ends]))
-            spans.append((torch.maximum(last[:, starts] - self.trailing + 1, first[:, starts]), last[:, starts]))
+        if trailing:
+            spans.append((torch.maximum(last[:, ends] - trailing + 1, first[:, ends]), last[:, ends]))
+            spans.append((torch.maximum(last[:, starts] - trailing + 1, first[:, starts]), last[:, starts]))
         tables = [_blocks_between(start, end, grid) for start, end in spans]
         table = torch.cat([t.expand(max(len(u) for u in tables), -1, -1, -1) for t in tables], dim=-1)
         if grid.documents is not None and not grid.causal:
@@ -67,24 +68,29 @@ class GlobalTokens(Pattern):
         ids = grid.row_ids
         return ids[(ids < leading_end) | (ids >= trailing_start)]
 
+    def _tokens_of_rows(self, grid: BlockGrid) -> tuple[Tensor, Tensor]:
+        """First and last token of each row: two int64 [NQ]."""
+        starts = grid.row_ids.long() * grid.block
+        return starts, (starts + grid.block - 1).clamp(max=grid.seq_len - 1)
+
     def _with_wide_rows(self, table: Tensor, grid: BlockGrid) -> Tensor:
-        """Rows that hold a global token list every block of the sequence; foreign documents are dropped later."""
+        """Rows that hold a global token list every block of their own documents, which lie side by side."""
         first, last = grid.document_spans()
         position = torch.arange(grid.seq_len, device=grid.device)
         is_global = (position - first < self.n) | (last - position < self.trailing)
         padded = torch.nn.functional.pad(is_global, (0, grid.num_kv * grid.block - grid.seq_len))
         wide = padded.unflatten(1, (-1, grid.block)).any(-1)[:, grid.rows.start : grid.rows.stop]
-        every = torch.arange(grid.num_kv, dtype=torch.int32, device=grid.device).expand(
-            len(wide), 1, len(grid.rows), -1
-        )
-        table = torch.cat([table.expand(len(wide), -1, -1, -1), torch.where(wide[:, None, :, None], every, -1)], dim=-1)
+        starts, ends = self._tokens_of_rows(grid)
+        start = first[:, starts]
+        every = _blocks_between(start, torch.where(wide, last[:, ends], start - 1), grid)
+        table = torch.cat([table.expand(len(wide), -1, -1, -1), every], dim=-1)
         return compact(table, table >= 0)
 
 
 def _blocks_between(start: Tensor, end: Tensor, grid: BlockGrid) -> Tensor:
     """Blocks holding tokens start … end of each row ([B, NQ] both): int32 [B, 1, NQ, K], −1 where end < start."""
     first, last = start.div(grid.block, rounding_mode="floor"), end.div(grid.block, rounding_mode="floor")
-    width = int((last - first).max()) + 1
-    blocks = first[..., None] + torch.arange(max(width, 1), device=grid.device)
+    width = int((last - first).max()) + 1 if first.numel() else 0
+    blocks = first[..., None] + torch.arange(max(width, 0), device=grid.device)
     inside = (blocks <= last[..., None]) & (end >= start)[..., None]
     return torch.where(inside, blocks, -1).to(torch.int32)[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ class BlockGrid:
     """Query blocks `rows` × key blocks of a self-attention over `seq_len` tokens, both `block` tokens wide.
 
     documents  int32 [B, seq_len] or None, non-decreasing along the sequence
-    Raises ValueError for sizes below 1, kv_heads that do not divide heads, and rows outside the sequence.
+    Raises ValueError for sizes below 1, kv_heads that do not divide heads, rows outside the sequence, and documents of
+    another length or with decreasing ids.
     """
 
     seq_len: int  # tokens
@@ -37,6 +38,13 @@ class BlockGrid:
             raise ValueError(f"heads is {self.heads} and kv_heads is {self.kv_heads}; kv_heads must divide heads")
         if self.rows.step != 1 or self.rows.start < 0 or self.rows.stop > self.num_kv:
             raise ValueError(f"rows is {self.rows}; it must be a plain range within 0 … {self.num_kv} query blocks")
+        if self.documents is not None:
+            if self.documents.dim() != 2 or self.documents.shape[1] != self.seq_len:
+                raise ValueError(
+                    f"documents has shape {tuple(self.documents.shape)}; it must hold an id for each of the "
+                    f"{self.seq_len} tokens, [B, seq_len]"
+                )
+            document_starts(self.documents)  # raises if ids decrease, on which everything below relies
 
     @property
     def num_kv(self) -> int:
@@ -46,10 +54,6 @@ class BlockGrid:
     def row_ids(self) -> Tensor:
         """Query block of each row: int32 [NQ]."""
         return torch.arange(self.rows.start, self.rows.stop, dtype=torch.int32, device=self.device)
-
-    def whole(self) -> BlockGrid:
-        """The same grid with all rows and no documents: what a density target refers to."""
-        return replace(self, rows=range(self.num_kv), documents=None)
 
     def visible(self, columns: Tensor, also_own: bool = False) -> Tensor:
         """Candidate key blocks → the table's form, with those outside the sequence or in the future left out.

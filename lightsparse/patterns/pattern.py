@@ -5,7 +5,7 @@ A pattern chooses whole blocks; inside a chosen block every token pair is allowe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,11 +49,10 @@ class Pattern:
         block      tokens per block, of queries and keys
         rows       the query blocks wanted (decoding, ranks); None = all
         documents  int32 [B, seq_len], non-decreasing: packed documents read only themselves
-        Time and memory O(rows · K). Raises ValueError for sizes below 1 or decreasing documents.
+        Time and memory O(rows · K). Raises ValueError for sizes below 1, rows outside the sequence, and documents of
+        another length or with decreasing ids.
         """
         device = torch.device(device)
-        if documents is not None and bool((documents[:, 0] == documents[:, -1]).all()):
-            documents = None  # one document: nothing to isolate
         num_blocks = -(-seq_len // block) if block > 0 else 0
         grid = BlockGrid(
             seq_len,
@@ -63,13 +62,16 @@ class Pattern:
             causal,
             device,
             range(num_blocks) if rows is None else rows,
-            documents,
+            None if documents is None else documents.to(device),
         )
+        if grid.documents is not None and bool((grid.documents == grid.documents[:, :1]).all()):
+            grid = replace(grid, documents=None)  # one document: nothing to isolate
         dense = self.dense_rows(grid)
         table = grid.of_shared_documents(self.rows(grid))
         if len(dense):
-            table = table.masked_fill(torch.isin(grid.row_ids, dense)[None, None, :, None], -1)
-        mask = interval_mask(seq_len, causal=causal, documents=documents, device=device)
+            is_dense = torch.isin(grid.row_ids, dense)[None, None, :, None]
+            table = compact(table, (table >= 0) & ~is_dense)
+        mask = interval_mask(seq_len, causal=causal, documents=grid.documents, device=device)
         if rows is not None:
             mask = mask.queries(rows.start * block, min(rows.stop * block, seq_len))
         return BlockLayout(table, block, block, mask, dense - grid.rows.start)
@@ -103,19 +105,9 @@ class Intersection(Pattern):
 
     def rows(self, grid: BlockGrid) -> Tensor:
         tables = [part.rows(grid) for part in self.parts]
-        dense = [part.dense_rows(grid) for part in self.parts]
-        if any(len(ids) for ids in dense):  # a dense row of one part takes what the other parts choose
-            every = torch.arange(grid.num_kv, dtype=torch.int32, device=grid.device)
-            tables = [
-                torch.where(
-                    torch.isin(grid.row_ids, ids)[None, None, :, None],
-                    every,
-                    torch.nn.functional.pad(table, (0, grid.num_kv - table.shape[-1]), value=-1),
-                )
-                if len(ids)
-                else table
-                for table, ids in zip(tables, dense, strict=True)
-            ]
+        dense = torch.stack([torch.isin(grid.row_ids, part.dense_rows(grid)) for part in self.parts])  # [parts, NQ]
+        if bool(dense.any()):
+            tables = _with_stand_ins(tables, dense)
         together = side_by_side(tables).sort(dim=-1).values
         reach = len(tables) - 1  # each part lists a block once, so a block in all parts stands len(tables) times
         in_all = torch.zeros_like(together, dtype=torch.bool)
@@ -130,12 +122,31 @@ class Intersection(Pattern):
         return common
 
 
+def _with_stand_ins(tables: list[Tensor], dense: Tensor) -> list[Tensor]:
+    """The tables of an intersection where a part's dense rows list what the first part that is not dense there chooses.
+
+    That is what an intersection with everything leaves, and no row becomes as wide as the sequence.
+    """
+    width = max(t.shape[-1] for t in tables)
+    padded = [torch.nn.functional.pad(t, (0, width - t.shape[-1]), value=-1) for t in tables]
+    stacked = torch.stack(same_heads(padded))  # [parts, B, H, NQ, K]
+    first_sparse = dense.to(torch.int8).argmin(0).view(1, 1, 1, -1, 1)  # of each row; any part where all are dense
+    stand_in = stacked.gather(0, first_sparse.expand(1, *stacked.shape[1:]))
+    return list(torch.where(dense[:, None, None, :, None], stand_in, stacked))
+
+
 def _require_parts(pattern: Union | Intersection) -> None:
+    object.__setattr__(pattern, "parts", tuple(pattern.parts))  # a list would not be hashable
     if not pattern.parts:
         raise ValueError(f"{type(pattern).__name__}.parts is empty; it needs at least one pattern")
 
 
 def side_by_side(tables: list[Tensor]) -> Tensor:
     """Tables of different batch and head dimensions, joined along K."""
+    return torch.cat(same_heads(tables), dim=-1)
+
+
+def same_heads(tables: list[Tensor]) -> list[Tensor]:
+    """Tables [B|1, H|Hkv|1, NQ, K] brought to the largest batch and head dimensions; heads of a group share a table."""
     batch, heads = (max(t.shape[d] for t in tables) for d in (0, 1))
-    return torch.cat([t.expand(batch, heads, -1, -1) for t in tables], dim=-1)
+    return [t.repeat_interleave(heads // t.shape[1], 1).expand(batch, -1, -1, -1) for t in tables]
