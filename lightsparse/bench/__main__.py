@@ -24,21 +24,35 @@ MEASUREMENTS = {
 }
 
 
+class _Once(logging.Filter):
+    """Lets each sentence through once: a variant that is built many times says what it has to say each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        sentence = record.getMessage()
+        is_new = sentence not in self.said
+        self.said.add(sentence)
+        return is_new
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a wrong result, 2 for wrong options."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = _parser().parse_args(words)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    errors = Console(stderr=True, soft_wrap=True)
-    logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False, markup=False)]
-    )
+    errors = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
+    handler = RichHandler(console=errors, show_path=False, markup=False)
+    handler.addFilter(_Once())
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
         if args.command == "table":
             for path in args.files:
                 Console(soft_wrap=True).print(load(path).markdown(), markup=False, highlight=False)
             return 0
-        report = Report(args.command, command=f"python -m lightsparse.bench {shlex.join(words)}")
+        report = Report(args.command, command=f"python -m lightsparse.bench {_without_json(words)}")
         MEASUREMENTS[args.command][0].measure(args, report)
     except (ValueError, FileNotFoundError) as error:
         errors.print(str(error), markup=False, highlight=False)
@@ -50,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.json:
         report.save(args.json)
     return 0
+
+
+def _without_json(words: list[str]) -> str:
+    """The command line without where its result goes: that is the reader's own affair."""
+    kept = [word for i, word in enumerate(words) if word != "--json" and "--json" not in words[max(i - 1, 0) : i]]
+    return shlex.join(word for word in kept if not word.startswith("--json="))
 
 
 def _parser() -> argparse.ArgumentParser:

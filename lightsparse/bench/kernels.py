@@ -2,6 +2,7 @@
 
 speedup = dense time ÷ sparse time; flop_ratio = area of dense causal tiles ÷ area of computed tiles = 1 / density;
 efficiency = speedup ÷ flop_ratio: 1.0 means that sparse tiles cost what dense tiles cost.
+With --variants: whole attention variants from conf/attention/ in place of patterns, forward + backward in training.
 """
 
 from __future__ import annotations
@@ -9,40 +10,50 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn.attention.flex_attention import flex_attention
 
-from lightsparse.bench import options
+from lightsparse.bench import measure_variants, options
+from lightsparse.bench.against_dense import compared, dense, product_notes
 from lightsparse.bench.choice import KINDS, pattern_at
 from lightsparse.bench.report import Report, Row
-from lightsparse.bench.timing import Lap, alternate, cpu_speedup, median_ms, runtime, speedup
+from lightsparse.bench.timing import alternate, runtime
 from lightsparse.bench.verify import Attend, Inputs, blocked, check, inputs, sampled_rows
 from lightsparse.patterns import BlockLayout
 
 _DOES_NOT_COMPILE = (TorchDynamoException, NotImplementedError)
 
 log = logging.getLogger(__name__)
+BLOCKS, DENSITIES = (64, 128), (0.05, 0.2)  # of patterns
 
-EXAMPLE = "python -m lightsparse.bench kernels --seq 16384 --heads 4 --head-dim 64 --block 64,128 --density 0.05,0.2"
+EXAMPLE = """python -m lightsparse.bench kernels --seq 16384 --heads 4 --head-dim 64 --block 64,128 --density 0.05,0.2
+  python -m lightsparse.bench kernels --seq 8192,16384,32768 --variants all"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_list(parser, "--seq", options.count, [16384], "sequence lengths, tokens")
     options.add_heads(parser)
-    options.add_list(parser, "--block", options.count, [64, 128], "block sizes, tokens")
-    options.add_list(parser, "--density", float, [0.05, 0.2], "shares of dense tiles; at least this is achieved")
+    options.add_list(parser, "--variants", str, None, "YAMLs of conf/attention, or all: measure these, not patterns")
+    options.add_list(parser, "--block", options.count, None, f"block sizes of patterns, tokens ({_shown(BLOCKS)})")
+    about_density = (
+        f"shares of dense tiles: of patterns at least ({_shown(DENSITIES)}), of variants at most, beside what their "
+        "YAML gives (0.2, where that is more)"
+    )
+    options.add_list(parser, "--density", float, None, about_density)
     options.add_list(parser, "--dtype", options.dtype, ["fp32", "bf16"], "fp32, bf16; dense SDPA runs in the same")
-    about_pattern = "window, or mixed with global tokens and strides (window)"
-    parser.add_argument("--pattern", choices=KINDS, default="window", help=about_pattern)
+    parser.add_argument("--pattern", choices=KINDS, help="window, or mixed with global tokens and strides (window)")
     options.add_runtime(parser, threads=1)
     parser.add_argument("--repeats", type=options.count, default=5, metavar="R", help="timed rounds (5)")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention; it compiles for a minute")
     options.add_json(parser)
+
+
+def _shown(values: Sequence[object]) -> str:
+    return ",".join(str(value) for value in values)
 
 
 def measure(args: argparse.Namespace, report: Report) -> None:
@@ -50,21 +61,30 @@ def measure(args: argparse.Namespace, report: Report) -> None:
 
     Raises VerificationError when a result is wrong and ValueError for options out of range.
     """
+    if args.variants:
+        measure_variants.measure(args, report)
+    else:
+        _measure_patterns(args, report)
+
+
+def _measure_patterns(args: argparse.Namespace, report: Report) -> None:
+    kind, blocks, densities = args.pattern or KINDS[0], args.block or BLOCKS, args.density or DENSITIES
     kv_heads = options.kv_heads(args)
     report.notes.append(
-        f"Dense: causal scaled_dot_product_attention in the row's dtype. One process, {args.repeats} alternating "
-        f"rounds, matmul precision {args.matmul_precision!r} on both sides; ms are medians, speedup is the median of "
-        "the ratios within a round, cpu_speedup the same in CPU time."
+        f"Dense: causal scaled_dot_product_attention in the row's dtype. One process; dense and the backends "
+        f"take turns, {args.repeats} times, under the same matmul precision. ms are medians, speedup is the median of "
+        "the ratios within a turn, cpu_speedup the same in CPU time."
     )
+    report.notes += product_notes(args.dtype)
     with runtime(args.threads, args.matmul_precision):
         with_flex = not args.no_flex
-        for dtype, seq, block, density in itertools.product(args.dtype, args.seq, args.block, args.density):
+        for dtype, seq, block, density in itertools.product(args.dtype, args.seq, blocks, densities):
             log.info("%s, %s tokens, block %s, density %s", dtype, f"{seq:,}", block, density)
-            pattern = pattern_at(args.pattern, density, seq, block)
+            pattern = pattern_at(kind, density, seq, block)
             layout = pattern.layout(seq, block=block, heads=args.heads, kv_heads=kv_heads)
             given = inputs(seq, args.heads, kv_heads, args.head_dim, options.DTYPES[dtype])
             sparse = {"blocked": blocked(layout)}
-            errors = {"blocked": _verify_blocked(given, layout, args.pattern)}
+            errors = {"blocked": _verify_blocked(given, layout, kind)}
             if with_flex:
                 try:
                     sparse["flex"], errors["flex"] = _flex(layout, given)
@@ -73,7 +93,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
                     reason = " ".join(str(error).split())[:300]
                     report.notes.append(f"FlexAttention is left out, it does not compile here: {reason}")
             about: Row = {
-                "pattern": args.pattern,
+                "pattern": kind,
                 "seq": seq,
                 "heads": args.heads,
                 "kv_heads": kv_heads,
@@ -88,27 +108,11 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             }
             trainable = {"blocked": sparse["blocked"]}  # FlexAttention has no backward on CPU
             for name, contenders, run in (("fwd", sparse, _forward), ("fwd+bwd", trainable, _forward_backward)):
-                calls = {key: run(attend, given) for key, attend in {"dense": _dense, **contenders}.items()}
+                calls = {key: run(attend, given) for key, attend in {"dense": dense, **contenders}.items()}
                 laps = alternate(calls, args.repeats)
                 for key in contenders:
-                    result = _result(laps[key], laps["dense"], layout.density())
+                    result = compared(laps[key], laps["dense"], layout.density())
                     report.rows.append({"backend": key, "pass": name, **about, **result, "error": errors[key]})
-
-
-def _result(laps: list[Lap], dense: list[Lap], density: float) -> Row:
-    ratio = speedup(laps, dense)
-    return {
-        "ms": median_ms(laps),
-        "dense_ms": median_ms(dense),
-        "speedup": ratio,
-        "cpu_speedup": cpu_speedup(laps, dense),
-        "flop_ratio": 1 / density,
-        "efficiency": ratio * density,
-    }
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _verify_blocked(given: Inputs, layout: BlockLayout, kind: str) -> float:

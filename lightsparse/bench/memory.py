@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightsparse.bench import options
+from lightsparse.bench.against_dense import product_notes
 from lightsparse.bench.machine import MIB, current_rss, in_child, peak_rss
 from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import runtime
@@ -59,6 +60,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         "the gradients of q, k and v and all working memory. peak_rss_mib: the whole process. growth: increase ÷ "
         "increase at the length before."
     )
+    report.notes += product_notes(args.dtype)
     for dtype, block in itertools.product(args.dtype, args.block):
         before: float | None = None
         for seq in sorted(args.seq):

@@ -16,8 +16,10 @@ class _Flatten(argparse.Action):
         setattr(namespace, self.dest, [item for part in values or [] for item in part])
 
 
-def add_list(parser: argparse.ArgumentParser, name: str, of: Callable[[str], object], default: list, help: str) -> None:
-    """An option that takes several values, separated by commas or spaces."""
+def add_list(
+    parser: argparse.ArgumentParser, name: str, of: Callable[[str], object], default: list | None, help: str
+) -> None:
+    """An option that takes several values, separated by commas or spaces. default None: it may be left out."""
 
     def values(text: str) -> list:
         try:
@@ -25,10 +27,8 @@ def add_list(parser: argparse.ArgumentParser, name: str, of: Callable[[str], obj
         except (ValueError, KeyError) as error:
             raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
 
-    shown = ",".join(str(value) for value in default)
-    parser.add_argument(
-        name, nargs="+", action=_Flatten, type=values, default=default, metavar="…", help=f"{help} ({shown})"
-    )
+    shown = help if default is None else f"{help} ({','.join(str(value) for value in default)})"
+    parser.add_argument(name, nargs="+", action=_Flatten, type=values, default=default, metavar="…", help=shown)
 
 
 def count(text: str) -> int:

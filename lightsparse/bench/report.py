@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -17,12 +18,26 @@ Row = dict[str, object]
 # For each kind of report: settings, which go above the table where all rows share them, and results. The JSON file has
 # every field.
 SETTINGS = {
-    "kernels": ("pattern", "seq", "heads", "kv_heads", "head_dim", "block", "dtype", "threads"),
-    "memory": ("backend", "pass", "heads", "kv_heads", "head_dim", "window", "dtype", "threads", "block"),
-    "train": ("context", "dtype", "threads", "optimizer"),
+    "kernels": (
+        *("dtype", "seq", "variant", "pattern", "heads", "kv_heads", "head_dim", "block", "threads"),
+        *("matmul_precision", "backend", "pass", "asked"),
+    ),
+    "memory": (
+        "backend",
+        "pass",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "window",
+        "dtype",
+        "threads",
+        "matmul_precision",
+        "block",
+    ),
+    "train": ("context", "dtype", "threads", "matmul_precision", "optimizer"),
 }
 RESULTS = {
-    "kernels": ("density", "backend", "pass", "ms", "dense_ms", "speedup", "cpu_speedup", "flop_ratio", "efficiency"),
+    "kernels": ("density", "ms", "dense_ms", "speedup", "cpu_speedup", "flop_ratio", "efficiency"),
     "memory": ("seq", "increase_mib", "bytes_per_token", "growth", "peak_rss_mib"),
     "train": ("model", "density", "ms_per_step", "tokens_per_s", "vs_transformers", "peak_rss_mib", "loss"),
 }
@@ -44,12 +59,14 @@ class Report:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def show(self, console: Console) -> None:
-        console.print(self.machine(), markup=False, highlight=False)
-        console.print(self.shared_settings(), markup=False, highlight=False)
+        for line in (self.machine(), self.software(), self.shared_settings()):
+            console.print(line, markup=False, highlight=False)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        widths = [max(len(text) for text in (name, *map(cell, self._column(name)))) for name in self.columns()]
+        too_wide = sum(widths) + 3 * len(widths) > console.width  # two blanks and a line between columns
         for name in self.columns():
-            is_number = any(isinstance(row.get(name), int | float) for row in self.rows)
-            table.add_column(name, justify="right" if is_number else "left")
+            justify: Literal["left", "right"] = "right" if self._is_number(name) else "left"
+            table.add_column(name.replace("_", "\n") if too_wide else name, justify=justify, vertical="bottom")
         for row in self.rows:
             table.add_row(*(cell(row.get(name)) for name in self.columns()))
         console.print(table)
@@ -57,11 +74,14 @@ class Report:
             console.print(note, style="dim", markup=False, highlight=False)
 
     def markdown(self) -> str:
-        """The rows as a Markdown table with the command and the hardware above it."""
+        """The rows as a Markdown table; the command, machine, versions, shared settings and notes above it."""
         columns = self.columns()
-        about = f"{self.machine()}. {self.shared_settings()}. {' '.join(self.notes)}"
-        lines = ["```bash", self.command, "```", "", about, ""]
-        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines = ["```bash", self.command, "```", ""]
+        about = {"Machine": self.machine(), "Versions": self.software(), "In all rows": self.shared_settings()}
+        lines += [f"- {name}: {text}" for name, text in about.items()]
+        lines += [f"- {note}" for note in self.notes]
+        lines += ["", "| " + " | ".join(columns) + " |"]
+        lines += ["|" + "|".join("---:" if self._is_number(name) else "---" for name in columns) + "|"]
         lines += ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in self.rows]
         return "\n".join(lines) + "\n"
 
@@ -71,17 +91,30 @@ class Report:
     def shared_settings(self) -> str:
         """`seq 16384, heads 4, …`: the settings that all rows have in common."""
         shared = [name for name in SETTINGS[self.kind] if self._is_shared(name)]
-        return ", ".join(f"{name} {cell(self.rows[0].get(name))}" for name in shared)
+        return ", ".join(
+            f"{name.replace('_', ' ')} {cell(self.rows[0][name])}"
+            for name in shared
+            if self.rows[0].get(name) is not None
+        )
+
+    def _column(self, name: str) -> list[object]:
+        return [row.get(name) for row in self.rows]
 
     def _is_shared(self, name: str) -> bool:
-        return len({row.get(name) for row in self.rows}) == 1
+        return len(set(self._column(name))) == 1
+
+    def _is_number(self, name: str) -> bool:
+        return any(isinstance(value, int | float) for value in self._column(name))
+
+    def software(self) -> str:
+        return ", ".join(f"{name} {version}" for name, version in self.versions.items())
 
     def machine(self) -> str:
         about, gpu = self.hardware, self.hardware["gpu"]
         flags = about["flags"] if isinstance(about["flags"], list) else []
         parts = [f"{about['cpu']} ({', '.join(flags)})", f"{about['cores']} cores", f"{about['memory_gib']} GiB"]
         parts += [str(gpu)] if gpu else []
-        parts += [f"torch {self.versions['torch']}", f"load before the run {about['load_before']}"]
+        parts += [f"load before the run {about['load_before']}"]
         return ", ".join(parts)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightsparse.kernels.dropout import Dropout
 from lightsparse.kernels.plan import Move, Step, held_moves
-from lightsparse.kernels.tiles import Pass, Tile
+from lightsparse.kernels.tiles import Pass
 from lightsparse.patterns.layout import BlockLayout, no_dense_rows
 
 _DENSE_ROW_SCORES = 1 << 24  # elements of one score tile of rows that read everything
@@ -74,16 +74,17 @@ def backward(
 def _forward_rows(run: Pass, out: Tensor, lse: Tensor, with_lse: bool) -> None:
     out_ZGND = run.split_heads(out)
     lse_ZGN = run.split_heads(lse) if with_lse else None
-    for tile in run.tiles():
+    for tile in run.tiles(("k.T", "v")):
         keep_ZMS = None if run.dropout is None else run.keep(tile)
         for portion in tile.portions:
-            zs, scores_ZMS = portion.zs, run.fill_scores(tile, portion)
+            zs = portion.zs
+            scores_ZMS = run.fill_scores(tile, portion, run.of_tile(run.q_ZGND, tile, zs))
             if lse_ZGN is not None:
                 lse_ZGN[zs, :, tile.queries] = _log_sum_exp(scores_ZMS).unflatten(1, (run.G, -1))
             p_ZMS = run.probabilities(tile, portion)
             if keep_ZMS is not None:
                 p_ZMS.mul_(keep_ZMS[zs])
-            _multiply(run, p_ZMS, portion.values_ZSD, out_ZGND[zs, :, tile.queries])
+            _multiply(run, p_ZMS, portion.held["v"], out_ZGND[zs, :, tile.queries])
 
 
 def _backward_rows(
@@ -96,15 +97,15 @@ def _backward_rows(
 ) -> None:
     dout_ZGND, dq_ZGND = run.split_heads(grad_out), run.split_heads(grad_q)
     dlse_ZGN = None if grad_lse is None else run.split_heads(grad_lse)
-    for tile in run.tiles(sums):
+    for tile in run.tiles(("k.T", "v.T", "k"), sums):
         keep_ZMS = None if run.dropout is None else run.keep(tile)
         for portion in tile.portions:
             zs = portion.zs
-            run.fill_scores(tile, portion)
+            q_ZMD, dout_ZMD = run.of_tile(run.q_ZGND, tile, zs), run.of_tile(dout_ZGND, tile, zs)
+            run.fill_scores(tile, portion, q_ZMD)
             p_ZMS = run.probabilities(tile, portion)
-            dout_ZMD = run.of_tile(dout_ZGND, tile, zs, "dout")
             dp_ZMS = run.shaped("dp", *p_ZMS.shape)
-            torch.bmm(dout_ZMD, portion.values_ZSD.mT, out=dp_ZMS)
+            torch.bmm(dout_ZMD, portion.held["v.T"].mT, out=dp_ZMS)
             if keep_ZMS is not None:
                 dp_ZMS.mul_(keep_ZMS[zs])
             ds_ZMS = torch.ops.aten._softmax_backward_data.out(dp_ZMS, p_ZMS, -1, p_ZMS.dtype, grad_input=dp_ZMS)
@@ -116,14 +117,14 @@ def _backward_rows(
                 grad_bias_ZGNK[zs, :, tile.step.row, : tile.step.width] = per_block_ZGK
             if keep_ZMS is not None:
                 p_ZMS.mul_(keep_ZMS[zs])
-            _multiply(run, ds_ZMS, portion.keys_ZSD, dq_ZGND[zs, :, tile.queries], run.scale)
-            sums.add(tile, zs, ds_ZMS, p_ZMS, dout_ZMD)
+            _multiply(run, ds_ZMS, portion.held["k"], dq_ZGND[zs, :, tile.queries], run.scale)
+            sums.add(zs, ds_ZMS, p_ZMS, q_ZMD, dout_ZMD)
 
 
 def _multiply(run: Pass, a_ZMS: Tensor, b_ZSD: Tensor, target_ZGND: Tensor, scale: float = 1.0) -> None:
     """target = scale · a @ b, without a copy where the target's memory allows."""
     count, rows = a_ZMS.shape[:2]
-    in_place = target_ZGND.dtype == run.dtype and count * run.G == 1
+    in_place = count * run.G == 1
     result_ZMD = target_ZGND[:, 0] if in_place else run.shaped("product", count, rows, run.dim)
     torch.baddbmm(result_ZMD, a_ZMS, b_ZSD, beta=0, alpha=scale, out=result_ZMD)
     if not in_place:
@@ -135,7 +136,7 @@ class _KeyGradients:
 
     def __init__(self, run: Pass):
         self.run, self.dtype = run, sum_dtype(run.q_ZGND)
-        shape, device = run.k_blocks.shape, run.device
+        shape, device = run.sources["k"].shape, run.device
         self.totals = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in "kv"]
         self.buffers: list[Tensor] = []
         self.slot_of: list[dict[int, int]] = []
@@ -144,22 +145,20 @@ class _KeyGradients:
         """Write back what leaves, then take the buffer's new form."""
         self._write_back(step.evictions)
         if step.fresh:
-            self.buffers = [self.run.slots(name, step.width, self.dtype) for name in ("dk", "dv")]
+            self.buffers = [self.run.slots(name, step.width, self.dtype) for name in ("dk.T", "dv.T")]
             for buffer in self.buffers:
-                buffer.zero_()
+                buffer.mT.zero_()
         self.slot_of = step.slot_of
 
-    def add(self, tile: Tile, zs: slice, ds_ZMS: Tensor, p_ZMS: Tensor, dout_ZMD: Tensor) -> None:
-        run = self.run
-        q_ZMD = run.of_tile(run.q_ZGND, tile, zs, "q")
-        dk_ZSD, dv_ZSD = (buffer[zs].view(-1, tile.keys, run.dim) for buffer in self.buffers)
-        if run.dtype == self.dtype:
-            dk_ZSD.baddbmm_(ds_ZMS.mT, q_ZMD, alpha=run.scale)
-            dv_ZSD.baddbmm_(p_ZMS.mT, dout_ZMD)
+    def add(self, zs: slice, ds_ZMS: Tensor, p_ZMS: Tensor, q_ZMD: Tensor, dout_ZMD: Tensor) -> None:
+        dk_ZDS, dv_ZDS = (buffer[zs].mT for buffer in self.buffers)
+        if self.run.dtype == self.dtype:
+            dk_ZDS.baddbmm_(q_ZMD.mT, ds_ZMS, alpha=self.run.scale)
+            dv_ZDS.baddbmm_(dout_ZMD.mT, p_ZMS)
         else:  # the product comes back in half precision; the sum over rows is kept in fp32
-            product = run.shaped("key product", *dk_ZSD.shape)
-            dk_ZSD.add_(torch.bmm(ds_ZMS.mT, q_ZMD, out=product), alpha=run.scale)
-            dv_ZSD.add_(torch.bmm(p_ZMS.mT, dout_ZMD, out=product))
+            product = self.run.shaped("key product", *dk_ZDS.shape)
+            dk_ZDS.add_(torch.bmm(q_ZMD.mT, ds_ZMS, out=product), alpha=self.run.scale)
+            dv_ZDS.add_(torch.bmm(dout_ZMD.mT, p_ZMS, out=product))
 
     def flush(self) -> None:
         self._write_back(held_moves(self.slot_of))
@@ -172,11 +171,11 @@ class _KeyGradients:
         return grad_k, grad_v
 
     def _write_back(self, evictions: list[Move]) -> None:
+        size = self.run.kv_block
         for t, slot, block, count in evictions:
-            zs, kv = self.run.z_of[t], self.run.kv_of[t]
             for buffer, total in zip(self.buffers, self.totals, strict=True):
-                rows = buffer[zs, slot : slot + count]
-                total[kv, block : block + count].add_(rows)
+                rows = buffer[self.run.z_of[t], slot * size : (slot + count) * size]
+                total[self.run.kv_of[t], block * size : (block + count) * size].add_(rows)
                 rows.zero_()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightsparse.kernels import blocked
+from lightsparse.kernels.compute_dtype import compute_dtype
 from lightsparse.kernels.dropout import Dropout
 from lightsparse.patterns.layout import BlockLayout
 from lightsparse.patterns.mask import ElementMask
@@ -69,34 +70,17 @@ def _forward(
     layout = _layout(
         kv_indices, dense_rows, q_pos, visible_from, visible_until, q_doc, kv_doc, dense, q_block, kv_block
     )
-    return blocked.forward(q, k, v, layout, scale, bias, _dropout(rate, dropout_keys), with_lse)
+    dtype = compute_dtype(q.dtype, q.device)
+    dropout = _dropout(rate, dropout_keys)
+    out, lse = blocked.forward(q.to(dtype), k.to(dtype), v.to(dtype), layout, scale, bias, dropout, with_lse)
+    return out.to(q.dtype), lse
 
 
 @_forward.register_fake
-def _(
-    q,
-    k,
-    v,
-    bias,
-    kv_indices,
-    dense_rows,
-    q_pos,
-    vis_from,
-    vis_until,
-    q_doc,
-    kv_doc,
-    dense,
-    keys,
-    rate,
-    scale,
-    qb,
-    kb,
-    with_lse,
-):
-    sums = q.dtype if q.dtype in (torch.float32, torch.float64) else torch.float32
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(
-        q.shape[:3] if with_lse else (0,), dtype=sums
-    )
+def _(q, k, v, bias, *rest):
+    with_lse = rest[-1]
+    lse = q.new_empty(q.shape[:3] if with_lse else (0,), dtype=blocked.sum_dtype(q))
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
 @torch.library.custom_op("lightsparse::blocked_backward", mutates_args=())
@@ -124,8 +108,13 @@ def _backward(
     layout = _layout(
         kv_indices, dense_rows, q_pos, visible_from, visible_until, q_doc, kv_doc, dense, q_block, kv_block
     )
-    dq, dk, dv, dbias = blocked.backward(grad_out, grad_lse, q, k, v, layout, scale, bias, _dropout(rate, dropout_keys))
-    return dq, dk.contiguous(), dv.contiguous(), q.new_empty(0) if dbias is None else dbias
+    dtype = compute_dtype(q.dtype, q.device)
+    dropout = _dropout(rate, dropout_keys)
+    dq, dk, dv, dbias = blocked.backward(
+        grad_out.to(dtype), grad_lse, q.to(dtype), k.to(dtype), v.to(dtype), layout, scale, bias, dropout
+    )
+    dq, dk, dv = (grad.to(q.dtype).contiguous() for grad in (dq, dk, dv))
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias
 
 
 @_backward.register_fake

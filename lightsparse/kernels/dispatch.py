@@ -146,7 +146,8 @@ def block_sparse_attention(
     if chosen == "flex":
         out, lse = flex.attention(q, k, v, layout, scale, return_lse)
     elif chosen == "reference":
-        out, lse = reference.attention(q, k, v, layout, scale, block_bias, dropout)
+        with torch.autocast(q.device.type, enabled=False):  # or the truth would round its products to bf16
+            out, lse = reference.attention(q, k, v, layout, scale, block_bias, dropout)
     else:
         out, lse = blocked_op.attention(q, k, v, layout, scale, block_bias, dropout, return_lse)
     return (out, lse) if lse is not None and return_lse else out
