@@ -99,6 +99,9 @@ class BlockSparseAdaptive(AttentionCore):
     """
 
     Config = AdaptiveConfig
+    chooses = True
+    logged = ("router_gate", "router_entropy", "router_capped", "router_tau")
+    logged_per_head = ("head_density",)
     schedule: Tensor
 
     def __init__(self, config: AdaptiveConfig, shape: AttentionShape):
@@ -138,7 +141,7 @@ class BlockSparseAdaptive(AttentionCore):
         assert isinstance(out, Tensor)
         if ctx.states is not None and chosen.state is not None:
             ctx.states[self.shape.layer].update(chosen.state)
-        return AttentionResult(out, chosen.aux_loss, chosen.stats)
+        return AttentionResult(out, chosen.aux_loss, chosen.stats, chosen.layout.kv_indices)
 
     def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> Selection:
         """The choice for q [B, H, Nq, D] over k [B, Hkv, Nkv, D], as forward makes it; changes nothing, not even ctx.

@@ -69,7 +69,9 @@ class SequenceContext:
 class AttentionResult:
     out: Tensor  # [B, H, Nq, D]
     aux_loss: Tensor | None = None  # scalar, added to the loss by the training module
-    stats: dict[str, Tensor] = field(default_factory=dict)  # scalars for the log; `density` is always there
+    # For the log, without gradient: `density` always, and what the core names in `logged` and `logged_per_head`.
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    choice: Tensor | None = None  # the table of a selection made from the input (BlockLayout.kv_indices)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,9 @@ class AttentionCore(nn.Module):
     supports_documents: ClassVar[bool] = True
     supports_gqa: ClassVar[bool] = True
     exact_at_full_budget: ClassVar[bool] = True  # with budget = everything it equals dense attention
+    chooses: ClassVar[bool] = False  # what is read depends on the input; then `choice` holds the table
+    logged: ClassVar[tuple[str, ...]] = ()  # its scalars in `stats` beside density: columns of metrics.csv
+    logged_per_head: ClassVar[tuple[str, ...]] = ()  # the same with one value per key/value head (or one for all)
     context_parallel: ClassVar[tuple[str, ...]] = ()  # exchanges it can use
 
     def __init__(self, config: AttentionConfig, shape: AttentionShape):
@@ -120,6 +125,9 @@ class AttentionCore(nn.Module):
             raise ValueError(f"{name} is causal only; use objective=causal or another attention")
         if shape.heads != shape.kv_heads and not self.supports_gqa:
             raise ValueError(f"{name} needs as many key/value heads as query heads; set model.kv_heads={shape.heads}")
+
+    def set_step(self, step: int, max_steps: int) -> None:
+        """Called before the forward of the optimizer step after `step` finished ones: for schedules over a run."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         """q [B, H, Nq, D], k/v [B, Hkv, Nkv, D] after RoPE, x [B, Nq, E] the layer's input → AttentionResult."""

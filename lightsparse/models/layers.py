@@ -95,6 +95,7 @@ class LayerOutput(NamedTuple):
     x: Tensor  # [B, N, E] the residual stream
     aux_loss: Tensor | None
     stats: dict[str, Tensor]
+    choice: Tensor | None
 
 
 class Layer(nn.Module):
@@ -141,7 +142,7 @@ class Layer(nn.Module):
 
     def _attend(self, x_BNE: Tensor, rotation: Rotation, ctx: SequenceContext, cache: KVCache | None) -> LayerOutput:
         out_BNE, result = self.self_attn(self.input_layernorm(x_BNE), rotation, ctx, cache)
-        return LayerOutput(x_BNE + out_BNE, result.aux_loss, result.stats)
+        return LayerOutput(x_BNE + out_BNE, result.aux_loss, result.stats, result.choice)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))

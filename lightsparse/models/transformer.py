@@ -101,7 +101,8 @@ class ModelConfig:
 class ModelOutput:
     hidden: Tensor  # [B, N, E] after the final norm
     aux_loss: Tensor | None  # scalar, the sum over layers
-    stats: dict[str, Tensor]  # scalars, the mean over the layers that report them; `density` is always there
+    stats: dict[str, Tensor]  # the mean over the layers that report them; `density` is always there
+    choices: list[Tensor]  # tables that layers chose from their input (AttentionResult.choice), in order
 
 
 def context_for(
@@ -127,7 +128,7 @@ class Transformer(nn.Module):
     """Tokens → hidden states, and the losses over them.
 
     build_core makes the attention of one S layer from its AttentionShape. causal=False reads both ways (objective=mlm).
-    context is the length of a training sample in tokens, to which a density target refers; None = each length by itself.
+    context is the length of a training sample in tokens, to which a density target refers; None = each length alone.
     """
 
     def __init__(
@@ -184,8 +185,12 @@ class Transformer(nn.Module):
         rotation = self.rotary(ctx.positions)
         aux_losses: list[Tensor] = []
         stats: dict[str, list[Tensor]] = {}
+        choices: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            x_BNE, aux_loss, layer_stats = layer(x_BNE, rotation, ctx, None if caches is None else caches[index])
+            cache = None if caches is None else caches[index]
+            x_BNE, aux_loss, layer_stats, choice = layer(x_BNE, rotation, ctx, cache)
+            if choice is not None:
+                choices.append(choice)
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
             for name, value in layer_stats.items():
@@ -193,8 +198,15 @@ class Transformer(nn.Module):
         return ModelOutput(
             hidden=self.norm(x_BNE),
             aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
-            stats={name: torch.stack(values).mean() for name, values in stats.items()},
+            stats={name: torch.stack(values).mean(0) for name, values in stats.items()},
+            choices=choices,
         )
+
+    def set_step(self, step: int, max_steps: int) -> None:
+        """To be called before the optimizer step after `step` finished ones: schedules inside the attention follow."""
+        for part in self.modules():
+            if isinstance(part, AttentionCore):
+                part.set_step(step, max_steps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, N, E] → [B, N, V]. All at once: for a few tokens, not for a long sequence."""

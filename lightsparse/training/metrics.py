@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightsparse.training.files import write_text
 
-# The header. Losses are nats per token; every rate covers the time since the row before, validation left out.
+# The header. Losses are nats per token; training losses, densities and rates cover the steps since the row before.
 COLUMNS = (
     "step",  # optimizer steps done
     "tokens",  # training tokens read, all ranks
@@ -40,14 +40,14 @@ COLUMNS = (
 
 
 class MetricsFile(Logger):
-    """A Lightning logger that appends to one CSV file under the fixed header COLUMNS.
+    """A Lightning logger that appends to one CSV file under a fixed header: COLUMNS, and `more` of the attention's own.
 
     Metrics of other names (of a user's callbacks, say) are not for this file and pass it by.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, more: Sequence[str] = ()) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.columns = path, (*COLUMNS, *more)
 
     @property
     def name(self) -> str:
@@ -59,12 +59,12 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = {name: _cell(value) for name, value in metrics.items() if name in COLUMNS}
+        row = {name: _cell(value) for name, value in metrics.items() if name in self.columns}
         if step is None or not row:
             return
-        header = "" if self.path.exists() else _line(COLUMNS)
+        header = "" if self.path.exists() else _line(self.columns)
         with self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write(header + _row({**row, "step": str(step)}))
+            file.write(header + self._row({**row, "step": str(step)}))
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
@@ -73,7 +73,10 @@ class MetricsFile(Logger):
     def rewind(self, step: int) -> None:
         """Drop the rows after `step`, and a last line that was cut off, in one atomic write."""
         kept = [row for row in _rows(self.path) if int(row["step"]) <= step]
-        write_text(self.path, _line(COLUMNS) + "".join(map(_row, kept)))
+        write_text(self.path, _line(self.columns) + "".join(map(self._row, kept)))
+
+    def _row(self, cells: Mapping[str, str]) -> str:
+        return _line([cells.get(name, "") for name in self.columns])
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -87,10 +90,6 @@ def _rows(path: Path) -> list[dict[str, str]]:
     text = path.read_text(encoding="utf-8")
     whole_lines = text[: text.rfind("\n") + 1]  # a killed process may have written half a line
     return list(csv.DictReader(io.StringIO(whole_lines)))
-
-
-def _row(cells: Mapping[str, str]) -> str:
-    return _line([cells.get(name, "") for name in COLUMNS])
 
 
 def _line(cells: Iterable[str]) -> str:

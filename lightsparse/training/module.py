@@ -18,6 +18,7 @@ from torch import Tensor
 from lightsparse.attention.core import SequenceContext
 from lightsparse.config import Config
 from lightsparse.models.transformer import ModelOutput, Transformer
+from lightsparse.training import watched
 from lightsparse.training.objectives import IGNORED, Objective
 from lightsparse.training.optimizers import parameter_groups
 
@@ -58,6 +59,7 @@ class StepResult:
     density: float  # achieved by attention, mean over layers and micro-batches
     grad_norm: float  # before clipping
     learning_rate: float
+    watched: dict[str, float]  # what a learned attention reports, by column (watched.step_columns)
 
 
 class LanguageModel(LightningModule):
@@ -69,6 +71,9 @@ class LanguageModel(LightningModule):
     to its end) hold the numbers; who writes them where is not this module's matter.
     """
 
+    token_bytes: Tensor
+    bucket_edges: Tensor
+
     def __init__(self, model: Transformer, config: Config, *, token_bytes: Tensor, mask_id: int) -> None:
         super().__init__()
         self.model, self.config = model, config
@@ -79,21 +84,25 @@ class LanguageModel(LightningModule):
         self.step_result: StepResult | None = None
         self.validation: Totals | None = None
         self.by_position: list[Totals] = []
+        self.watched_columns = watched.step_columns(config)
+        self.choice_churn: float | None = None  # since the validation before
+        self._choices: list[Tensor] = []  # what each layer chose in the first validation batch
 
     # ---- training -----------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        self._sums = torch.zeros(4, device=self.device, dtype=torch.float32)  # nats, targets, bytes, density
+        # nats, targets, bytes, density, and what the attention reports of itself
+        self._sums = torch.zeros(4 + len(self.watched_columns), device=self.device, dtype=torch.float32)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The sum of nats over this micro-batch's targets; `on_before_optimizer_step` divides, once."""
+        self.model.set_step(self.global_step, self.config.trainer.max_steps)
         key = self.objective.training_key(self.global_step, batch_idx % self.config.trainer.accumulate)
         labels_BN, output = self._forward(batch, key)
         nats = self.model.loss_sum(output.hidden, labels_BN)
         targets, text_bytes = self._targets_and_bytes(labels_BN)
-        self._sums += torch.stack(
-            [value.detach().float() for value in (nats, targets, text_bytes, output.stats["density"])]
-        )
+        sums = [value.detach().float() for value in (nats, targets, text_bytes, output.stats["density"])]
+        self._sums += torch.cat([torch.stack(sums), watched.step_values(self.config, output.stats, self.device)])
         # An auxiliary loss is a mean; weighed by the targets it stays one after the division.
         return nats if output.aux_loss is None else nats + output.aux_loss * targets
 
@@ -103,7 +112,7 @@ class LanguageModel(LightningModule):
         Lightning has divided each micro-batch's loss by `accumulate`, DDP the gradients by the number of ranks.
         """
         micro_batches = self.config.trainer.accumulate * self.trainer.world_size
-        nats, targets, text_bytes, density = self._over_ranks(self._sums).tolist()
+        nats, targets, text_bytes, density, *reports = self._over_ranks(self._sums).tolist()
         self._sums.zero_()
         self._check_finite("loss", nats)
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
@@ -111,7 +120,11 @@ class LanguageModel(LightningModule):
         norm = float(torch.nn.utils.get_total_norm(gradients))
         self._check_finite("gradient's norm", norm)
         self.step_result = StepResult(
-            Totals(nats, targets, text_bytes), density / micro_batches, norm, optimizer.param_groups[0]["lr"]
+            Totals(nats, targets, text_bytes),
+            density / micro_batches,
+            norm,
+            optimizer.param_groups[0]["lr"],
+            {name: value / micro_batches for name, value in zip(self.watched_columns, reports, strict=True)},
         )
         # All samples up to here are in these gradients: whoever saves a checkpoint from now on saves that number.
         samples = self.config.data.batch_size * micro_batches
@@ -135,6 +148,9 @@ class LanguageModel(LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         labels_BN, output = self._forward(batch, self.objective.validation_key())
+        if batch_idx == 0:  # the same text at every validation
+            self.choice_churn = watched.churn(self._choices, output.choices)
+            self._choices = output.choices
         nats_BN = self.model.token_losses(output.hidden, labels_BN).float()
         counts_BN = labels_BN != IGNORED
         bytes_BN = self.token_bytes[labels_BN.clamp(min=0)] * counts_BN

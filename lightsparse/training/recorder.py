@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -9,14 +10,16 @@ from lightning.pytorch import Callback, Trainer
 
 from lightsparse.config import Config
 from lightsparse.training.checkpoint import validation_follows
-from lightsparse.training.module import LanguageModel
+from lightsparse.training.module import LanguageModel, Totals
+from lightsparse.training.watched import CHURN
 
 
 class Recorder(Callback):
     """One row for step 0 (validation only), every `log_every_n_steps` steps and every validation.
 
     A row is sent when its step is complete, validation included, so that a killed run leaves no half rows and a
-    resumed one repeats none. The clocks travel in the checkpoint: wall_s and the rates cover all restarts.
+    resumed one repeats none. Training losses are means over all tokens since the row before: one step's tokens are too
+    few for a curve. Sums and clocks travel in the checkpoint, so that rows, wall_s and rates cover all restarts.
 
     started  time.perf_counter() when this process began the run
     """
@@ -29,6 +32,7 @@ class Recorder(Callback):
         self._wall_before = 0.0
         self._mark = 0.0  # perf_counter() up to which train_s has counted
         self._sent_tokens, self._sent_s = 0, 0.0  # at the row before
+        self._steps: list[list[float]] = []  # nats, targets, bytes, density of each step since the row before
         self._step = 0
 
     @property
@@ -74,36 +78,44 @@ class Recorder(Callback):
             "val_bits_per_byte": validation.bits_per_byte,
             "val_perplexity": validation.perplexity,
         }
+        if pl_module.choice_churn is not None:
+            self.row[CHURN] = pl_module.choice_churn
         self._send(trainer)
         self._mark = time.perf_counter()
 
-    def state_dict(self) -> dict[str, float]:
-        return {"wall_s": self.wall_s, "train_s": self.train_s}
+    def state_dict(self) -> dict[str, Any]:
+        return {"wall_s": self.wall_s, "train_s": self.train_s, "steps": [list(step) for step in self._steps]}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._wall_before, self.train_s = state_dict["wall_s"], state_dict["train_s"]
+        self._steps = [list(step) for step in state_dict["steps"]]
 
     # ---- rows ---------------------------------------------------------------------------------------------------
 
     def _training_row(self, trainer: Trainer, module: LanguageModel) -> dict[str, float]:
         result = module.step_result
         assert result is not None  # an optimizer step has just been taken
+        step = result.totals
+        self._steps.append([step.nats, step.targets, step.bytes, result.density])
+        nats, targets, text_bytes, density = (sum(column) for column in zip(*self._steps, strict=True))
+        totals, density = Totals(nats, targets, text_bytes), density / len(self._steps)
         tokens = self.tokens(trainer)
         tokens_per_s = (tokens - self._sent_tokens) / max(self.train_s - self._sent_s, 1e-9)
-        actual, dense = module.model.flops_per_token(self.config.data.context, result.density)
+        actual, dense = module.model.flops_per_token(self.config.data.context, density)
         return {
             "tokens": tokens,
             "wall_s": self.wall_s,
-            "train_loss": result.totals.loss,
-            "train_bits_per_byte": result.totals.bits_per_byte,
-            "train_perplexity": result.totals.perplexity,
+            "train_loss": totals.loss,
+            "train_bits_per_byte": totals.bits_per_byte,
+            "train_perplexity": totals.perplexity,
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
             "tokens_per_s": tokens_per_s,
-            "attention_density": result.density,
+            "attention_density": density,
             "flops_per_s": actual * tokens_per_s,
             "dense_flops_per_s": dense * tokens_per_s,
             "mfu": actual * tokens_per_s / (self.peak * trainer.world_size),
+            **{name: value for name, value in result.watched.items() if not math.isnan(value)},
         }
 
     def _send(self, trainer: Trainer) -> None:
@@ -111,3 +123,4 @@ class Recorder(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self.row, step=trainer.global_step)
         self._sent_tokens, self._sent_s = self.tokens(trainer), self.train_s
+        self._steps = []

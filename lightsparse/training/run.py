@@ -20,6 +20,7 @@ from lightsparse.kernels import flash, set_backend
 from lightsparse.models.transformer import Transformer
 from lightsparse.patterns import BlockLayout
 from lightsparse.targets import ConfigError
+from lightsparse.training import watched
 from lightsparse.training.directory import RunDirectory, Start
 from lightsparse.training.files import write_text
 from lightsparse.training.flops import matmul_error, matmul_peak
@@ -43,7 +44,7 @@ def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     quiet_lightning()
     is_first = is_first_rank()
-    console = Console(quiet=not is_first, highlight=False)
+    console = Console(quiet=not is_first, highlight=False, markup=False, soft_wrap=True)  # lines as they are
     _set_machine(config)  # first: what this machine refuses leaves no directory behind
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     start = directory.open(config.resume, raw, config.trainer.max_steps)
@@ -52,7 +53,7 @@ def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
         show(console, start.summary, directory.path)
         return start.summary
     if is_first:
-        MetricsFile(directory.metrics).rewind(start.step if start.checkpoint else -1)
+        MetricsFile(directory.metrics, watched.columns(config)).rewind(start.step if start.checkpoint else -1)
 
     seed_everything(config.seed, workers=True, verbose=False)
     data = TextDataModule(config.data, config.seed, config.eval.tokens)
@@ -133,7 +134,8 @@ def _opening(
     where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     precision = "fp32" if config.precision == "32" else config.precision
     return [
-        f"model    {config.attention.name} · {count_text(parameters)} parameters · context {config.data.context}{density}",
+        f"model    {config.attention.name} · {count_text(parameters)} parameters · "
+        f"context {config.data.context}{density}",
         f"text     {type(config.data).__name__} · {count_text(data.num_train_tokens)} training tokens · "
         f"fingerprint {data.fingerprint}",
         f"machine  {where}{f' × {ranks} ranks' if ranks > 1 else ''} · {precision} · matmul {config.matmul_precision}: "

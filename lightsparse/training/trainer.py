@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lightsparse.build import build, check_buildable
 from lightsparse.config import Config
+from lightsparse.training import watched
 from lightsparse.training.checkpoint import AtomicCheckpointIO, StepCheckpoint
 from lightsparse.training.directory import RunDirectory
 from lightsparse.training.metrics import MetricsFile
@@ -19,7 +20,7 @@ from lightsparse.training.recorder import Recorder
 
 def build_trainer(config: Config, directory: RunDirectory, recorder: Recorder, console: Console) -> Trainer:
     """Lightning's trainer with our files and clocks; validation before the first step and after the last one."""
-    loggers: list[Logger] = [MetricsFile(directory.metrics)]
+    loggers: list[Logger] = [MetricsFile(directory.metrics, watched.columns(config))]
     for name, node in config.logger.items():
         if node is not None:
             target = check_buildable(node, f"logger.{name}", kind=Logger, allow=config.allow_targets)
