@@ -1,87 +1,90 @@
-"""Pictures of a BlockLayout: which tiles of the attention matrix are computed, a panel per distinct head.
+"""Pictures of what attention reads: which tiles of its matrix are computed, one panel per distinct head or variant.
 
-Dark: the tile is computed. Pale: dense attention would compute it, this pattern does not. White: nobody reads there
-(the future, another document).
+Dark: the tile is computed; in between: a part of it. Pale: dense attention would compute it, this pattern does not.
+White: nobody reads there (the future, another document).
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
+from lightsparse.analysis.tile_map import HeadMap, TileMap, of_layout
 from lightsparse.patterns import BlockLayout
 
-MAX_PANELS = 8
-MAX_PIXELS = 512  # tiles per side that are drawn one by one; larger maps are averaged
-
+_Colour = tuple[float, float, float]
 _COMPUTED = (0.16, 0.20, 0.47)
 _SKIPPED = (0.89, 0.90, 0.95)
+_PARTLY = (0.525, 0.55, 0.71)  # halfway
 _FRAME = "#b8bac6"
+_QUIET = "#5b5e70"  # text beside the names
 
 
-def save(layout: BlockLayout, path: Path, title: str) -> Path:
+def save(pattern: TileMap | BlockLayout, path: Path, title: str) -> Path:
     """Draw the first sample's pattern to `path` (PNG by its suffix) and return the path.
 
-    The title's second line gives the achieved density, sequence length and block; at most MAX_PANELS distinct heads are
-    drawn. Memory is quadratic in blocks for one head at a time.
+    The title's second line gives the achieved density, sequence length and block.
     """
-    layout = first_sample(layout)
-    groups = distinct_heads(layout)
-    shown = groups[:MAX_PANELS]
-    columns = 1 if len(shown) == 1 else 2  # readable on a phone: never more than two side by side
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(5.4, 6.2) if columns == 1 else (7.2, 3.5 * rows + 1.3), dpi=200, layout="constrained")
-    for index, (heads, of_head) in enumerate(shown):
+    drawn = of_layout(pattern) if isinstance(pattern, BlockLayout) else pattern
+    panels = drawn.panels
+    columns = 1 if len(panels) == 1 else 2  # readable on a phone: never more than two side by side
+    rows = -(-len(panels) // columns)
+    spacing = ConstrainedLayoutEngine(h_pad=0.08)
+    figure = Figure(figsize=(5.4, 6.2) if columns == 1 else (7.2, 3.5 * rows + 1.3), dpi=200, layout=spacing)
+    for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        _draw(axes, of_head)
-        if len(groups) > 1:
-            axes.set_title(_name(heads, of_head.density()), fontsize=11)
+        _draw(axes, drawn, panel)
+        _label_tokens(axes, drawn)
+        if drawn.distinct > 1:
+            axes.set_title(_name(panel), fontsize=11)
         if index % columns == 0:
             axes.set_ylabel("query token", fontsize=11)
-        if index + columns >= len(shown):
-            appended = layout.num_keys > layout.num_tokens
+        if index + columns >= len(panels):
+            appended = drawn.num_keys > drawn.num_tokens
             axes.set_xlabel("key token, then summaries" if appended else "key token", fontsize=11)
-    keys = [Patch(color=_COMPUTED, label="computed"), Patch(color=_SKIPPED, label="dense attention only")]
-    figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False, fontsize=11)
-    subtitle = f"density {layout.density():.3g} · {layout.num_tokens:,} tokens · block {layout.kv_block}"
-    if len(groups) > len(shown):
-        subtitle += f" · {len(shown)} of {len(groups)} distinct heads"
+    keys = [Patch(color=colour, label=label) for colour, label in _legend([drawn])]
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=11)
+    subtitle = f"density {drawn.density:.3g} · {drawn.num_tokens:,} tokens · block {drawn.block}"
+    if drawn.distinct > len(panels):
+        subtitle += f" · {len(panels)} of {drawn.distinct} distinct heads"
     figure.suptitle(f"{title}\n{subtitle}", fontsize=13)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return _written(figure, path)
 
 
-def first_sample(layout: BlockLayout) -> BlockLayout:
-    mask = layout.mask
-    tensors = {f.name: getattr(mask, f.name) for f in fields(mask) if isinstance(getattr(mask, f.name), Tensor)}
-    mask = replace(mask, **{name: tensor[:1].cpu() for name, tensor in tensors.items()})
-    return replace(layout, kv_indices=layout.kv_indices[:1].cpu(), mask=mask, dense_rows=layout.dense_rows.cpu())
+def save_gallery(variants: Mapping[str, tuple[TileMap, str]], path: Path) -> Path:
+    """Draw the first head of several variants side by side to `path` (PNG by its suffix) and return the path.
+
+    variants  name → (its map, a remark or "")
+    The last place of the grid is the legend. Type is large: the whole is readable when shrunk to a phone's width.
+    """
+    places = len(variants) + 1
+    columns = min((4, 3), key=lambda columns: -places % columns)  # the fewest empty places
+    rows = -(-places // columns)
+    spacing = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.08, wspace=0.02, hspace=0.03)
+    figure = Figure(figsize=(2.0 * columns, 2.6 * rows), dpi=200, layout=spacing)
+    for index, (name, (drawn, remark)) in enumerate(variants.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw(axes, drawn, drawn.panels[0])
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(name, fontsize=15, fontweight="bold", pad=6)
+        axes.set_xlabel(f"density {drawn.density:.2g}", fontsize=13.5, color=_QUIET, labelpad=5)
+        appended = drawn.num_keys > drawn.num_tokens
+        note = "\n".join(filter(None, [remark.replace(", ", ",\n"), "summaries →" if appended else ""]))
+        _note(axes, note, right=drawn.num_tokens / drawn.num_keys - 0.03)
+    _draw_legend(figure.add_subplot(rows, columns, places), [drawn for drawn, _ in variants.values()])
+    return _written(figure, path)
 
 
-def distinct_heads(layout: BlockLayout) -> list[tuple[list[int], BlockLayout]]:
-    """Heads of the table that read the same blocks, together: (their numbers, layout of one of them), in order."""
-    groups: list[tuple[list[int], BlockLayout]] = []
-    for head in range(layout.kv_indices.shape[1]):
-        table = layout.kv_indices[:, head : head + 1]
-        same = next((heads for heads, one in groups if torch.equal(one.kv_indices, table)), None)
-        if same is None:
-            groups.append(([head], replace(layout, kv_indices=table)))
-        else:
-            same.append(head)
-    return groups
-
-
-def image(layout: BlockLayout) -> Tensor:
-    """Colours of a one-head layout's tiles: float [rows, columns, 3], at most MAX_PIXELS on a side."""
-    read = _shrink(layout.block_map()[0, 0])[..., None]
-    dense = _shrink(dense_map(layout))[..., None]
+def image(drawn: TileMap, panel: HeadMap) -> Tensor:
+    """The colours of a panel's pixels: float [rows, columns, 3]."""
+    read, dense = panel.read[..., None], drawn.dense[..., None]
     skipped = (dense - read).clamp(min=0)
     read = read.sqrt()  # a lone tile among many averaged ones stays visible
     skipped = skipped.minimum(1 - read)
@@ -89,59 +92,67 @@ def image(layout: BlockLayout) -> Tensor:
     return read * torch.tensor(_COMPUTED) + skipped * torch.tensor(_SKIPPED) + nothing
 
 
-def dense_map(layout: BlockLayout) -> Tensor:
-    """Bool [NQ, NKVB]: tiles that dense attention over the same documents computes, in the first sample."""
-    mask = layout.mask
-    last_query = _last_of_blocks(mask.q_pos[0], layout.q_block)
-    first_key = torch.arange(0, layout.num_tokens, layout.kv_block)
-    tiles = torch.ones(len(last_query), len(first_key), dtype=torch.bool)
-    if mask.causal:
-        tiles &= first_key <= last_query[:, None]
-    if mask.q_doc is not None and mask.kv_doc is not None:
-        q_doc, kv_doc = mask.q_doc[0], mask.kv_doc[0, : layout.num_tokens]
-        tiles &= kv_doc[:: layout.kv_block] <= _last_of_blocks(q_doc, layout.q_block)[:, None]
-        tiles &= _last_of_blocks(kv_doc, layout.kv_block) >= q_doc[:: layout.q_block, None]
-    return torch.nn.functional.pad(tiles, (0, layout.num_kv_blocks - tiles.shape[1]))  # none of the appended keys
-
-
-def _draw(axes: Axes, layout: BlockLayout) -> None:
-    start, queries, keys = int(layout.mask.q_pos[0, 0]), layout.num_queries, layout.num_keys
-    picture = image(layout)
+def _draw(axes: Axes, drawn: TileMap, panel: HeadMap) -> None:
+    start, queries, keys = drawn.first_query, drawn.num_queries, drawn.num_keys
+    picture = image(drawn, panel)
     # The last tile may reach past the last token; the limits cut it there.
-    down = picture.shape[0] * _tiles_per_pixel(layout.num_q_blocks) * layout.q_block
-    right = picture.shape[1] * _tiles_per_pixel(layout.num_kv_blocks) * layout.kv_block
+    down, right = picture.shape[0] * drawn.pixel[0], picture.shape[1] * drawn.pixel[1]
     axes.imshow(picture.numpy(), extent=(0, right, start + down, start), aspect="auto")
     axes.set(xlim=(0, keys), ylim=(start + queries, start), box_aspect=1)
-    if keys > layout.num_tokens:
-        axes.axvline(layout.num_tokens, color=_FRAME, linewidth=0.8)
-    for axis, begin, length in ((axes.xaxis, 0, layout.num_tokens), (axes.yaxis, start, queries)):
-        ticks = [begin + length * quarter // 4 for quarter in range(5)]
-        axis.set_ticks(ticks, [_tokens(tick) for tick in ticks])
+    if keys > drawn.num_tokens:
+        axes.axvline(drawn.num_tokens, color=_FRAME, linewidth=0.8)
     axes.tick_params(labelsize=10, length=3, color=_FRAME)
     for spine in axes.spines.values():
         spine.set_color(_FRAME)
 
 
-def _name(heads: list[int], density: float) -> str:
+def _label_tokens(axes: Axes, drawn: TileMap) -> None:
+    for axis, begin, length in ((axes.xaxis, 0, drawn.num_tokens), (axes.yaxis, drawn.first_query, drawn.num_queries)):
+        ticks = [begin + length * quarter // 4 for quarter in range(5)]
+        axis.set_ticks(ticks, [_tokens(tick) for tick in ticks])
+
+
+def _note(axes: Axes, text: str, right: float) -> None:
+    """In the upper right corner, where a causal pattern leaves room."""
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    if text:
+        axes.text(
+            right, 0.96, text, transform=axes.transAxes, fontsize=12, color=_QUIET, ha="right", va="top", bbox=box
+        )
+
+
+def _legend(maps: list[TileMap]) -> list[tuple[_Colour, str]]:
+    """Colours and what they mean; "partly computed" only where it occurs."""
+    entries: list[tuple[_Colour, str]] = [(_COMPUTED, "computed"), (_SKIPPED, "dense attention only")]
+    if any(bool(((panel.read > 0) & (panel.read < one.dense)).any()) for one in maps for panel in one.panels):
+        entries.insert(1, (_PARTLY, "partly computed"))
+    return entries
+
+
+def _draw_legend(axes: Axes, maps: list[TileMap]) -> None:
+    axes.set(xlim=(0, 1), ylim=(1, 0), box_aspect=1)
+    axes.axis("off")
+    for row, (colour, label) in enumerate(_legend(maps)):
+        top = 0.01 + 0.16 * row
+        axes.add_patch(Rectangle((0, top), 0.1, 0.1, facecolor=colour, edgecolor=_FRAME, linewidth=0.6))
+        axes.text(0.16, top - 0.01, label.replace(" only", "\nonly"), fontsize=13, va="top", linespacing=1.15)
+    said = f"↓ query  → key\n{maps[0].num_tokens:,} tokens\nfirst head"
+    axes.text(0, 0.98, said, fontsize=13, color=_QUIET, va="bottom", linespacing=1.4)
+
+
+def _written(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _name(panel: HeadMap) -> str:
+    heads = panel.heads
     shown = ", ".join(str(head) for head in heads[:6]) + (", …" if len(heads) > 6 else "")
-    return f"head{'s' if len(heads) > 1 else ''} {shown} · {density:.3g}"
+    density = "" if panel.density is None else f" · {panel.density:.3g}"
+    return f"head{'s' if len(heads) > 1 else ''} {shown}{density}"
 
 
 def _tokens(count: int) -> str:
     """16384 → 16k, 1000 → 1000: binary thousands where they are short."""
     return f"{count / 1024:g}k" if count >= 1024 and count % 256 == 0 else str(count)
-
-
-def _last_of_blocks(values: Tensor, block: int) -> Tensor:
-    ends = torch.arange(block - 1, len(values) + block - 1, block).clamp(max=len(values) - 1)
-    return values[ends]
-
-
-def _tiles_per_pixel(tiles: int) -> int:
-    return -(-tiles // MAX_PIXELS)
-
-
-def _shrink(tiles: Tensor) -> Tensor:
-    """Bool [rows, columns] → float shares, at most MAX_PIXELS on a side."""
-    factors = tuple(_tiles_per_pixel(size) for size in tiles.shape)
-    return torch.nn.functional.avg_pool2d(tiles.float()[None, None], factors, ceil_mode=True)[0, 0]

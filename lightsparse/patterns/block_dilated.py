@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,12 +41,7 @@ class BlockDilated(Pattern):
 
     def rows(self, grid: BlockGrid) -> Tensor:
         self.check_block(grid.block)
-        if max(self.dilation_rates) > grid.kv_heads:
-            log.info(
-                "BlockDilated: dilation rate %d with %d key/value heads leaves blocks that no head reads through it",
-                max(self.dilation_rates),
-                grid.kv_heads,
-            )
+        _say_what_is_left_out(max(self.dilation_rates), grid.kv_heads)
         own = grid.row_ids[None, None, :, None]
         tables = [own.expand(1, grid.kv_heads, -1, -1)]
         for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True):
@@ -63,3 +59,9 @@ class BlockDilated(Pattern):
                     f"BlockDilated.segment_lengths is {self.segment_lengths}; every entry must be a multiple of the "
                     f"block, {block} tokens"
                 )
+
+
+@lru_cache(maxsize=64)  # once per process, not once per layer and step
+def _say_what_is_left_out(rate: int, kv_heads: int) -> None:
+    if rate > kv_heads:
+        log.info("dilation rate %d with %d key/value heads: some blocks are read by no head through it", rate, kv_heads)

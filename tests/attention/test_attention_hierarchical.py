@@ -8,7 +8,8 @@ import matplotlib.image
 import pytest
 import torch
 
-from lightsparse.analysis.pattern_picture import dense_map, image, save
+from lightsparse.analysis.pattern_picture import image, save
+from lightsparse.analysis.tile_map import dense_map, of_layout
 from lightsparse.attention.core import AttentionShape, SequenceContext
 from lightsparse.attention.hierarchical import PRESETS, BlockSparseHierarchical, HierarchicalConfig
 from lightsparse.attention.pooling import with_summaries
@@ -227,7 +228,8 @@ def test_a_budget_of_everything_has_no_summaries_at_all():
 
 def test_the_picture_shows_summaries_beside_the_tokens(tmp_path):
     layout = PooledHierarchy(9, ((25, 4), (None, 16))).layout(333, block=16)
-    dense, colours, read = dense_map(layout), image(layout), layout.block_map()[0, 0]
+    drawn, dense, read = of_layout(layout), dense_map(layout), layout.block_map()[0, 0]
+    colours = image(drawn, drawn.panels[0])
     assert dense.shape == read.shape and not dense[:, 21:].any()
     assert torch.equal(dense[:, :21], torch.ones(21, 21, dtype=torch.bool).tril())
     assert torch.equal(colours[:, :, 0] < 0.5, read) and read[:, 21:].any()
