@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -149,7 +150,10 @@ def check_disk(config: Config, model: nn.Module) -> None:
     run = Path(config.runs_dir, config.name).absolute()
     written = len(list((run / "checkpoints").glob("step-*.ckpt")))
     needed = size * max(1, config.checkpoint.keep + 1 - written)  # a new one is whole before the oldest goes
-    folder = next(folder for folder in (run, *run.parents) if folder.is_dir())
+    folder = next(folder for folder in (run, *run.parents) if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "is no folder" if not folder.is_dir() else "cannot be written to"
+        raise ConfigError(f"runs_dir is {config.runs_dir}, but {folder} {reason}; set runs_dir=<another folder>")
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(

@@ -13,11 +13,10 @@ from lightsparse.analysis.tile_map import TileMap, of_core
 from lightsparse.attention.core import AttentionCore
 from lightsparse.config import Config, parse
 from lightsparse.data.module import TextDataModule
-from lightsparse.models.transformer import Transformer
 from lightsparse.targets import ConfigError
 from lightsparse.training.checkpoint import newest_checkpoint
 from lightsparse.training.directory import RunDirectory
-from lightsparse.training.module import LanguageModel
+from lightsparse.training.module import language_model
 
 
 def of_run(path: Path, layer: str | None) -> tuple[str, TileMap]:
@@ -40,7 +39,9 @@ def of_run(path: Path, layer: str | None) -> tuple[str, TileMap]:
     step, file = newest
     data = TextDataModule(config.data, config.seed, config.eval.tokens)
     data.setup()
-    module = _trained(config, data, file)
+    module = language_model(config, data.tokenizer)
+    module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
+    module.eval()
     core = module.model.layers[number].self_attn.core  # type: ignore[union-attr]
     assert isinstance(core, AttentionCore)
     seen: dict[str, Any] = {}
@@ -64,16 +65,3 @@ def _layer(config: Config, given: str | None) -> int:
     if not given.isdecimal() or int(given) >= len(layers):
         raise ConfigError(f"layer is {given}; the run's model has layers 0 … {len(layers) - 1}")
     return int(given)
-
-
-def _trained(config: Config, data: TextDataModule, checkpoint: Path) -> LanguageModel:
-    model = Transformer(
-        config.model,
-        config.attention.build,
-        vocab_size=data.tokenizer.vocab_size,
-        causal=config.objective == "causal",
-        context=config.data.context,
-    )
-    module = LanguageModel(model, config, token_bytes=data.tokenizer.token_bytes(), mask_id=data.tokenizer.mask)
-    module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
-    return module.eval()

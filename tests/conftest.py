@@ -36,7 +36,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for property in properties:
         cells = (_cell(variant, property).ljust(len(variant)) for variant in variants)
         terminalreporter.write_line(property.ljust(width) + "  ".join(cells))
-    terminalreporter.write_line("–: the core declares that it cannot; its construction refuses it")
+    terminalreporter.write_line(
+        "–: left out, because the core declares that it cannot and refuses it (or not selected by -k)"
+    )
 
 
 def _cell(variant: str, property: str) -> str:

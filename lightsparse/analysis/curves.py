@@ -39,8 +39,7 @@ def save_loss(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> Pa
     axes.set_xlabel("training tokens")
     axes.set_ylabel("loss (bits per byte)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
-    axes.set_xlim(left=0)
-    axes.margins(x=0.06)
+    axes.set_xlim(0, 1.1 * max([1.0, *(tokens for tokens, _ in train + validation)]))  # room for the number
     _log_bits(axes, [value for _, value in train + validation])
     if train or validation:
         axes.legend(frameon=False, loc="upper right")
@@ -60,7 +59,7 @@ def save_loss_by_position(buckets: Sequence[tuple[int, int, float]], path: Path,
         _mark_last(axes, centres[-1], values[-1])
         axes.set_xscale("log", base=2)
         edges = [end for _, end, _ in buckets]
-        axes.set_xlim(edges[0] / 2.5, edges[-1] * 1.25)
+        axes.set_xlim(edges[0] / 2.5, edges[-1] * 1.6)
         axes.xaxis.set_major_locator(FixedLocator(edges))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _binary(value)))
@@ -103,7 +102,7 @@ def _log_bits(axes: Axes, values: Sequence[float]) -> None:
 
 def _mark_last(axes: Axes, x: float, y: float) -> None:
     axes.annotate(
-        f"{y:.3f}", (x, y), xytext=(0, 8), textcoords="offset points", ha="center", color=_VALIDATION, fontsize=10
+        f"{y:.3f}", (x, y), xytext=(7, 0), textcoords="offset points", va="center", color=_VALIDATION, fontsize=10
     )
 
 

@@ -3,3 +3,9 @@
 `module` is the loss and its gradients, `recorder` the rows of metrics, `directory` and `checkpoint` what survives a
 kill; `objectives`, `optimizers`, `schedules` are what a config chooses between.
 """
+
+import os
+
+# Threads that spin while they wait for each other stand still as soon as anybody else uses a core: the default model on
+# two cores, one of them busy, took 15 s a step, and 1.3 s with threads that sleep. OpenMP reads this when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightsparse.training.files import atomic_write
+from lightsparse.training.preemption import EXIT_CODE, Preemption
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +53,25 @@ class StepCheckpoint(Checkpoint):
 
     Where a validation belongs to the step it comes first, so that a checkpoint of step n stands for everything that
     step n does: a run resumed from it neither repeats nor misses a validation.
+    After SIGTERM to any rank, the step under way is finished and saved, and all ranks end with code 75.
     """
 
     def __init__(self, folder: Path, every_n_steps: int, keep: int, max_steps: int, validation_every: int) -> None:
         self.folder, self.every_n_steps, self.keep = folder, every_n_steps, keep
         self.max_steps, self.validation_every = max_steps, validation_every
         self._last_step = 0  # of the last checkpoint saved or loaded
+        self._done_step = 0  # the last step that went through `_save_if_due`
+        self._preemption = Preemption()
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._preemption.listen()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step
+        self._last_step = self._done_step = trainer.global_step
+        self._preemption.listen()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._preemption.stop_listening()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -78,9 +89,17 @@ class StepCheckpoint(Checkpoint):
 
     def _save_if_due(self, trainer: Trainer) -> None:
         step = trainer.global_step
-        is_due = step % self.every_n_steps == 0 or step >= self.max_steps
-        if not is_due or step == self._last_step:  # a micro-batch inside a step leaves the step as it was
+        if step == self._done_step:  # a micro-batch inside a step leaves the step as it was
             return
+        self._done_step = step
+        stops = self._preemption.is_asked(trainer) and step < self.max_steps
+        if stops or step % self.every_n_steps == 0 or step >= self.max_steps:
+            self._save(trainer, step)
+        if stops:
+            log.info("stopped by SIGTERM; the same command continues from step %d", step)
+            raise SystemExit(EXIT_CODE)
+
+    def _save(self, trainer: Trainer, step: int) -> None:
         trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
         self._last_step = step
         if trainer.is_global_zero:

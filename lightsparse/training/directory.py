@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 from lightsparse.config import differences
 from lightsparse.targets import ConfigError
 from lightsparse.training.checkpoint import newest_checkpoint
 from lightsparse.training.files import remove_partial_files, write_text
+from lightsparse.training.ranks import is_first_rank
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class RunDirectory:
         """
         newest = newest_checkpoint(self.checkpoints)
         start = Start(0, None) if newest is None else Start(*newest)
-        is_first = rank_zero_only.rank == 0  # the others may come after this one has written, and only look
+        is_first = is_first_rank()  # the others may come after this one has written, and only look
         if is_first:
             self._check(resume, start, raw)
         summary = self._summary()
@@ -89,7 +89,9 @@ class RunDirectory:
             )
         if start.checkpoint is None or not self.config.exists():
             return
-        changed = differences(OmegaConf.to_container(OmegaConf.load(self.config)), raw)
+        stored = OmegaConf.to_container(OmegaConf.load(self.config))
+        assert isinstance(stored, dict)  # as _prepare wrote it
+        changed = differences({str(key): value for key, value in stored.items()}, raw)
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run with another config; use the old values to continue it or name=<another> to "

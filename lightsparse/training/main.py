@@ -1,6 +1,7 @@
 """The command `python train.py …` or `lightsparse-train …`: compose → parse and check → build and fit.
 
-A wrong config is one sentence on stderr and exit code 2. With `-m`, sweepers minimise what `train` returns.
+A wrong config is one sentence on stderr and exit code 2; a run stopped by SIGTERM saves its step and ends with code 75:
+the same command continues it. With `-m`, sweepers minimise what `train` returns.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightsparse.attention.core import SequenceContext
 from lightsparse.config import Config
+from lightsparse.data.tokens import ByteTokenizer
 from lightsparse.models.transformer import ModelOutput, Transformer
 from lightsparse.training import watched
 from lightsparse.training.objectives import IGNORED, Objective
@@ -60,6 +61,18 @@ class StepResult:
     grad_norm: float  # before clipping
     learning_rate: float
     watched: dict[str, float]  # what a learned attention reports, by column (watched.step_columns)
+
+
+def language_model(config: Config, tokenizer: ByteTokenizer) -> LanguageModel:
+    """The freshly drawn model of a config. Raises ConfigError where its attention cannot take the model's shape."""
+    model = Transformer(
+        config.model,
+        config.attention.build,
+        vocab_size=tokenizer.vocab_size,
+        causal=config.objective == "causal",
+        context=config.data.context,
+    )
+    return LanguageModel(model, config, token_bytes=tokenizer.token_bytes(), mask_id=tokenizer.mask)
 
 
 class LanguageModel(LightningModule):

@@ -54,7 +54,7 @@ class MuonAdamW(Optimizer):
                   that rates and decay tuned for AdamW carry over, whatever the matrix's shape
     adamw_lr      of everything else
     weight_decay  decoupled, of the hidden matrices and the head
-    Raises ValueError when no group holds hidden matrices.
+    Raises ValueError for a value out of range, and when no group holds hidden matrices.
     """
 
     def __init__(
@@ -67,6 +67,12 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
+        for name, rate in (("lr", lr), ("adamw_lr", adamw_lr), ("weight_decay", weight_decay), ("eps", eps)):
+            if rate < 0:
+                raise ValueError(f"optimizer.{name} is {rate}; it must be at least 0")
+        for name, share in (("momentum", momentum), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
+            if not 0 <= share < 1:
+                raise ValueError(f"optimizer.{name} is {share}; it must lie in [0, 1)")
         groups = [dict(group) for group in params]
         if not any(group.get("role") == HIDDEN for group in groups):
             raise ValueError("optimizer MuonAdamW finds no hidden matrices in this model; use optimizer=adamw")
@@ -81,7 +87,7 @@ class MuonAdamW(Optimizer):
         self._share_groups_and_state()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both parts; returns what `closure` returns."""
         loss = None
         if closure is not None:

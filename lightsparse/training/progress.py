@@ -24,7 +24,8 @@ class TrainingProgress(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._start_step, self._start_time, self._last_line = 0, 0.0, 0.0
+        self._start_step, self._start_time = 0, 0.0
+        self._last_step, self._last_line = 0, 0.0  # step shown last, time of the last plain line
 
     def disable(self) -> None:
         """Lightning calls this on every rank but the first."""
@@ -37,7 +38,7 @@ class TrainingProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_step, self._start_time = trainer.global_step, time.perf_counter()
-        self._last_line = self._start_time
+        self._last_step, self._last_line = self._start_step, self._start_time
         if not self._enabled or not self.console.is_terminal:
             return
         self._bar = Progress(
@@ -58,8 +59,9 @@ class TrainingProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._enabled or "train_loss" not in self.recorder.row:
+        if not self._enabled or trainer.global_step == self._last_step:  # inside an accumulation
             return
+        self._last_step = trainer.global_step
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, numbers=_numbers(self.recorder.row))
         elif time.perf_counter() - self._last_line > _LINE_EVERY:

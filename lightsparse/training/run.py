@@ -25,7 +25,7 @@ from lightsparse.training.directory import RunDirectory, Start
 from lightsparse.training.files import write_text
 from lightsparse.training.flops import matmul_error, matmul_peak
 from lightsparse.training.metrics import MetricsFile, read_metrics
-from lightsparse.training.module import LanguageModel
+from lightsparse.training.module import language_model
 from lightsparse.training.outputs import draw_plots, write_sample
 from lightsparse.training.quiet import quiet_lightning
 from lightsparse.training.ranks import is_first_rank
@@ -58,14 +58,8 @@ def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
     seed_everything(config.seed, workers=True, verbose=False)
     data = TextDataModule(config.data, config.seed, config.eval.tokens)
     data.setup()
-    model = Transformer(
-        config.model,
-        config.attention.build,
-        vocab_size=data.tokenizer.vocab_size,
-        causal=config.objective == "causal",
-        context=config.data.context,
-    )
-    module = LanguageModel(model, config, token_bytes=data.tokenizer.token_bytes(), mask_id=data.tokenizer.mask)
+    module = language_model(config, data.tokenizer)
+    model = module.model
     if config.compile:
         model.compile()  # in place: the names in the checkpoint stay as they are
     recorder = Recorder(config, started=started)

@@ -1,4 +1,4 @@
-"""summary.json: one run in numbers, and the same as the table a user sees last."""
+"""summary.json: one run in numbers, and the same as the lines a user sees last."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from lightsparse.analysis.curves import count_text
 from lightsparse.bench.machine import hardware, versions
@@ -60,12 +59,12 @@ def summarize(
 
 
 def show(console: Console, summary: Mapping[str, Any], directory: Path) -> None:
-    """Print the summary as a small table, the run directory below it."""
-    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    """Print the summary, a line each, the run directory last."""
     lines = {
         "validation": f"{summary['val_bits_per_byte']:.4f} bits per byte, loss {summary['val_loss']:.4f}, "
         f"perplexity {summary['val_perplexity']:.2f}",
-        "trained": f"{summary['steps']:,} steps, {count_text(summary['tokens'])} tokens in {duration(summary['wall_s'])}",
+        "trained": f"{summary['steps']:,} steps, {count_text(summary['tokens'])} tokens "
+        f"in {duration(summary['wall_s'])}",
     }
     if summary["tokens_per_s"] and summary["mfu"]:
         lines["speed"] = (
@@ -76,8 +75,7 @@ def show(console: Console, summary: Mapping[str, Any], directory: Path) -> None:
         lines["density"] = f"{summary['attention_density']:.3f} of dense attention ({summary['attention']})"
     lines["run directory"] = str(directory)
     for name, text in lines.items():
-        table.add_row(name, text)
-    console.print(table)
+        console.print(f"{name:<13}  {text}")
 
 
 def _mean(rows: list[dict[str, float]], name: str) -> float | None:

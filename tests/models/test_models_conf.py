@@ -15,7 +15,7 @@ def composed(name: str) -> dict:
         return OmegaConf.to_container(compose(f"model/{name}").model)
 
 
-@pytest.mark.parametrize(("name", "depth"), [("nano", 4), ("tiny", 6), ("small", 12), ("base", 24)])
+@pytest.mark.parametrize(("name", "depth"), [("pico", 3), ("nano", 4), ("tiny", 6), ("small", 12), ("base", 24)])
 def test_each_size_names_every_field_and_only_the_depth_sets_its_widths(name, depth):
     node = composed(name)
     assert list(node) == [field.name for field in fields(ModelConfig)]

@@ -42,7 +42,8 @@ def test_never_refuses_a_directory_that_holds_a_run_and_names_both_ways_out(tmp_
     with pytest.raises(ConfigError) as refused:
         directory.open("never", RAW, 10)
     assert str(refused.value) == (
-        f"{tmp_path} already holds a run at step 400; use resume=auto to continue it or name=<another> to start beside it"
+        f"{tmp_path} already holds a run at step 400; use resume=auto to continue it or "
+        "name=<another> to start beside it"
     )
 
 
