@@ -6,6 +6,7 @@ tested by being there. What a core declares it cannot do is not run, and its con
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -281,7 +282,7 @@ def keeps_documents_apart(variant: Variant) -> None:
             documents = documents_at(shape.n, *borders, batch=shape.batch)
             out = attend(core, given, documents)
             edges = (0, *borders, shape.n)
-            for start, stop in zip(edges, edges[1:], strict=False):
+            for start, stop in itertools.pairwise(edges):
                 changed = attend(core, given.perturbed(start, stop), documents)
                 outside = torch.ones(shape.n, dtype=torch.bool)
                 outside[start:stop] = False
@@ -300,7 +301,7 @@ def packs_like_separate_documents(variant: Variant) -> None:
         core = variant.core(shape, causal=causal, dtype=torch.float64)
         packed = attend(core, given, documents)
         for sample, edges in enumerate(((0, 128, 256, shape.n), (0, 256, shape.n))):
-            for start, stop in zip(edges, edges[1:], strict=False):
+            for start, stop in itertools.pairwise(edges):
                 alone = attend(core, given.tokens(start, stop).map(lambda t, s=sample: t[s : s + 1]))
                 close(packed[sample, :, start:stop], alone[0], 1e-9, f"sample {sample}, document {start}…{stop}")
 
