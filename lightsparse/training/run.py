@@ -133,7 +133,7 @@ def _opening(
         f"text     {type(config.data).__name__} · {count_text(data.num_train_tokens)} training tokens · "
         f"fingerprint {data.fingerprint}",
         f"machine  {where}{f' × {ranks} ranks' if ranks > 1 else ''} · {precision} · matmul {config.matmul_precision}: "
-        f"{count_text(peak)}FLOP/s, fp32 error {matmul_error(device):.0e}",
+        f"{peak / 1e9:.0f} GFLOP/s, fp32 error {matmul_error(device):.0e}",
     ]
 
 

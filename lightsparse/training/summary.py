@@ -68,7 +68,7 @@ def show(console: Console, summary: Mapping[str, Any], directory: Path) -> None:
     }
     if summary["tokens_per_s"] and summary["mfu"]:
         lines["speed"] = (
-            f"{summary['tokens_per_s']:,.0f} tokens/s, {count_text(summary['flops_per_s'])}FLOP/s, "
+            f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['flops_per_s'] / 1e9:.0f} GFLOP/s, "
             f"{summary['mfu']:.1%} of the matmul peak"
         )
     if summary["attention_density"] is not None:
