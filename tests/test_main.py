@@ -80,10 +80,10 @@ def test_an_error_of_ours_inside_training_keeps_its_traceback(run, monkeypatch):
 
 
 def test_the_command_says_how_threads_wait_before_torch_loads():
-    asks = "import os, sys, lightsparse.training; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    asks = "import os, sys, lightsparse.training; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["False", "passive"]
+    assert done.stdout.split() == ["False", "10000"]
 
 
 def test_conf_is_found_without_the_clone_around_it():
