@@ -222,7 +222,7 @@ def test_differences_name_each_key_with_both_values(tmp_path):
     now = compose_raw(["attention=sliding_window", "attention.window=128", "seed=3", "trainer.max_steps=9"])
     assert differences(stored, now) == ["attention.window: 256 there, 128 here", "seed: 0 there, 3 here"]
     del stored["data"]["pack"]
-    assert "data.pack: absent there, isolate here" in differences(stored, now)
+    assert "data.pack: absent there, concat here" in differences(stored, now)
 
 
 def test_a_stored_config_parses_to_the_same_run():
