@@ -24,6 +24,7 @@ MIN_BYTES = 8192  # shorter documents teach nothing about a long context
 
 @dataclass(frozen=True, kw_only=True)
 class StdlibData(DataConfig):
+    pack: Literal["isolate", "concat"] = "concat"  # one stream of source: a sixth less time a step
     unit: Literal["file", "package"] = "file"  # one document per file, or per top-level package (for > 32k contexts)
 
     def __post_init__(self) -> None:
