@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
+from lightsparse.attention.over_ranks import attention, sequence_length
 from lightsparse.attention.router import BlockRouter, Choice, Noise
 from lightsparse.attention.summaries import Summaries, summarise
-from lightsparse.kernels import block_sparse_attention
+from lightsparse.parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 
@@ -102,6 +103,7 @@ class BlockSparseAdaptive(AttentionCore):
     chooses = True
     logged = ("router_gate", "router_entropy", "router_capped", "router_tau")
     logged_per_head = ("head_density",)
+    context_parallel = ("sparse", "gather")
     schedule: Tensor
 
     def __init__(self, config: AdaptiveConfig, shape: AttentionShape):
@@ -123,6 +125,9 @@ class BlockSparseAdaptive(AttentionCore):
         # the temperature they were trained for; a run that resumes computes it anew.
         self.register_buffer("schedule", torch.tensor(config.tau_start))
 
+    def shard_unit(self) -> int:
+        return self.options.block
+
     def set_step(self, step: int, max_steps: int) -> None:
         """Put the temperature where the optimizer step after `step` finished ones has it, 0 ≤ step < max_steps.
 
@@ -137,8 +142,7 @@ class BlockSparseAdaptive(AttentionCore):
         dropout = ctx.dropout(
             self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        out = block_sparse_attention(q, k, v, chosen.layout, block_bias=chosen.bias, dropout=dropout)
-        assert isinstance(out, Tensor)
+        out, _ = attention(q, k, v, chosen.layout, ctx, block_bias=chosen.bias, dropout=dropout)
         if ctx.states is not None and chosen.state is not None:
             ctx.states[self.shape.layer].update(chosen.state)
         return AttentionResult(out, chosen.aux_loss, chosen.stats, chosen.layout.kv_indices)
@@ -149,24 +153,26 @@ class BlockSparseAdaptive(AttentionCore):
         x plays no part. Raises ValueError when ctx.q_start > 0 and ctx.states does not hold what the tokens before
         left there.
         """
-        block, causal, n, row = self.options.block, self.shape.causal, k.shape[2], ctx.q_start // self.options.block
+        block, causal, n = self.options.block, self.shape.causal, sequence_length(k, ctx)
+        row = ctx.q_start // block
         with torch.autocast(q.device.type, enabled=False):
             found, state = summarise(q, k, ctx, block=block, causal=causal, layer=self.shape.layer)
             tau_H = self.router.temperature(self.schedule, found.query.dtype)
             choice = self._choice(self.router.projected(found), tau_H, ctx)
             aux_loss = self._budget_loss(choice.gates, choice.pairs)
 
-        mask = interval_mask(n, causal=causal, documents=ctx.documents, device=q.device).queries(row * block, n)
+        mask = interval_mask(n, causal=causal, documents=ctx.documents, device=q.device)
+        mask = mask.queries(row * block, n) if ctx.shard is None else mask.of_queries(ctx.shard.tokens.to(q.device))
         layout, bias = BlockLayout(choice.table, block, block, mask, no_dense_rows(q.device)), choice.bias
         within = ctx.q_start - row * block
         if within:
             bias = bias[:, :, torch.arange(within, layout.num_queries, device=q.device) // block]
             layout = layout.per_token(within, layout.num_queries)
-        stats = self._stats(layout, choice, tau_H.detach())
+        stats = self._stats(layout, choice, tau_H.detach(), ctx)
         return Selection(layout, bias if self.options.gate_bias else None, aux_loss, stats, state)
 
     def _choice(self, of: Summaries, tau_H: Tensor, ctx: SequenceContext) -> Choice:
-        """All rows, some at a time; these are computed again in the backward pass, so that no score is kept."""
+        """All rows of this rank, some at a time; these are computed again in the backward pass: no score is kept."""
         noise = None
         if self.training:
             samples = torch.arange(len(of.query), device=of.query.device) if ctx.sample_ids is None else ctx.sample_ids
@@ -185,17 +191,20 @@ class BlockSparseAdaptive(AttentionCore):
 
         batch, heads, total, _ = of.query.shape
         at_once = max(_CHUNK // (batch * heads * of.key.shape[2]), 1)
-        if at_once >= total:
-            return rows(of, tau_H, 0, total)
+        runs = [(0, total)] if ctx.shard is None else ctx.shard.split.runs(ctx.shard.rank, self.options.block)
         parts = []
-        for start in range(0, total, at_once):
-            given = (of, tau_H, start, min(start + at_once, total))
-            if torch.is_grad_enabled():
-                parts.append(checkpoint(rows, *given, use_reentrant=False, preserve_rng_state=False))
-            else:
-                parts.append(rows(*given))
+        for first, last in runs:
+            for start in range(first, last, at_once):
+                given = (of, tau_H, start, min(start + at_once, last))
+                if torch.is_grad_enabled() and at_once < total:
+                    parts.append(checkpoint(rows, *given, use_reentrant=False, preserve_rng_state=False))
+                else:
+                    parts.append(rows(*given))
         table, bias, *sums = zip(*parts, strict=True)
-        return Choice(torch.cat(table, 2), torch.cat(bias, 2), *(torch.stack(each).sum(0) for each in sums))
+        found = [torch.stack(each).sum(0) for each in sums]
+        if ctx.shard is not None:
+            found = [sum_over(each, ctx.shard) for each in found]
+        return Choice(torch.cat(table, 2), torch.cat(bias, 2), *found)
 
     def _budget_loss(self, gates_B: Tensor, pairs_B: Tensor) -> Tensor:
         """Weighted; every parameter is in it, whatever the samples hold, or DDP would wait for its gradient."""
@@ -206,13 +215,18 @@ class BlockSparseAdaptive(AttentionCore):
         return loss
 
     @torch.no_grad()
-    def _stats(self, layout: BlockLayout, choice: Choice, tau_H: Tensor) -> dict[str, Tensor]:
+    def _stats(self, layout: BlockLayout, choice: Choice, tau_H: Tensor, ctx: SequenceContext) -> dict[str, Tensor]:
+        """Of the whole sequence, on every rank."""
         samples, heads, rows, _ = choice.table.shape
-        of_head = [replace(layout, kv_indices=layout.kv_indices[:, h : h + 1]).density() for h in range(heads)]
+        computed_BH, dense_B = layout.areas()
+        if ctx.shard is not None:
+            rows = -(-ctx.shard.length // self.options.block)
+            computed_BH, dense_B = (sum_over(area, ctx.shard) for area in (computed_BH, dense_B))
+        of_head = (computed_BH / dense_B[:, None]).mean(0).float()
         pairs = choice.pairs.sum().clamp(min=1)
         return {
-            "density": torch.tensor(of_head).mean(),
-            "head_density": torch.tensor(of_head),
+            "density": of_head.mean(),
+            "head_density": of_head,
             "router_gate": choice.gates.detach().sum() / pairs,
             "router_entropy": choice.entropy / pairs,
             "router_capped": choice.capped / (samples * heads * rows),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightsparse.kernels import Dropout, sample_keys
+from lightsparse.parallel.shard import ContextShard
 from lightsparse.patterns import BlockLayout
 
 
@@ -47,6 +48,9 @@ class SequenceContext:
     sample_ids int64 [B] or None: global ids of the samples, so that randomness does not depend on the batch's split
     states     per layer, what a core keeps between decoding steps beside keys and values; None = no decoding
     layouts    what the cores built for this pass, keyed by their own config: built once, read by every layer
+    shard      this rank's part of a sequence that several ranks hold: q, k, v, x and positions are those of its tokens
+               then, `documents` still those of the whole sequence, [B, shard.length]; None = all of it is here
+    Raises ValueError for decoding with a shard.
     """
 
     positions: Tensor
@@ -56,6 +60,11 @@ class SequenceContext:
     sample_ids: Tensor | None = None
     states: dict[int, dict[str, Tensor]] | None = None
     layouts: dict[Any, Any] = field(default_factory=dict)
+    shard: ContextShard | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard is not None and (self.q_start or self.states is not None):
+            raise ValueError("a sequence over several ranks cannot be decoded; generate on one rank, strategy=single")
 
     def dropout(self, rate: float, *, layer: int, training: bool, batch: int, device: torch.device) -> Dropout | None:
         """The dropout of one layer in this pass, or None when it is off."""
@@ -113,7 +122,7 @@ class AttentionCore(nn.Module):
     chooses: ClassVar[bool] = False  # what is read depends on the input; then `choice` holds the table
     logged: ClassVar[tuple[str, ...]] = ()  # its scalars in `stats` beside density: columns of metrics.csv
     logged_per_head: ClassVar[tuple[str, ...]] = ()  # the same with one value per key/value head (or one for all)
-    context_parallel: ClassVar[tuple[str, ...]] = ()  # exchanges it can use
+    context_parallel: tuple[str, ...] = ()  # exchanges it can use when several ranks hold a sequence
 
     def __init__(self, config: AttentionConfig, shape: AttentionShape):
         super().__init__()
@@ -125,6 +134,14 @@ class AttentionCore(nn.Module):
             raise ValueError(f"{name} is causal only; use objective=causal or another attention")
         if shape.heads != shape.kv_heads and not self.supports_gqa:
             raise ValueError(f"{name} needs as many key/value heads as query heads; set model.kv_heads={shape.heads}")
+
+    def shard_unit(self) -> int:
+        """Tokens that ranks must not cut when they split a sequence: they get whole multiples of it."""
+        raise NotImplementedError(f"{type(self).__name__} has no shard_unit()")
+
+    def row_loads(self, length: int, unit: int) -> list[float]:
+        """What the queries of each unit of `unit` tokens cost, in any measure: for an even split over ranks."""
+        return [1.0] * -(-length // unit)
 
     def set_step(self, step: int, max_steps: int) -> None:
         """Called before the forward of the optimizer step after `step` finished ones: for schedules over a run."""

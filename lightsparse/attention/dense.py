@@ -52,7 +52,8 @@ class DenseAttention(FixedPatternAttention):
             refuse_unfit(config.pattern, shape, config.block)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
-        if self.config.pattern is not None or ctx.q_start or (self.training and self.config.dropout):
+        dropout = self.training and self.config.dropout
+        if self.config.pattern is not None or ctx.q_start or dropout or ctx.shard is not None:
             return super().forward(q, k, v, x=x, ctx=ctx)
         if ctx.documents is None:
             out = self._fused(q, k, v)

@@ -21,11 +21,15 @@ from torch import Tensor
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.dense import refuse_unfit
+from lightsparse.attention.over_ranks import attention, own_rows, plans_of, sequence_length
 from lightsparse.attention.segments import Branch, Gather, Sizes, gathers
 from lightsparse.hashing import chain
-from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.kernels import Dropout
+from lightsparse.parallel.shard import ContextShard
+from lightsparse.parallel.sources import NOWHERE, Sources
 from lightsparse.patterns import BlockLayout, Pattern, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
+from lightsparse.patterns.parts import members, of_rows
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +81,7 @@ class DilatedAttention(AttentionCore):
 
     Config = DilatedConfig
     config: DilatedConfig
+    context_parallel = ("sparse", "gather")
 
     def __init__(self, config: DilatedConfig, shape: AttentionShape):
         super().__init__(config, shape)
@@ -102,6 +107,9 @@ class DilatedAttention(AttentionCore):
         if config.pattern is not None:
             refuse_unfit(config.pattern, shape, config.block)
 
+    def shard_unit(self) -> int:
+        return self.config.block
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         # Where every head has one branch there is nothing to weigh, and kernels without a differentiable lse will do.
         weighed = self.config.heads == "all" and len(self.branches) > 1
@@ -114,12 +122,12 @@ class DilatedAttention(AttentionCore):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: SequenceContext, weighed: bool
     ) -> tuple[list[list[_Part]], float]:
         """What each gather of each branch gives, and the density."""
-        plan = self._plan(k.shape[2], ctx, q.device)
+        plan = self._plan(sequence_length(k, ctx), ctx, q.device)
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
         parts = [
-            [_attend(q, k, v, gather, _of_gather(dropout, branch, gather), weighed) for gather in of_branch]
+            [_attend(q, k, v, gather, _of_gather(dropout, branch, gather), weighed, ctx) for gather in of_branch]
             for branch, of_branch in enumerate(plan.gathers)
             if of_branch
         ]
@@ -183,33 +191,84 @@ def _of_gather(dropout: Dropout | None, branch: int, gather: Gather) -> Dropout 
     return Dropout(dropout.rate, chain(dropout.keys, part, gather.kv_heads[0]))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, gather: Gather, dropout: Dropout | None, weighed: bool) -> _Part:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, gather: Gather, dropout: Dropout | None, weighed: bool, ctx: SequenceContext
+) -> _Part:
     """Attention of one gather. q [B, H, Nq, D], k/v [B, Hkv, N, D], contiguous."""
-    layout, nq, nkv, group = gather.layout, q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    group, nkv = q.shape[1] // k.shape[1], k.shape[2]
     if gather.positions is None:
-        first = nkv - layout.num_keys
-        out, lse = _kernel(q, k[:, :, first:], v[:, :, first:], layout, dropout, weighed)
-        return _Part(None, out.flatten(0, 2), lse)
+        first = 0 if ctx.shard is not None else nkv - gather.layout.num_keys
+        own = own_rows(gather.layout, ctx)
+        out, lse = attention(
+            q, k[:, :, first:], v[:, :, first:], own, ctx, plans=plans_of(ctx), dropout=dropout, return_lse=weighed
+        )
+        return _Part(None, out.flatten(0, 2), _flat_lse(out, lse))
 
     q_heads = (gather.kv_heads[:, None] * group + torch.arange(group, device=q.device)).flatten()
-    of_queries = gather.positions[:, :, -layout.num_queries :].repeat_interleave(group, 1) - (nkv - nq)
-    q_rows, kv_rows = _rows(of_queries, q_heads, q), _rows(gather.positions, gather.kv_heads, k)
-    out, lse = _kernel(_taken(q, q_rows), _taken(k, kv_rows), _taken(v, kv_rows), layout, dropout, weighed)
-    # Spare slots and tokens before the first query go to a row behind the last.
+    if ctx.shard is None:
+        layout, sources = gather.layout, None
+        of_queries = gather.positions[:, :, -layout.num_queries :] - (nkv - q.shape[2])
+        kv_rows = _rows(gather.positions, gather.kv_heads, k)
+        k, v = _taken(k, kv_rows), _taken(v, kv_rows)
+    else:
+        layout, of_queries, sources = _share(gather, k, ctx)
+    of_queries = of_queries.repeat_interleave(group, 1)
+    q_rows = _rows(of_queries, q_heads, q)
+    out, lse = attention(
+        _taken(q, q_rows),
+        k,
+        v,
+        layout,
+        ctx,
+        plans=plans_of(ctx),
+        sources=sources,
+        kv_heads=len(gather.kv_heads),
+        dropout=dropout,
+        return_lse=weighed,
+    )
+    # Spare slots and tokens that are no queries here go to a row behind the last.
     rows = torch.where(of_queries >= 0, q_rows, q.shape[:3].numel())
-    return _Part(rows.flatten(), out.flatten(0, 2), lse)
+    return _Part(rows.flatten(), out.flatten(0, 2), _flat_lse(out, lse))
 
 
-def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, dropout: Dropout | None, with_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """out [B, h, S, D] and lse [B · h · S] (zeros unless asked for)."""
-    if not with_lse:
-        out = block_sparse_attention(q, k, v, layout, dropout=dropout)
-        assert isinstance(out, Tensor)
-        return out, out.new_zeros(out.shape[:3]).flatten()
-    out, lse = block_sparse_attention(q, k, v, layout, dropout=dropout, return_lse=True)
-    return out, lse.flatten()
+def _share(gather: Gather, k: Tensor, ctx: SequenceContext) -> tuple[BlockLayout, Tensor, Sources]:
+    """This rank's share of a gather: blocks of slots that hold some of its tokens, which of its tokens stands in each
+    slot (−1 = none of its own), and who has the keys. k [B, Hkv, n, D]."""
+    assert ctx.shard is not None and gather.positions is not None
+    plans, key = plans_of(ctx), ("share", gather, k.shape[:2])
+    if key not in plans:
+        with torch.inference_mode(False):  # first made in an evaluation, it must serve training too
+            plans[key] = _share_of(gather, k.shape[0], k.shape[1], ctx.shard)
+    return plans[key]
+
+
+def _share_of(gather: Gather, batch: int, kv_heads: int, shard: ContextShard) -> tuple[BlockLayout, Tensor, Sources]:
+    positions, layout = gather.positions, gather.layout
+    assert positions is not None
+    device, tokens = positions.device, positions.clamp(min=0)
+    rank_of = torch.where(positions < 0, NOWHERE, shard.split.rank_of.to(device)[tokens])
+    row_of = shard.split.row_of.to(device)[tokens]
+    own = rank_of == shard.rank
+    blocks = torch.nn.functional.pad(own.any(0).any(0), (0, -own.shape[2] % layout.q_block))
+    rows = blocks.view(-1, layout.q_block).any(-1).nonzero().flatten()
+    slots = members(rows, layout.q_block, layout.num_queries)
+    of_queries = torch.where(own, row_of, -1)[:, :, slots].expand(batch, -1, -1)
+
+    held = torch.tensor([*shard.split.counts, 0], device=device)[rank_of]  # tokens of the rank that has the key
+    sample = torch.arange(batch, device=device)[:, None, None]
+    table_rows = (sample * kv_heads + gather.kv_heads[None, :, None]) * held + row_of
+    sources = Sources(
+        rank_of.expand(batch, -1, -1).flatten(0, 1),
+        table_rows.flatten(0, 1),
+        shard.split.counts,
+        side_by_side=False,
+    )
+    return of_rows(layout, rows), of_queries, sources
+
+
+def _flat_lse(out: Tensor, lse: Tensor | None) -> Tensor:
+    """[B · h · S]; zeros where none was asked for."""
+    return out.new_zeros(out.shape[:3]).flatten() if lse is None else lse.flatten()
 
 
 def _rows(positions: Tensor, heads: Tensor, of: Tensor) -> Tensor:

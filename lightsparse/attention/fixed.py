@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightsparse.attention.core import AttentionCore, AttentionResult, SequenceContext
-from lightsparse.kernels import block_sparse_attention
+from lightsparse.attention.over_ranks import attention, own_rows, plans_of, sequence_length
 from lightsparse.patterns import BlockLayout, LayoutKey, Pattern, PersistentPatternCache
 
 LAYOUTS = PersistentPatternCache()  # of the whole process: layers, steps and evaluations share it
@@ -16,19 +16,28 @@ class FixedPatternAttention(AttentionCore):
     """Base of the variants whose blocks do not depend on the data. Subclasses set `block` and say `pattern_at`."""
 
     block: int  # tokens
+    context_parallel: tuple[str, ...] = ("sparse", "ring", "gather")
 
     def pattern_at(self, num_keys: int) -> Pattern:
         """The pattern over a sequence of `num_keys` tokens."""
         raise NotImplementedError(f"{type(self).__name__} has no pattern_at()")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
-        layout = self.layout(k.shape[2], ctx, q.device)
+        layout = self.layout(sequence_length(k, ctx), ctx, q.device)
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        out = block_sparse_attention(q, k, v, layout, dropout=dropout)
-        assert isinstance(out, Tensor)
+        out, _ = attention(q, k, v, own_rows(layout, ctx), ctx, plans=plans_of(ctx), ring=True, dropout=dropout)
         return AttentionResult(out, stats={"density": torch.tensor(layout.density())})
+
+    def shard_unit(self) -> int:
+        return self.block
+
+    def row_loads(self, length: int, unit: int) -> list[float]:
+        """Query–key area of the computed tiles of each unit's rows, without documents."""
+        ctx = SequenceContext(torch.arange(length)[None])
+        rows = self.layout(length, ctx, torch.device("cpu")).row_areas()
+        return [float(of_unit.sum()) for of_unit in rows.split(unit // self.block)]
 
     @torch.compiler.disable  # numbers in, a table out: nothing to compile, and data-dependent widths break the graph
     def layout(self, num_keys: int, ctx: SequenceContext, device: torch.device) -> BlockLayout:

@@ -6,6 +6,7 @@ distance, and a token's cost is a few windows plus N / (coarsest stride).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from lightsparse.attention.core import AttentionConfig, AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.fixed import FixedPatternAttention
-from lightsparse.attention.pooling import log_counts, with_summaries
-from lightsparse.kernels import block_sparse_attention
+from lightsparse.attention.over_ranks import attention, own_rows, plans_of, sequence_length
+from lightsparse.attention.pooling import log_counts, own_segments, summary_sources, with_summaries
+from lightsparse.parallel.sources import Sources
 from lightsparse.patterns import AtDensity, Hierarchical, LocalWindow, Pattern, PooledHierarchy
-from lightsparse.patterns.hierarchical import Levels, as_levels, check_nested
+from lightsparse.patterns.hierarchical import Levels, Segment, as_levels, check_nested
 
 Preset = Literal["standard", "fine_grained", "long_range", "ultra_sparse"]
 
@@ -100,6 +102,8 @@ class BlockSparseHierarchical(FixedPatternAttention):
         )
         if config.density is not None:
             self.pattern = self._solved(config.density, uniform=pooled)
+        if pooled:  # a block of summaries may belong to several ranks
+            self.context_parallel = tuple(way for way in self.context_parallel if way != "ring")
 
     def _solved(self, density: float, uniform: bool) -> Pattern:
         """The pattern with its near window such that the density is reached at the training context."""
@@ -117,16 +121,36 @@ class BlockSparseHierarchical(FixedPatternAttention):
     def pattern_at(self, num_keys: int) -> Pattern:
         return self.pattern
 
+    def shard_unit(self) -> int:
+        coarsest = max(stride for _, stride in self.pattern.coarser) if isinstance(self.pattern, PooledHierarchy) else 1
+        return math.lcm(self.block, coarsest)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         if not isinstance(self.pattern, PooledHierarchy):
             return super().forward(q, k, v, x=x, ctx=ctx)
-        layout = self.layout(k.shape[2], ctx, q.device)
-        segments = self.pattern.segments(k.shape[2], self.block)
-        keys, values = (with_summaries(t, segments, self.block) for t in (k, v))
+        length = sequence_length(k, ctx)
+        layout = self.layout(length, ctx, q.device)
+        density, layout = layout.density(), own_rows(layout, ctx)
+        segments, sources = self.pattern.segments(length, self.block), None
+        here = segments
+        if ctx.shard is not None:
+            here = own_segments(ctx.shard.tokens, segments, self.block)
+            sources = self._sources(segments, ctx, q.device)
+        keys, values = (with_summaries(t, here, self.block) for t in (k, v))
         bias = log_counts(layout, segments, q.dtype) if self.log_count and len(segments) > 1 else None
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        out = block_sparse_attention(q, keys, values, layout, block_bias=bias, dropout=dropout)
-        assert isinstance(out, Tensor)
-        return AttentionResult(out, stats={"density": torch.tensor(layout.density())})
+        out, _ = attention(
+            q, keys, values, layout, ctx, plans=plans_of(ctx), sources=sources, block_bias=bias, dropout=dropout
+        )
+        return AttentionResult(out, stats={"density": torch.tensor(density)})
+
+    def _sources(self, segments: tuple[Segment, ...], ctx: SequenceContext, device: torch.device) -> Sources:
+        """Made once for a split: the same object each time, by which plans are found again."""
+        assert ctx.shard is not None
+        key = ("summaries", segments, self.block, device)
+        if key not in ctx.shard.plans:
+            with torch.inference_mode(False):
+                ctx.shard.plans[key] = summary_sources(ctx.shard.split, segments, self.block, device)
+        return ctx.shard.plans[key]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from lightsparse.parallel.sources import NOWHERE, Sources
+from lightsparse.parallel.split import Split
 from lightsparse.patterns import BlockLayout
 from lightsparse.patterns.hierarchical import Segment
 
@@ -26,6 +29,45 @@ def with_summaries(x: Tensor, segments: Sequence[Segment], block: int) -> Tensor
         means = means[:, :, : level.count * of].unflatten(2, (level.count, of)).mean(3, dtype=_precise(x.dtype))
         parts.append(_padded(means.to(x.dtype), block))
     return torch.cat(parts, dim=2)
+
+
+def own_segments(tokens: Tensor, segments: Sequence[Segment], block: int) -> tuple[Segment, ...]:
+    """The levels over some tokens of a sequence, whole strides in ascending order: what `with_summaries` makes of them.
+
+    segments  those of the whole sequence; a level keeps its place though it may have no summary here
+    """
+    found: list[Segment] = []
+    for level in segments:
+        ids = tokens[: len(tokens) - len(tokens) % level.stride : level.stride] // level.stride
+        first = found[-1].first_block + -(-found[-1].count // block) if found else 0
+        found.append(replace(level, count=int((ids < level.count).sum()), first_block=first))
+    return tuple(found)
+
+
+def summary_sources(split: Split, segments: Sequence[Segment], block: int, device: torch.device) -> Sources:
+    """Which rank holds each key of the layout, tokens and summaries, in the form that `with_summaries` gives them.
+
+    A summary is with its tokens: strides divide the split's unit.
+    """
+    total = _rows(segments, block)
+    rank_of = torch.full((total,), NOWHERE)
+    row_of = torch.zeros(total, dtype=torch.int64)
+    rows_of_rank = []
+    for rank in range(split.world):
+        tokens = split.tokens(rank)
+        held = own_segments(tokens, segments, block)
+        for level, here in zip(segments, held, strict=True):
+            keys = level.first_block * block + tokens[:: level.stride][: here.count] // level.stride
+            rank_of[keys] = rank
+            row_of[keys] = here.first_block * block + torch.arange(here.count)
+        rows_of_rank.append(_rows(held, block))
+    return Sources(rank_of.to(device)[None], row_of.to(device)[None], tuple(rows_of_rank))
+
+
+def _rows(segments: Sequence[Segment], block: int) -> int:
+    """Rows that `with_summaries` gives: whole blocks, but tokens alone stay as they are."""
+    last = segments[-1]
+    return (last.first_block + -(-last.count // block)) * block if len(segments) > 1 else last.count
 
 
 def log_counts(layout: BlockLayout, segments: Sequence[Segment], dtype: torch.dtype) -> Tensor:

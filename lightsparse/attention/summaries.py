@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightsparse.attention.core import SequenceContext
+from lightsparse.parallel.exchange import Fetch, plan_exchange
+from lightsparse.parallel.shard import ContextShard
+from lightsparse.parallel.sources import as_table, from_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,21 +45,26 @@ def summarise(
 ) -> tuple[Summaries, dict[str, Tensor] | None]:
     """Summaries of q [B, H, Nq, D] and k [B, Hkv, Nkv, D], and what decoding has to keep (None without ctx.states).
 
-    A query summary is the mean over the query heads of its group. Raises ValueError when ctx.q_start > 0 and
+    A query summary is the mean over the query heads of its group. With ctx.shard the means of all ranks' blocks are
+    gathered: Summaries are those of the whole sequence on every rank. Raises ValueError when ctx.q_start > 0 and
     ctx.states does not hold what the tokens before left there, and for decoding without causality.
     """
-    documents, row = ctx.documents, ctx.q_start // block
+    row = ctx.q_start // block
+    documents = ctx.documents  # of the tokens here
+    if ctx.shard is not None and documents is not None:
+        documents = ctx.shard.take(documents)
     base = max(row - 1, 0) * block  # token at which the queries begin, once those kept from earlier are in front
     if ctx.q_start:
         q, key = _with_the_past(q, k, ctx, block=block, causal=causal, layer=layer)
     else:
-        key = block_means(k, block, documents, "last")
-    first = None if documents is None else block_documents(documents, block, "first")
-    last = None if documents is None else block_documents(documents, block, "last")
+        key = _of_all_ranks(block_means(k, block, documents, "last"), ctx.shard, block)
+    first = None if ctx.documents is None else block_documents(ctx.documents, block, "first")
+    last = None if ctx.documents is None else block_documents(ctx.documents, block, "last")
 
     def grouped(of: str) -> Tensor:
         of_queries = None if documents is None else documents[:, base:]
-        return block_means(q, block, of_queries, of).unflatten(1, (k.shape[1], -1)).mean(2)
+        means = block_means(q, block, of_queries, of).unflatten(1, (k.shape[1], -1)).mean(2)
+        return _of_all_ranks(means, ctx.shard, block)
 
     query_late = key_late = None
     if causal:
@@ -67,13 +75,29 @@ def summarise(
     else:
         query = grouped("first")
         if documents is not None:
-            query_late, key_late = grouped("last"), block_means(k, block, documents, "first")
+            query_late = grouped("last")
+            key_late = _of_all_ranks(block_means(k, block, documents, "first"), ctx.shard, block)
     found = Summaries(query, key, query_late, key_late, first, last, row)
     if ctx.states is None:
         return found, None
     whole = k.shape[2] // block  # complete blocks: their summaries are final
     start = max(whole - 1, 0) * block - base
     return found, {"router_keys": key[:, :, :whole].detach(), "router_queries": q[:, :, start:].detach()}
+
+
+def _of_all_ranks(means_BHRD: Tensor, shard: ContextShard | None, block: int) -> Tensor:
+    """The means of all blocks of the sequence, from those of each rank's own; differentiable."""
+    if shard is None:
+        return means_BHRD
+    key = ("block means", block, means_BHRD.device)
+    if key not in shard.plans:
+        with torch.inference_mode(False):  # a plan first made in an evaluation must serve training too
+            rank_of, token_row = (of[::block].to(means_BHRD.device) for of in (shard.split.rank_of, shard.split.row_of))
+            at = torch.arange(len(rank_of), device=rank_of.device)
+            shard.plans[key] = plan_exchange(rank_of, token_row // block, at, len(at), shard)
+    table = as_table(means_BHRD, side_by_side=True)
+    gathered = Fetch(shard.plans[key], table, shard, "block means").result()
+    return from_table(gathered, True, *means_BHRD.shape[:2])
 
 
 def block_means(x_BHND: Tensor, block: int, documents: Tensor | None, of: str) -> Tensor:

@@ -38,6 +38,7 @@ def attention(
         mask.kv_doc,
         None if mask.dense is None else mask.dense.detach(),
         None if dropout is None else dropout.keys,
+        None if dropout is None else dropout.key_ids,
         0.0 if dropout is None else dropout.rate,
         scale,
         layout.q_block,
@@ -61,6 +62,7 @@ def _forward(
     kv_doc: Tensor | None,
     dense: Tensor | None,
     dropout_keys: Tensor | None,
+    dropout_key_ids: Tensor | None,
     rate: float,
     scale: float,
     q_block: int,
@@ -71,7 +73,7 @@ def _forward(
         kv_indices, dense_rows, q_pos, visible_from, visible_until, q_doc, kv_doc, dense, q_block, kv_block
     )
     dtype = compute_dtype(q.dtype, q.device)
-    dropout = _dropout(rate, dropout_keys)
+    dropout = _dropout(rate, dropout_keys, dropout_key_ids)
     out, lse = blocked.forward(q.to(dtype), k.to(dtype), v.to(dtype), layout, scale, bias, dropout, with_lse)
     return out.to(q.dtype), lse
 
@@ -100,6 +102,7 @@ def _backward(
     kv_doc: Tensor | None,
     dense: Tensor | None,
     dropout_keys: Tensor | None,
+    dropout_key_ids: Tensor | None,
     rate: float,
     scale: float,
     q_block: int,
@@ -109,7 +112,7 @@ def _backward(
         kv_indices, dense_rows, q_pos, visible_from, visible_until, q_doc, kv_doc, dense, q_block, kv_block
     )
     dtype = compute_dtype(q.dtype, q.device)
-    dropout = _dropout(rate, dropout_keys)
+    dropout = _dropout(rate, dropout_keys, dropout_key_ids)
     dq, dk, dv, dbias = blocked.backward(
         grad_out.to(dtype), grad_lse, q.to(dtype), k.to(dtype), v.to(dtype), layout, scale, bias, dropout
     )
@@ -125,8 +128,8 @@ def _(grad_out, grad_lse, q, k, v, bias, *rest):
 
 def _keep_inputs(ctx, inputs, output) -> None:
     """Kept for the backward: q, k, v, the bias and the small tensors of the layout. The scores are computed again."""
-    ctx.save_for_backward(*inputs[:13])
-    ctx.numbers = inputs[13:17]
+    ctx.save_for_backward(*inputs[:14])
+    ctx.numbers = inputs[14:18]
 
 
 def _gradients(ctx, grad_out: Tensor, grad_lse: Tensor | None):
@@ -135,7 +138,7 @@ def _gradients(ctx, grad_out: Tensor, grad_lse: Tensor | None):
     dq, dk, dv, dbias = torch.ops.lightsparse.blocked_backward(
         grad_out, grad_lse if with_lse_gradient else None, q, k, v, bias, *layout, *ctx.numbers
     )
-    return dq, dk, dv, None if bias is None else dbias, *(None for _ in range(14))
+    return dq, dk, dv, None if bias is None else dbias, *(None for _ in range(15))
 
 
 _forward.register_autograd(_gradients, setup_context=_keep_inputs)
@@ -148,5 +151,5 @@ def _layout(
     return BlockLayout(table, q_block, kv_block, mask, dense_rows)
 
 
-def _dropout(rate: float, keys: Tensor | None) -> Dropout | None:
-    return None if keys is None else Dropout(rate, keys)
+def _dropout(rate: float, keys: Tensor | None, key_ids: Tensor | None) -> Dropout | None:
+    return None if keys is None else Dropout(rate, keys, key_ids)

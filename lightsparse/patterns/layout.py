@@ -124,6 +124,15 @@ class BlockLayout:
 
     def areas(self) -> tuple[Tensor, Tensor]:
         """Query–key area of the computed tiles, fp64 [B|1, H|Hkv|1], and of dense attention's, fp64 [B|1]: pairs."""
+        computed, dense = self._areas_of_rows()
+        return computed.sum(-1), dense.sum(-1)
+
+    def row_areas(self) -> Tensor:
+        """Query–key area of the computed tiles of each query block, mean over batch and heads: fp64 [NQ]."""
+        return self._areas_of_rows()[0].mean((0, 1))
+
+    def _areas_of_rows(self) -> tuple[Tensor, Tensor]:
+        """As `areas`, by query block: fp64 [B|1, H|Hkv|1, NQ] and [B|1, NQ]."""
         mask = self.mask
         q_area = _block_lengths(self.num_queries, self.q_block, mask.device)
         token_area = _block_lengths(self.num_tokens, self.kv_block, mask.device)
@@ -137,7 +146,7 @@ class BlockLayout:
         is_dense_row = torch.zeros(self.num_q_blocks, dtype=torch.bool, device=mask.device)
         is_dense_row[self.dense_rows.long()] = True
         chosen_area = torch.where(is_dense_row, dense_area[:, None], chosen_area).double()
-        return (chosen_area * q_area).sum(-1), (dense_area.double() * q_area).sum(-1)
+        return chosen_area * q_area, dense_area.double() * q_area
 
     def _dense_span(self) -> tuple[Tensor, Tensor]:
         """First and last key block of each row under dense attention over the same documents: two int64 [B|1, NQ]."""

@@ -70,12 +70,16 @@ class ElementMask:
         return allowed
 
     def queries(self, start: int, stop: int) -> ElementMask:
-        """The same rule for queries start … stop − 1 only (decoding, ranks)."""
+        """The same rule for queries start … stop − 1 only (decoding)."""
+        return self.of_queries(slice(start, stop))
+
+    def of_queries(self, which: slice | Tensor) -> ElementMask:
+        """The same rule for some of the queries."""
         return replace(
             self,
-            q_pos=self.q_pos[:, start:stop],
-            q_doc=None if self.q_doc is None else self.q_doc[:, start:stop],
-            dense=None if self.dense is None else self.dense[:, :, start:stop],
+            q_pos=self.q_pos[:, which],
+            q_doc=None if self.q_doc is None else self.q_doc[:, which],
+            dense=None if self.dense is None else self.dense[:, :, which],
         )
 
     @property

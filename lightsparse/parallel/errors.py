@@ -1,0 +1,64 @@
+"""What goes wrong between ranks, as errors with a name. Libraries raise a plain RuntimeError for all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, and worth another try
+
+
+class RankError(RuntimeError):
+    """The ranks of a job can no longer work together; restarted, the job continues from its last checkpoint."""
+
+
+class LostRankError(RankError):
+    """Another rank has ended or cannot be reached."""
+
+
+class RankTimeoutError(RankError):
+    """Another rank has not come to a joint step within the timeout."""
+
+
+# What gloo, NCCL and the store say; there are no types for it (torch 2.13).
+_LATE = ("timed out", "timeout", "timed_out")
+_GONE = (
+    "connection closed by peer",
+    "connection was likely closed",
+    "connection reset",
+    "connection refused",
+    "broken pipe",
+    "remote process exited",
+)
+# Whose words they must be: gloo names its file, except for what is tried after a timeout.
+_SPEAKERS = ("gloo", "nccl", "pair closure")
+
+
+@contextmanager
+def ranks_named(seconds: float | None = None) -> Iterator[None]:
+    """Turn the errors of collectives within into LostRankError or RankTimeoutError; other errors pass unchanged."""
+    try:
+        yield
+    except RankError:
+        raise
+    except RuntimeError as error:  # DistError is one
+        named = named_error(error, seconds)
+        if named is None:
+            raise
+        raise named from error
+
+
+def named_error(error: BaseException, seconds: float | None = None) -> RankError | None:
+    """The RankError behind an error of a collective, or None when it is about something else."""
+    text = str(error).lower()
+    if not isinstance(error, dist.DistError) and not any(word in text for word in _SPEAKERS):
+        return None
+    who = f"rank {dist.get_rank()} of {dist.get_world_size()}" if dist.is_initialized() else "this rank"
+    if any(word in text for word in _GONE):
+        return LostRankError(f"{who} has lost another rank, which ended or cannot be reached")
+    if any(word in text for word in _LATE):
+        within = f" within {seconds:g} s (strategy.timeout)" if seconds is not None else ""
+        return RankTimeoutError(f"{who} has waited for another rank, which did not come to the same step{within}")
+    return None

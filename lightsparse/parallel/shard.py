@@ -1,0 +1,104 @@
+"""This rank's part of a sequence that several ranks hold together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightsparse.parallel.errors import ranks_named
+from lightsparse.parallel.split import Split
+
+Exchange = Literal["auto", "sparse", "ring", "gather"]
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank has sent to others, by what they were; never reset here."""
+
+    sent: dict[str, int] = field(default_factory=dict)
+
+    def add(self, what: str, count: int) -> None:
+        self.sent[what] = self.sent.get(what, 0) + count
+
+
+@dataclass(frozen=True, eq=False)
+class ContextShard:
+    """One rank's place in a context group. Tensors of the sequence hold the tokens `tokens`, in this order.
+
+    split     who holds what
+    group     the ranks of the sequence; its rank r holds split.tokens(r), and its timeout ends every wait
+    exchange  how keys and values travel: sparse (the blocks that rows name, once), ring (all of them, one rank's at a
+              time), gather (all of them at once); auto is sparse, unless some rank would hold many ranks' keys at once
+              and the variant can use the ring
+    """
+
+    split: Split
+    group: dist.ProcessGroup
+    exchange: Exchange = "auto"
+    timeout: float | None = None  # seconds, that of the group, for its error messages
+    traffic: Traffic = field(default_factory=Traffic)
+    plans: dict = field(default_factory=dict)  # what was planned for layouts that outlive a pass
+
+    @cached_property
+    def rank(self) -> int:
+        """Within the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def world(self) -> int:
+        return self.split.world
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sequence."""
+        return self.split.length
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """int64 [n], ascending, on the CPU."""
+        return self.split.tokens(self.rank)
+
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's tokens of a tensor over the whole sequence."""
+        first, last = int(self.tokens[0]), int(self.tokens[-1])
+        if last - first + 1 == len(self.tokens):
+            return x.narrow(dim, first, len(self.tokens))
+        return x.index_select(dim, self.tokens.to(x.device))
+
+    def __post_init__(self) -> None:
+        ranks = dist.get_world_size(self.group)
+        if ranks != self.split.world:
+            raise ValueError(f"the sequence is split over {self.split.world} ranks and the group has {ranks}")
+
+
+def sum_over(x: Tensor, shard: ContextShard) -> Tensor:
+    """The sum of x over the group, on every rank; differentiable: a gradient is summed over the group, too."""
+    return _SumOver.apply(x, shard)
+
+
+def most_over(x: float, shard: ContextShard, device: torch.device) -> float:
+    """The largest x of the group, on every rank; device: one that the group can send from."""
+    return float(_reduced(torch.tensor([x], device=device), shard, dist.ReduceOp.MAX))
+
+
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, shard: ContextShard) -> Tensor:
+        ctx.shard = shard
+        return _reduced(x.detach(), shard, dist.ReduceOp.SUM)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _reduced(grad, ctx.shard, dist.ReduceOp.SUM), None
+
+
+def _reduced(x: Tensor, shard: ContextShard, how: dist.ReduceOp.RedOpType) -> Tensor:
+    total = x.contiguous().clone()
+    with ranks_named(shard.timeout):
+        dist.all_reduce(total, how, group=shard.group)
+    return total

@@ -1,0 +1,189 @@
+"""Lightning strategies over a grid of ranks, data × context: replicas (DDP) or shards (FSDP2) of the parameters.
+
+Both average gradients over all ranks, those of a sequence included: the sum over its tokens is one over its ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from lightsparse.parallel.comm_hooks import gradient_hook
+from lightsparse.parallel.kinds import Replicas, SeveralRanks, StrategyConfig
+from lightsparse.parallel.launcher import RankLauncher
+from lightsparse.parallel.mesh import RankGrid
+
+_START = 300.0  # seconds that a rank waits at least for the others to appear; machines do not start at once
+
+
+def strategy_for(config: StrategyConfig, ranks: int) -> Strategy | str:
+    """The strategy of a run, as Lightning's Trainer takes it. Raises ValueError where the ranks do not fit the kind."""
+    grid = RankGrid(ranks, config.context_ranks(ranks))
+    if isinstance(config, Replicas):
+        return ReplicatedStrategy(config, grid)
+    return ShardedStrategy(config, grid) if isinstance(config, SeveralRanks) else "auto"
+
+
+class GridStrategy(ParallelStrategy):
+    """What both have in common: the grid, its context group, timeouts, and an end for all ranks at once."""
+
+    grid: RankGrid
+    timeout_s: float
+    context_group: dist.ProcessGroup | None = None  # of this rank's sequence; None where one rank holds it
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Who reads which samples: the ranks of a sequence read the same."""
+        return {"num_replicas": self.grid.data, "rank": self.grid.data_rank(self.global_rank)}
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None and self.parallel_devices is not None
+        here = len(self.parallel_devices)
+        self._launcher = RankLauncher(self.cluster_environment, here, self.grid.ranks // here)
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if isinstance(self._launcher, RankLauncher):
+            self._launcher.end_family()
+
+    def _start_timeout(self) -> timedelta:
+        return timedelta(seconds=max(self.timeout_s, _START))
+
+    def _joined(self) -> None:
+        """The ranks have met: from now on they wait for each other no longer than strategy.timeout."""
+        timeout = timedelta(seconds=self.timeout_s)
+        _set_pg_timeout(timeout)
+        if self.grid.context > 1:
+            self.context_group = self.grid.context_group(timeout)
+
+
+class ReplicatedStrategy(GridStrategy, DDPStrategy):
+    """Every rank holds all parameters; gradients are averaged by DDP, whole or through a hook."""
+
+    def __init__(self, config: Replicas, grid: RankGrid) -> None:
+        self.grid, self.timeout_s = grid, config.timeout
+        # Buffers are the same on all ranks, as they are made from the config and change nowhere.
+        DDPStrategy.__init__(self, timeout=self._start_timeout(), forward_sync_buffers=False)
+        self.hook = gradient_hook(config.comm_hook, **config.hook_options())  # (state, hook) or None
+
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        self._joined()
+
+    def _register_ddp_hooks(self) -> None:
+        # Lightning registers hooks on CUDA only.
+        if self.hook is not None:
+            assert isinstance(self.model, DistributedDataParallel)
+            self.model.register_comm_hook(*self.hook)
+
+    def residuals(self, module: LightningModule) -> list[dict[str, Any]]:
+        """What the hook owes the parameters on each rank, for a checkpoint; all ranks must call this, for rank 0."""
+        assert self.hook is not None
+        of_ranks: list[Any] | None = [None] * self.world_size if self.is_global_zero else None
+        dist.gather_object(self.hook[0].residual_state(module.named_parameters()), of_ranks)
+        return of_ranks or []
+
+    def load_residuals(self, of_ranks: list[dict[str, Any]], module: LightningModule) -> None:
+        """Take up what was owed, before the first step; other ranks than those of the checkpoint owe the mean each."""
+        assert self.hook is not None
+        if len(of_ranks) == self.world_size:
+            mine = of_ranks[self.global_rank]
+        else:
+            names = {name for state in of_ranks for name in state["residuals"]}
+            residuals = {
+                name: sum(state["residuals"][name] for state in of_ranks if name in state["residuals"]) / len(of_ranks)
+                for name in names
+            }
+            mine = {"steps": of_ranks[0]["steps"], "residuals": residuals}
+        self.hook[0].load_residual_state(mine, module.named_parameters())
+
+
+class ShardedStrategy(GridStrategy, ModelParallelStrategy):
+    """Every rank holds a shard of each parameter, of its gradient and of its optimizer state (FSDP2).
+
+    Checkpoints are those of every other strategy: whole tensors, gathered one by one and written by rank 0; a rank
+    that loads one takes its shard of each. Lightning's own would number the optimizer's state by another order of
+    parameters than the optimizer's.
+    """
+
+    def __init__(self, config: SeveralRanks, grid: RankGrid) -> None:
+        self.grid, self.timeout_s = grid, config.timeout
+        ModelParallelStrategy.__init__(self, save_distributed_checkpoint=False, timeout=self._start_timeout())
+
+    def setup_environment(self) -> None:
+        self._setup_distributed()
+        self._joined()
+        self._device_mesh = self.grid.flat_mesh(self.root_device.type)
+
+    def shard(self, module: LightningModule, parts: Iterable[nn.Module]) -> None:
+        """Shard the parameters of each part, and the rest as one; to be called in configure_model, once."""
+        if isinstance(module, FSDPModule):
+            return
+        for part in parts:
+            fully_shard(part, mesh=self.device_mesh)
+        fully_shard(module, mesh=self.device_mesh)
+        for method in ("training_step", "validation_step"):  # Lightning calls these and not forward
+            register_fsdp_forward_method(module, method)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self._gathered(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return self._gathered(inner.state_dict())
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        own = self.lightning_module.state_dict()
+        shards = {name: _shard_like(own.get(name), value) for name, value in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(shards, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            of_number = dict(zip(numbers, parameters, strict=True))
+            state = {
+                number: {name: _shard_like(of_number[number], value) for name, value in entries.items()}
+                for number, entries in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+    def _gathered(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """The same with whole tensors in place of shards, on the CPU of rank 0; of no use on the others."""
+
+        def whole(shard: DTensor) -> Tensor:
+            tensor = shard.full_tensor()  # a collective: on every rank, in the same order
+            return tensor.cpu() if self.is_global_zero else tensor.new_empty(0)
+
+        return tree_map_only(DTensor, whole, tree)
+
+
+def _shard_like(own: Any, value: Any) -> Any:
+    """This rank's shard of a whole tensor, where its own one is sharded and has the same shape; else the value."""
+    if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
+        return value
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
