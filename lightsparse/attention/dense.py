@@ -62,6 +62,14 @@ class DenseAttention(FixedPatternAttention):
             out = torch.stack(samples)
         return AttentionResult(out, stats={"density": torch.ones(())})
 
+    def row_loads(self, length: int, unit: int) -> list[float]:
+        if self.config.pattern is not None:
+            return super().row_loads(length, unit)
+        starts = range(0, length, unit)  # written out, because the layout has a number per pair of blocks
+        if not self.shape.causal:
+            return [float(min(unit, length - start)) for start in starts]
+        return [float(min(unit, length - start) * (start + unit / 2)) for start in starts]
+
     def pattern_at(self, num_keys: int) -> Pattern:
         return self.config.pattern or LocalWindow(num_keys)  # a window over everything
 

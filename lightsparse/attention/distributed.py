@@ -23,7 +23,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
 
     length    tokens of the whole sequence; a rank gives and gets those of `shard.tokens` (shard.take cuts them out)
     group     None: all ranks of the job
-    kind      of the split: contiguous, head_tail, or balanced: query blocks dealt so that the ranks compute about equally many tiles
+    kind      of the split: contiguous, head_tail, or balanced (the ranks compute about equally many tiles)
     exchange  sparse, ring, gather, or auto (see ContextShard)
     timeout   seconds of the group's timeout, for its error messages
 

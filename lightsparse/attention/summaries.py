@@ -85,6 +85,7 @@ def summarise(
     return found, {"router_keys": key[:, :, :whole].detach(), "router_queries": q[:, :, start:].detach()}
 
 
+@torch.compiler.disable
 def _of_all_ranks(means_BHRD: Tensor, shard: ContextShard | None, block: int) -> Tensor:
     """The means of all blocks of the sequence, from those of each rank's own; differentiable."""
     if shard is None:

@@ -25,7 +25,8 @@ from lightsparse.training.optimizers import MuonAdamW, parameter_groups
 
 NAMES = ("lightsparse", "lightsparse-dense", "transformers")
 VOCABULARY = 256
-MODEL = ModelConfig(depth=4, embed_dim=512, heads=8, kv_heads=2, head_dim=64, mlp_dim=1408)
+# Like transformers, ours recomputes nothing here: `chunk` is out of reach.
+MODEL = ModelConfig(depth=4, embed_dim=512, heads=8, kv_heads=2, head_dim=64, mlp_dim=1408, chunk=1 << 20)
 
 OPTIMIZERS: dict[str, Callable[[list], Optimizer]] = {
     "adamw": lambda groups: AdamW(groups, lr=3e-4, weight_decay=0.1, fused=True),

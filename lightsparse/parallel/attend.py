@@ -53,6 +53,7 @@ class KeyPlan:
     held: int  # keys that it brings for each sample and head
 
 
+@torch.compiler.disable  # plans are made by values, and collectives must come in the order of the program
 def attend(
     q: Tensor,
     k: Tensor,

@@ -76,6 +76,7 @@ class ContextShard:
             raise ValueError(f"the sequence is split over {self.split.world} ranks and the group has {ranks}")
 
 
+@torch.compiler.disable
 def sum_over(x: Tensor, shard: ContextShard) -> Tensor:
     """The sum of x over the group, on every rank; differentiable: a gradient is summed over the group, too."""
     return _SumOver.apply(x, shard)

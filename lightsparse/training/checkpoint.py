@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,11 @@ from lightsparse.training.preemption import EXIT_CODE, Preemption
 
 log = logging.getLogger(__name__)
 
+# What the readers of an archive raise where its bytes make no sense.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError),
+    *(EOFError, LookupError, NotImplementedError, RuntimeError, ValueError),
+)
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
@@ -28,12 +36,30 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """Step and path of the newest whole checkpoint, or None. A damaged one (a cut-off copy, say) is passed over."""
+    """Step and path of the newest whole checkpoint, or None. Damaged ones are passed over, with a warning each."""
     for step, path in reversed(checkpoint_steps(folder).items()):
-        if zipfile.is_zipfile(path):  # torch.save writes a zip archive; its directory comes last
+        damage = damage_of(path)
+        if damage is None:
             return step, path
-        log.warning("%s is damaged and is passed over", path)
+        log.warning("%s IS DAMAGED (%s) and is passed over for an older checkpoint", path, damage)
     return None
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, or None: torch.save writes a zip archive with a checksum of each part.
+
+    Reads the whole file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+        if part is None:
+            torch.load(path, map_location="meta", weights_only=True)  # torch reads the archive's frame more strictly
+    except _DAMAGE as error:
+        return f"no whole archive: {str(error).splitlines()[0]}"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if part is None else f"the checksum of {part} differs"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -53,15 +79,24 @@ class StepCheckpoint(Checkpoint):
 
     Where a validation belongs to the step it comes first, so that a checkpoint of step n stands for everything that
     step n does: a run resumed from it neither repeats nor misses a validation.
-    After SIGTERM to any rank, the step under way is finished and saved, and all ranks end with code 75.
+    Asked to stop (preemption.py: a signal to any rank, or the time is up), all ranks finish the step under way, save
+    it and end with code 75.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int, keep: int, max_steps: int, validation_every: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        every_n_steps: int,
+        keep: int,
+        max_steps: int,
+        validation_every: int,
+        max_time: float | None = None,
+    ) -> None:
         self.folder, self.every_n_steps, self.keep = folder, every_n_steps, keep
         self.max_steps, self.validation_every = max_steps, validation_every
         self._last_step = 0  # of the last checkpoint saved or loaded
         self._done_step = 0  # the last step that went through `_save_if_due`
-        self._preemption = Preemption()
+        self._preemption = Preemption(max_time)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._preemption.listen()
@@ -96,7 +131,9 @@ class StepCheckpoint(Checkpoint):
         if stops or step % self.every_n_steps == 0 or step >= self.max_steps:
             self._save(trainer, step)
         if stops:
-            log.info("stopped by SIGTERM; the same command continues from step %d", step)
+            log.info("stopped by %s; the same command continues from step %d", self._preemption.reason, step)
+            if trainer.is_global_zero:
+                self._preemption.requeue()
             raise SystemExit(EXIT_CODE)
 
     def _save(self, trainer: Trainer, step: int) -> None:

@@ -14,6 +14,7 @@ from lightsparse.config import differences
 from lightsparse.targets import ConfigError
 from lightsparse.training.checkpoint import newest_checkpoint
 from lightsparse.training.files import remove_partial_files, write_text
+from lightsparse.training.lock import lock
 from lightsparse.training.ranks import is_first_rank
 
 
@@ -63,11 +64,15 @@ class RunDirectory:
         must   from the newest checkpoint
         never  from nothing, in a directory that holds no run
         raw    the composed config, as it goes to config.yaml
-        Raises ConfigError when the directory does not allow that, or holds a run that trains differently.
+        On the first rank the directory is this process's alone from then on, until `lock.unlock`.
+        Raises ConfigError when the directory does not allow that, holds a run that trains differently, or is being
+        written by another process.
         """
+        is_first = is_first_rank()  # the others may come after this one has written, and only look
+        if is_first and self.path.exists():
+            lock(self.path)
         newest = newest_checkpoint(self.checkpoints)
         start = Start(0, None) if newest is None else Start(*newest)
-        is_first = is_first_rank()  # the others may come after this one has written, and only look
         if is_first:
             self._check(resume, start, raw)
         summary = self._summary()
@@ -101,6 +106,7 @@ class RunDirectory:
     def _prepare(self, raw: Mapping[str, Any]) -> None:
         for folder in (self.checkpoints, self.plots):
             folder.mkdir(parents=True, exist_ok=True)
+        lock(self.path)
         for folder in (self.path, self.checkpoints):
             remove_partial_files(folder)
         self.summary.unlink(missing_ok=True)  # of fewer steps: the run is not finished any more

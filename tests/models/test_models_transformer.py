@@ -1,9 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape
 from lightsparse.attention.dense import DenseAttention, DenseConfig
 from lightsparse.models import KVCache, ModelConfig, Transformer, context_for
+from lightsparse.models.layers import SwiGLU
 
 VOCAB = 37
 
@@ -285,3 +287,16 @@ def test_the_same_seed_makes_the_same_weights_and_loss_starts_at_chance(make_mod
 def test_the_dense_core_of_d_layers_does_not_drop(make_model):
     model = make_model(dropout=0.5, layer_pattern="SD")
     assert [layer.self_attn.core.config for layer in model.layers] == [DenseConfig(dropout=0.5), DenseConfig()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gated_mlp_is_silu_times_up_bit_for_bit(dtype):
+    mlp = SwiGLU(24, 40, 0.02).to(dtype)
+    x = torch.randn(3, 17, 24, dtype=dtype)
+    results = []
+    for function in (mlp, lambda x: mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))):
+        given = x.clone().requires_grad_()
+        out = function(given)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [given, *mlp.parameters()])])
+    for ours, plain in zip(*results, strict=True):
+        assert torch.equal(ours, plain)

@@ -36,6 +36,36 @@ def test_half_written_foreign_and_damaged_files_are_never_taken(tmp_path: Path) 
     assert newest_checkpoint(tmp_path) == (5, tmp_path / "step-5.ckpt")
 
 
+def test_no_flipped_bit_is_loaded(tmp_path: Path) -> None:
+    """Each damaged file is passed over, or its flip lies where nothing is read (padding), and the content is whole."""
+    saved(tmp_path, 5)
+    content = {"weights": torch.arange(300.0), "global_step": 6}
+    path = tmp_path / "step-6.ckpt"
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    whole = path.read_bytes()
+    passed_over = 0
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        step, found = newest_checkpoint(tmp_path) or (None, None)
+        if step == 5:
+            passed_over += 1
+            continue
+        loaded = torch.load(found, weights_only=True)
+        assert torch.equal(loaded["weights"], content["weights"]) and loaded["global_step"] == 6
+    assert passed_over > len(whole) / 7 / 2
+
+
+def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved(tmp_path, 5, 6)
+    path = tmp_path / "step-6.ckpt"
+    path.write_bytes(path.read_bytes()[:-40])
+    with caplog.at_level("WARNING"):
+        assert newest_checkpoint(tmp_path) == (5, tmp_path / "step-5.ckpt")
+    assert "step-6.ckpt IS DAMAGED (no whole archive" in caplog.text
+
+
 def test_no_folder_and_no_checkpoint_are_none(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "absent") is None
     assert newest_checkpoint(tmp_path) is None
