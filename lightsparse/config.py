@@ -6,6 +6,7 @@ Everything wrong with a config is a ConfigError of one sentence.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,13 +26,17 @@ from lightsparse.build import AttentionChoice, OptimizerChoice, check_buildable,
 from lightsparse.data import ByteTokenizer, DataConfig
 from lightsparse.models.transformer import Transformer
 from lightsparse.overrides import compose_raw, raised_by_hydra, sentence, unknown_key, with_added
+from lightsparse.parallel.kinds import KINDS, StrategyConfig
 from lightsparse.patterns import BlockLayout
-from lightsparse.schema import Config
+from lightsparse.schema import Config, TrainerConfig
 from lightsparse.targets import ConfigError
 from lightsparse.training.optimizers import parameter_groups
+from lightsparse.training.ranks import launched_ranks
 from lightsparse.training.schedules import Schedule
+from lightsparse.training.sharding import context_split
 
 # Keys that may change between the parts of one run: they say how long, where and how watched, not what is trained.
+# Of the ranks only the number that read different samples counts, as part of the batch; `_fixed_values` adds it.
 FREE_KEYS = (
     "name",
     "resume",
@@ -43,7 +48,15 @@ FREE_KEYS = (
     "checkpoint",
     "eval.every_n_steps",
     "eval.sample_tokens",
+    "strategy._target_",
+    "strategy.context",
+    "strategy.split",
+    "strategy.exchange",
+    "strategy.timeout",
+    "trainer.devices",
+    "trainer.num_nodes",
     "trainer.max_steps",
+    "trainer.max_time",
     "trainer.progress",
     "trainer.log_every_n_steps",
     "data.num_workers",
@@ -58,7 +71,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         if not raised_by_hydra(error):
             raise
         raise ConfigError(explain(error, overrides)) from error
-    return parse(raw)
+    return parse(with_launched_ranks(raw))
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -79,6 +92,25 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     return f"{key} has no value in conf/ that could be overridden; write +{key}=… to add it"
 
 
+def with_launched_ranks(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The composed config with the ranks that torchrun or SLURM has started, where one of them did.
+
+    Raises ConfigError where trainer.devices or trainer.num_nodes was given another value than that.
+    """
+    node, launched = dict(raw), launched_ranks()
+    if launched is None or not isinstance(node.get("trainer"), Mapping):
+        return node
+    here = dict(zip(("devices", "num_nodes"), launched, strict=True))
+    for key, started in here.items():
+        if node["trainer"].get(key) not in (1, started):
+            raise ConfigError(
+                f"trainer.{key} is {node['trainer'][key]} and the launcher has started {started}; "
+                "leave it out: under torchrun and SLURM it follows from them"
+            )
+    node["trainer"] = {**node["trainer"], **here}
+    return node
+
+
 def parse(raw: Mapping[str, Any]) -> Config:
     """The typed config from the composed one (`overrides.plain`). Raises ConfigError."""
     node = dict(raw)
@@ -87,11 +119,31 @@ def parse(raw: Mapping[str, Any]) -> Config:
     node["optimizer"] = OptimizerChoice.of(node.get("optimizer"), allow)
     node["data"] = chosen(DataConfig, node.get("data"), "data", allow)
     node["schedule"] = chosen(Schedule, node.get("schedule"), "schedule", allow)
+    node["strategy"] = _strategy(node.get("strategy"), allow)
+    node["trainer"] = typed(TrainerConfig, node.get("trainer"), "trainer", allow)
     if type(node.get("precision")) is int:  # `precision=32` reads as a number
         node["precision"] = str(node["precision"])
     if node.get("name") is None:
         node["name"] = f"{node['attention'].name}-{node['data'].context}-{config_hash(raw)}"
     return typed(Config, node, "", allow)
+
+
+def _strategy(node: object, allow: Sequence[str]) -> StrategyConfig:
+    """The strategy's node as the kind it names; a key that only other kinds read is refused with their names."""
+    try:
+        return chosen(StrategyConfig, node, "strategy", allow)
+    except ConfigError as error:
+        if not isinstance(node, Mapping):
+            raise
+        own = [kind for kind in KINDS if f"{kind.__module__}.{kind.__qualname__}" == node.get("_target_")]
+        for key, value in node.items():
+            readers = [kind.kind for kind in KINDS if key in {field.name for field in dataclasses.fields(kind)}]
+            if own and readers and own[0].kind not in readers:
+                raise ConfigError(
+                    f"strategy.{key} is {value}, which strategy={own[0].kind} does not read; "
+                    f"use strategy={' or '.join(readers)}"
+                ) from error
+        raise
 
 
 def typed_allow(value: object) -> tuple[str, ...]:
@@ -122,6 +174,7 @@ def check(config: Config) -> None:
             context=config.data.context,
         )
     config.optimizer.build(parameter_groups(model, model.layers))
+    context_split(config, model)
     check_disk(config, model)
 
 
@@ -187,10 +240,18 @@ def _fixed_values(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in node.items():
         dotted = f"{prefix}{key}"
-        if dotted in FREE_KEYS:
+        if dotted in FREE_KEYS or (prefix == "strategy." and value in (None, "none")):  # a hook that is not used
             continue
         if isinstance(value, Mapping):
             values |= _fixed_values(value, f"{dotted}.")
         else:
             values[dotted] = value
+    if not prefix:
+        values["ranks that read different samples"] = _data_ranks(node)
     return values
+
+
+def _data_ranks(raw: Mapping[str, Any]) -> int:
+    trainer, strategy = raw.get("trainer", {}), raw.get("strategy", {})  # a stored config may lack what is newer
+    ranks = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
+    return ranks // (strategy["context"] or ranks) if "context" in strategy else ranks

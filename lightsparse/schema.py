@@ -13,22 +13,27 @@ from typing import Any, Literal
 from lightsparse.build import AttentionChoice, OptimizerChoice
 from lightsparse.data import DataConfig
 from lightsparse.models.transformer import ModelConfig
+from lightsparse.parallel.kinds import Replicas, StrategyConfig
+from lightsparse.parallel.mesh import RankGrid
 from lightsparse.training.schedules import Schedule
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     max_steps: int  # optimizer steps
+    max_time: float | None  # seconds that this start may take; null = no limit
     accumulate: int  # micro-batches per optimizer step
     grad_clip: float | None  # largest norm of the gradient; null = off
-    devices: int  # processes on this machine
-    num_nodes: int  # machines
+    devices: int  # ranks on each machine, those of torchrun or SLURM where they started them
+    num_nodes: int  # machines, likewise
     progress: bool  # the progress bar
     log_every_n_steps: int  # optimizer steps between rows of metrics.csv
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "accumulate", "devices", "num_nodes", "log_every_n_steps"):
             _at_least(1, f"trainer.{name}", getattr(self, name))
+        if self.max_time is not None and not self.max_time > 0:
+            raise ValueError(f"trainer.max_time is {self.max_time:g}; it counts seconds and must be above 0")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"trainer.grad_clip is {self.grad_clip}; a norm is above 0, and null is no clipping")
 
@@ -59,11 +64,6 @@ class EvalConfig:
 class KernelsConfig:
     backend: Literal["auto", "blocked", "reference", "flex", "sdpa"]  # of attention; see kernels/dispatch.py
     flash: Literal["auto", "fa3", "fa4", "none"]  # of dense attention on CUDA; see kernels/flash.py
-
-
-@dataclass(frozen=True)
-class StrategyConfig:
-    kind: Literal["single", "ddp"]  # one process, or replicas that average their gradients
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,22 @@ class Config:
             raise ValueError(f"mlm_ratio is {self.mlm_ratio}; it is a share of tokens and must lie in (0, 1)")
         if self.threads is not None:
             _at_least(1, "threads", self.threads)
-        ranks = self.trainer.devices * self.trainer.num_nodes
-        if self.strategy.kind == "single" and ranks > 1:
+        self.strategy.context_ranks(self.ranks)  # raises where they do not fit
+        if isinstance(self.strategy, Replicas) and self.strategy.comm_hook == "bf16" and self.precision == "bf16-true":
             raise ValueError(
-                f"trainer.devices × trainer.num_nodes is {ranks}; strategy=single takes 1, use strategy=ddp"
+                "strategy.comm_hook is bf16 and precision is bf16-true, whose gradients are bf16 already; "
+                "use strategy.comm_hook=none"
             )
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the whole job."""
+        return self.trainer.devices * self.trainer.num_nodes
+
+    @property
+    def grid(self) -> RankGrid:
+        """Who reads which samples, and who shares a sequence."""
+        return RankGrid(self.ranks, self.strategy.context_ranks(self.ranks))
 
 
 def _at_least(lowest: int, name: str, value: int) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.dense import refuse_unfit
-from lightsparse.attention.over_ranks import attention, own_rows, plans_of, sequence_length
+from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
 from lightsparse.attention.segments import Branch, Gather, Sizes, gathers
 from lightsparse.hashing import chain
 from lightsparse.kernels import Dropout
@@ -199,9 +199,7 @@ def _attend(
     if gather.positions is None:
         first = 0 if ctx.shard is not None else nkv - gather.layout.num_keys
         own = own_rows(gather.layout, ctx)
-        out, lse = attention(
-            q, k[:, :, first:], v[:, :, first:], own, ctx, plans=plans_of(ctx), dropout=dropout, return_lse=weighed
-        )
+        out, lse = attention(q, k[:, :, first:], v[:, :, first:], own, ctx, dropout=dropout, return_lse=weighed)
         return _Part(None, out.flatten(0, 2), _flat_lse(out, lse))
 
     q_heads = (gather.kv_heads[:, None] * group + torch.arange(group, device=q.device)).flatten()
@@ -220,7 +218,6 @@ def _attend(
         v,
         layout,
         ctx,
-        plans=plans_of(ctx),
         sources=sources,
         kv_heads=len(gather.kv_heads),
         dropout=dropout,
@@ -234,12 +231,9 @@ def _attend(
 def _share(gather: Gather, k: Tensor, ctx: SequenceContext) -> tuple[BlockLayout, Tensor, Sources]:
     """This rank's share of a gather: blocks of slots that hold some of its tokens, which of its tokens stands in each
     slot (−1 = none of its own), and who has the keys. k [B, Hkv, n, D]."""
-    assert ctx.shard is not None and gather.positions is not None
-    plans, key = plans_of(ctx), ("share", gather, k.shape[:2])
-    if key not in plans:
-        with torch.inference_mode(False):  # first made in an evaluation, it must serve training too
-            plans[key] = _share_of(gather, k.shape[0], k.shape[1], ctx.shard)
-    return plans[key]
+    shard, (batch, kv_heads) = ctx.shard, k.shape[:2]
+    assert shard is not None
+    return shard.plans.get(gather, (batch, kv_heads), lambda: _share_of(gather, batch, kv_heads, shard))
 
 
 def _share_of(gather: Gather, batch: int, kv_heads: int, shard: ContextShard) -> tuple[BlockLayout, Tensor, Sources]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightsparse.attention.core import AttentionCore, AttentionResult, SequenceContext
-from lightsparse.attention.over_ranks import attention, own_rows, plans_of, sequence_length
+from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
 from lightsparse.patterns import BlockLayout, LayoutKey, Pattern, PersistentPatternCache
 
 LAYOUTS = PersistentPatternCache()  # of the whole process: layers, steps and evaluations share it
@@ -27,7 +27,7 @@ class FixedPatternAttention(AttentionCore):
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        out, _ = attention(q, k, v, own_rows(layout, ctx), ctx, plans=plans_of(ctx), ring=True, dropout=dropout)
+        out, _ = attention(q, k, v, own_rows(layout, ctx), ctx, ring=True, dropout=dropout)
         return AttentionResult(out, stats={"density": torch.tensor(layout.density())})
 
     def shard_unit(self) -> int:

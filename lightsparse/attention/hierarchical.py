@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lightsparse.attention.core import AttentionConfig, AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.fixed import FixedPatternAttention
-from lightsparse.attention.over_ranks import attention, own_rows, plans_of, sequence_length
+from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
 from lightsparse.attention.pooling import log_counts, own_segments, summary_sources, with_summaries
 from lightsparse.parallel.sources import Sources
 from lightsparse.patterns import AtDensity, Hierarchical, LocalWindow, Pattern, PooledHierarchy
@@ -141,16 +142,12 @@ class BlockSparseHierarchical(FixedPatternAttention):
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        out, _ = attention(
-            q, keys, values, layout, ctx, plans=plans_of(ctx), sources=sources, block_bias=bias, dropout=dropout
-        )
+        out, _ = attention(q, keys, values, layout, ctx, sources=sources, block_bias=bias, dropout=dropout)
         return AttentionResult(out, stats={"density": torch.tensor(density)})
 
     def _sources(self, segments: tuple[Segment, ...], ctx: SequenceContext, device: torch.device) -> Sources:
         """Made once for a split: the same object each time, by which plans are found again."""
-        assert ctx.shard is not None
-        key = ("summaries", segments, self.block, device)
-        if key not in ctx.shard.plans:
-            with torch.inference_mode(False):
-                ctx.shard.plans[key] = summary_sources(ctx.shard.split, segments, self.block, device)
-        return ctx.shard.plans[key]
+        shard = ctx.shard
+        assert shard is not None
+        make = partial(summary_sources, shard.split, segments, self.block, device)
+        return shard.plans.get(shard, (segments, self.block, device), make)

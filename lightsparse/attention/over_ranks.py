@@ -7,22 +7,20 @@ from torch import Tensor
 
 from lightsparse.attention.core import SequenceContext
 from lightsparse.kernels import Dropout, block_sparse_attention
-from lightsparse.parallel.attend import Plans, attend
+from lightsparse.parallel.attend import attend
 from lightsparse.parallel.sources import Sources
 from lightsparse.patterns import BlockLayout
 from lightsparse.patterns.parts import of_rows
 
 
+@torch.compiler.disable  # a table is cut by values: nothing to compile
 def own_rows(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
     """The rows of this rank's queries; all of them where no rank shares the sequence."""
     if ctx.shard is None:
         return layout
-    plans, key = plans_of(ctx), ("rows", layout)
-    if key not in plans:
-        with torch.inference_mode(False):  # first made in an evaluation, it must serve training too
-            blocks = ctx.shard.split.blocks(ctx.shard.rank, layout.q_block)
-            plans[key] = of_rows(layout, blocks.to(layout.kv_indices.device))
-    return plans[key]
+    shard = ctx.shard
+    blocks = shard.split.blocks(shard.rank, layout.q_block).to(layout.kv_indices.device)
+    return shard.plans.get(layout, "rows", lambda: of_rows(layout, blocks))
 
 
 def attention(
@@ -32,7 +30,6 @@ def attention(
     layout: BlockLayout,
     ctx: SequenceContext,
     *,
-    plans: Plans | None = None,
     sources: Sources | None = None,
     kv_heads: int | None = None,
     ring: bool = False,
@@ -42,7 +39,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """out [B, H, Nq, D] and the lse (None unless asked for); `layout` holds the rows of the queries here (`own_rows`).
 
-    plans, sources, kv_heads and ring matter where ctx.shard is set: see lightsparse.parallel.attend.
+    sources, kv_heads and ring matter where ctx.shard is set: see lightsparse.parallel.attend.
     """
     if ctx.shard is not None:
         return attend(
@@ -51,7 +48,6 @@ def attention(
             v,
             layout,
             ctx.shard,
-            plans=plans,
             sources=sources,
             kv_heads=kv_heads,
             ring=ring,
@@ -63,11 +59,17 @@ def attention(
     return found if isinstance(found, tuple) else (found, None)
 
 
-def plans_of(ctx: SequenceContext) -> Plans:
-    """Where plans for layouts without documents live as long as the split, and others as long as the pass."""
-    return ctx.shard.plans if ctx.shard is not None and ctx.documents is None else ctx.layouts
-
-
 def sequence_length(k: Tensor, ctx: SequenceContext) -> int:
-    """Keys of the whole sequence, of which k [B, Hkv, n, D] may hold this rank's only."""
-    return k.shape[2] if ctx.shard is None else ctx.shard.length
+    """Keys of the whole sequence, of which k [B, Hkv, n, D] may hold this rank's only.
+
+    Raises ValueError where they are not this rank's.
+    """
+    if ctx.shard is None:
+        return k.shape[2]
+    own = len(ctx.shard.tokens)
+    if k.shape[2] != own:
+        raise ValueError(
+            f"k has {k.shape[2]} tokens; this rank holds {own} of the sequence's {ctx.shard.length}: cut them out with "
+            "shard.take"
+        )
+    return ctx.shard.length

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightsparse.attention.core import SequenceContext
-from lightsparse.parallel.exchange import Fetch, plan_exchange
+from lightsparse.parallel.exchange import Fetch, RowExchange, plan_exchange
 from lightsparse.parallel.shard import ContextShard
 from lightsparse.parallel.sources import as_table, from_table
 
@@ -90,14 +90,15 @@ def _of_all_ranks(means_BHRD: Tensor, shard: ContextShard | None, block: int) ->
     """The means of all blocks of the sequence, from those of each rank's own; differentiable."""
     if shard is None:
         return means_BHRD
-    key = ("block means", block, means_BHRD.device)
-    if key not in shard.plans:
-        with torch.inference_mode(False):  # a plan first made in an evaluation must serve training too
-            rank_of, token_row = (of[::block].to(means_BHRD.device) for of in (shard.split.rank_of, shard.split.row_of))
-            at = torch.arange(len(rank_of), device=rank_of.device)
-            shard.plans[key] = plan_exchange(rank_of, token_row // block, at, len(at), shard)
-    table = as_table(means_BHRD, side_by_side=True)
-    gathered = Fetch(shard.plans[key], table, shard, "block means").result()
+    device = means_BHRD.device
+
+    def planned() -> RowExchange:
+        rank_of, token_row = (of[::block].to(device) for of in (shard.split.rank_of, shard.split.row_of))
+        at = torch.arange(len(rank_of), device=device)
+        return plan_exchange(rank_of, token_row // block, at, len(at), shard)
+
+    plan = shard.plans.get(shard, ("block means", block, device), planned)
+    gathered = Fetch(plan, as_table(means_BHRD, side_by_side=True), shard, "block means").result()
     return from_table(gathered, True, *means_BHRD.shape[:2])
 
 

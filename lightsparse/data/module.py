@@ -26,8 +26,10 @@ class TextDataModule(LightningDataModule):
 
     Both loaders already give each rank its share: the trainer needs use_distributed_sampler=False, and, since
     training never runs out of batches, max_steps.
+    Who reads what is the strategy's `distributed_sampler_kwargs`.
     `consumed` counts training samples of all ranks together. The training module sets it before a checkpoint is
-    written (global steps · batch_size · accumulation · world): the loader itself has drawn a few batches ahead.
+    written (global steps · batch_size · accumulation · ranks that read different samples): the loader itself has drawn
+    a few batches ahead.
     """
 
     def __init__(self, config: DataConfig, seed: int, eval_tokens: int = 262_144):
@@ -86,7 +88,9 @@ class TextDataModule(LightningDataModule):
         return {"context": self.config.context, "bos": self.tokenizer.bos, "isolate": self.config.pack == "isolate"}
 
     def _rank_and_world(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        """Of those that read different samples: ranks that hold one sequence together read the same."""
+        share = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return (share["rank"], share["num_replicas"]) if share else (0, 1)
 
     def _loader(self, samples: PackedSamples, order: Iterable[int]) -> DataLoader[Batch]:
         return DataLoader(

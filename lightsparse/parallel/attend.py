@@ -7,12 +7,12 @@ Shapes: B samples, H query heads, Hkv key/value heads, Z = B · Hkv, n tokens of
 
 from __future__ import annotations
 
-from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightsparse.kernels import Dropout, block_sparse_attention
 from lightsparse.parallel.exchange import Fetch, RowExchange, plan_exchange
@@ -23,8 +23,6 @@ from lightsparse.patterns import BlockLayout
 from lightsparse.patterns.parts import members, named_blocks, of_keys, of_rows
 
 _MOST_SHARES = 4  # auto: ranks' shares of the sequence that a rank may fetch before the ring is taken instead
-
-Plans = MutableMapping[Hashable, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +59,6 @@ def attend(
     layout: BlockLayout,
     shard: ContextShard,
     *,
-    plans: Plans | None = None,
     sources: Sources | None = None,
     kv_heads: int | None = None,
     ring: bool = False,
@@ -73,22 +70,19 @@ def attend(
 
     q           [B, H, n, D]; k, v [B, Hkv, m, D]: this rank's own
     layout      this rank's query blocks against all keys of the sequence (`of_rows`)
-    plans       where to keep what is planned for `layout`, for as long as the layout lives; None = for this call
     sources     who holds the keys; None: they are the tokens, split as the sequence is
     kv_heads    key/value heads of the layout, where `sources` pick some of those of k and v; None = those
     ring        whether the ring may be used: fixed layouts over tokens, without a bias
+    Memory: keys and values of the blocks that this rank's rows name, those of any sample and head, for all of them. So
+    it falls with the ranks for fixed patterns; where samples and heads choose differently the union may be everything,
+    though each only fetches its own.
     Returns out [B, H, n, D] and the lse [B, H, n] (None unless asked for); differentiable in q, k, v and the bias of
     every rank. Raises ValueError for exchange=ring where it cannot be used.
     """
     if shard.exchange == "ring" and not ring:
         raise ValueError("strategy.exchange is ring, which this attention cannot use; use strategy.exchange=sparse")
-    plans = {} if plans is None else plans
     heads = Heads(q.shape[0], q.shape[1], k.shape[1] if kv_heads is None else kv_heads)
-    key = (layout, sources, heads)
-    if key not in plans:
-        with torch.inference_mode(False):  # a plan first made in an evaluation must serve training too
-            plans[key] = _plan(layout, sources, shard, heads, ring)
-    plan = plans[key]
+    plan = shard.plans.get(layout, (sources, heads, ring), lambda: _plan(layout, sources, shard, heads, ring))
     if isinstance(plan, RingPlan):
         return ring_attention(q, k, v, plan, shard, dropout, return_lse)
 
@@ -212,7 +206,8 @@ def _together(parts: list[tuple[Part, Tensor, Tensor | None]]) -> tuple[Tensor, 
 
 def _nothing(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     """The result for no queries."""
-    return torch.zeros_like(q), q.new_zeros(q.shape[:3]) if with_lse else None
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)  # as the kernels give it
+    return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=lse_dtype) if with_lse else None
 
 
 class _Tied(torch.autograd.Function):
@@ -224,5 +219,6 @@ class _Tied(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         return grad, torch.zeros_like(ctx.saved_tensors[0])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightsparse.parallel.errors import ranks_named
 from lightsparse.parallel.shard import ContextShard
@@ -75,8 +76,12 @@ class Fetch:
         self.received = _Send.apply(table, self)
 
     def result(self) -> Tensor:
-        """[size, width], differentiable in the table of every rank."""
-        return _Receive.apply(self.table, self.received, self)
+        """[size, width], differentiable in the table of every rank. To be called once."""
+        table, received = self.table, self.received
+        del self.table, self.received  # both know this object through autograd: a circle would keep every step's rows
+        result = _Receive.apply(table, received, self)
+        del self.work
+        return result
 
 
 class _Send(torch.autograd.Function):
@@ -92,6 +97,7 @@ class _Send(torch.autograd.Function):
         return received
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         fetch = ctx.fetch
         _wait(fetch.grad_work, fetch.shard)
@@ -112,6 +118,7 @@ class _Receive(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         fetch, plan = ctx.fetch, ctx.fetch.exchange
         grad = grad.contiguous()

@@ -1,7 +1,7 @@
 """How many bytes of keys and values an exchange sends, from the layout alone: nothing is exchanged to know it.
 
 Counted are the keys and values of one attention layer and their gradients, not the few bytes in which ranks say what
-they want. A contiguous split is assumed where a whole layout would be too large to build.
+they want.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from lightsparse.parallel.split import Split
 from lightsparse.patterns import BlockLayout
 
-GRADIENT_BYTES = 4  # the ring's gradients travel in fp32, because many ranks add to them on the way
+_GRADIENT_BYTES = 4  # at least: the ring's gradients travel in fp32, because many ranks add to them on the way
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def ring_sent(split: Split, size: KeyBytes, hops: int | None = None) -> tuple[li
         passed = sum(counts[(rank - hop) % world] for hop in range(hops - 1))
         home = counts[(rank - hops + 1) % world] if hops > 1 else 0
         keys.append(2 * passed * size.of_key)
-        gradients.append((passed + home) * size.heads * 2 * size.dim * GRADIENT_BYTES)
+        gradients.append((passed + home) * size.heads * 2 * size.dim * max(size.itemsize, _GRADIENT_BYTES))
     return keys, gradients
 
 

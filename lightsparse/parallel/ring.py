@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightsparse.kernels import Dropout, block_sparse_attention
 from lightsparse.parallel.errors import ranks_named
@@ -83,6 +84,7 @@ class _Ring(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out: Tensor, grad_lse: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
         plan, shard = ctx.plan, ctx.shard

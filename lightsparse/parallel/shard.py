@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, TypeVar, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightsparse.parallel.errors import ranks_named
 from lightsparse.parallel.split import Split
 
 Exchange = Literal["auto", "sparse", "ring", "gather"]
+T = TypeVar("T")
 
 
 @dataclass
 class Traffic:
-    """Bytes that this rank has sent to others, by what they were; never reset here."""
+    """Bytes of rows and requests that this rank has sent to others, by what they were; sums of scalars do not count."""
 
     sent: dict[str, int] = field(default_factory=dict)
 
     def add(self, what: str, count: int) -> None:
         self.sent[what] = self.sent.get(what, 0) + count
+
+
+class Plans:
+    """What was worked out for an object (a layout, say), kept for as long as the object lives.
+
+    What is kept must not hold the object itself.
+    """
+
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
+
+    def get(self, owner: Any, key: Hashable, make: Callable[[], T]) -> T:
+        """What make() gave for this owner and key the first time."""
+        kept = self._of.setdefault(owner, {})
+        if key not in kept:
+            with torch.inference_mode(False):  # first made in an evaluation, it must serve training too
+                kept[key] = make()
+        return kept[key]
+
+    def __len__(self) -> int:
+        return sum(len(kept) for kept in self._of.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +67,7 @@ class ContextShard:
     exchange: Exchange = "auto"
     timeout: float | None = None  # seconds, that of the group, for its error messages
     traffic: Traffic = field(default_factory=Traffic)
-    plans: dict = field(default_factory=dict)  # what was planned for layouts that outlive a pass
+    plans: Plans = field(default_factory=Plans)
 
     @cached_property
     def rank(self) -> int:
@@ -71,6 +96,10 @@ class ContextShard:
         return x.index_select(dim, self.tokens.to(x.device))
 
     def __post_init__(self) -> None:
+        if self.exchange not in get_args(Exchange):
+            raise ValueError(
+                f"strategy.exchange is {self.exchange!r}; it must be one of {', '.join(get_args(Exchange))}"
+            )
         ranks = dist.get_world_size(self.group)
         if ranks != self.split.world:
             raise ValueError(f"the sequence is split over {self.split.world} ranks and the group has {ranks}")
@@ -94,6 +123,7 @@ class _SumOver(torch.autograd.Function):
         return _reduced(x.detach(), shard, dist.ReduceOp.SUM)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         return _reduced(grad, ctx.shard, dist.ReduceOp.SUM), None
 

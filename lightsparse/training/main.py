@@ -1,7 +1,8 @@
 """The command `python train.py …` or `lightsparse-train …`: compose → parse and check → build and fit.
 
-A wrong config is one sentence on stderr and exit code 2; a run stopped by SIGTERM saves its step and ends with code 75:
-the same command continues it. With `-m`, sweepers minimise what `train` returns.
+A wrong config is one sentence on stderr and exit code 2. Exit code 75 means that the same command continues the run: it
+was stopped by SIGTERM and has saved its step, or another rank of the job was lost or did not come in time, which is one
+sentence on stderr, too. With `-m`, sweepers minimise what `train` returns.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from contextlib import contextmanager
 import hydra
 from omegaconf import DictConfig
 
-from lightsparse.config import check, explain, parse
+from lightsparse.config import check, explain, parse, with_launched_ranks
 from lightsparse.data import DataError
 from lightsparse.overrides import HYDRA_VERSION, conf_dir, plain, raised_by_hydra
+from lightsparse.parallel.errors import EXIT_CODE, RankError
 from lightsparse.targets import ConfigError
+from lightsparse.training.ranks import is_first_rank
 from lightsparse.training.run import fit
 
 
@@ -26,7 +29,7 @@ from lightsparse.training.run import fit
 def train(composed: DictConfig) -> float:
     """One run; returns its validation bits per byte."""
     with refusals_as_one_sentence():
-        raw = plain(composed)
+        raw = with_launched_ranks(plain(composed))
         config = parse(raw)
         check(config)
         return float(fit(config, raw)["val_bits_per_byte"])
@@ -35,7 +38,7 @@ def train(composed: DictConfig) -> float:
 def main() -> None:
     """Run the command line."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("lightsparse").setLevel(logging.INFO)
+    logging.getLogger("lightsparse").setLevel(logging.INFO if is_first_rank() else logging.WARNING)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them in its own way
     with refusals_as_one_sentence():
         train()
@@ -43,9 +46,13 @@ def main() -> None:
 
 @contextmanager
 def refusals_as_one_sentence() -> Iterator[None]:
-    """End the program with exit code 2 and the sentence alone, where the config or its data cannot be used."""
+    """End the program with the sentence alone where the config or its data cannot be used, or another rank is lost."""
     try:
         yield
+    except RankError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)  # at once: threads of a broken process group may wait for the lost rank once more
     except (ConfigError, DataError) as error:
         sentence = str(error)
     except Exception as error:

@@ -1,7 +1,8 @@
 """The LightningModule: loss, gradients and validation, exact over micro-batches and ranks.
 
 Losses are sums of nats over real targets. A sum of sums divided once by the targets of the whole global step is what
-one big batch would give; a mean of micro-batch means is not, when some hold fewer targets than others.
+one big batch would give; a mean of micro-batch means is not, when some hold fewer targets than others. So it matters
+to no number whether ranks hold different samples or different tokens of one.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightsparse.attention.core import SequenceContext
 from lightsparse.config import Config
 from lightsparse.data.tokens import ByteTokenizer
 from lightsparse.models.transformer import ModelOutput, Transformer
+from lightsparse.parallel.kinds import ContextRanks
+from lightsparse.parallel.shard import ContextShard
+from lightsparse.parallel.strategies import GridStrategy, ReplicatedStrategy, ShardedStrategy
 from lightsparse.training import watched
 from lightsparse.training.objectives import IGNORED, Objective
 from lightsparse.training.optimizers import parameter_groups
+from lightsparse.training.ranks import data_ranks, of_all_ranks
+from lightsparse.training.sharding import context_split
 
 FIRST_BUCKET = 16  # tokens; loss by position is kept for positions 0…15, 16…31, 32…63, …
 
@@ -80,6 +87,7 @@ class LanguageModel(LightningModule):
 
     token_bytes  int64 [vocabulary]: bytes of text behind each token
     mask_id      the token that hides others under objective=mlm
+    shard        this rank's part of every sequence, from the strategy; None where one rank holds a whole one
     After each step `step_result`, after each validation `validation` (and `by_position`, from the start of the context
     to its end) hold the numbers; who writes them where is not this module's matter.
     """
@@ -94,12 +102,29 @@ class LanguageModel(LightningModule):
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         edges = [FIRST_BUCKET << i for i in range(64) if FIRST_BUCKET << i < config.data.context]
         self.register_buffer("bucket_edges", torch.tensor(edges), persistent=False)
+        self.shard: ContextShard | None = None
         self.step_result: StepResult | None = None
         self.validation: Totals | None = None
         self.by_position: list[Totals] = []
         self.watched_columns = watched.step_columns(config)
         self.choice_churn: float | None = None  # since the validation before
         self._choices: list[Tensor] = []  # what each layer chose in the first validation batch
+
+    # ---- ranks --------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Once the ranks have met: which tokens of a sequence are this rank's."""
+        strategy, config = self.trainer.strategy, self.config.strategy
+        split = context_split(self.config, self.model)
+        if split is None:
+            return
+        assert isinstance(strategy, GridStrategy) and strategy.context_group is not None
+        assert isinstance(config, ContextRanks)  # as there is a split
+        self.shard = ContextShard(split, strategy.context_group, config.exchange)
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self, self.model.layers)
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -108,10 +133,10 @@ class LanguageModel(LightningModule):
         self._sums = torch.zeros(4 + len(self.watched_columns), device=self.device, dtype=torch.float32)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """The sum of nats over this micro-batch's targets; `on_before_optimizer_step` divides, once."""
+        """The sum of nats over this rank's targets in a micro-batch; `on_before_optimizer_step` divides, once."""
         self.model.set_step(self.global_step, self.config.trainer.max_steps)
         key = self.objective.training_key(self.global_step, batch_idx % self.config.trainer.accumulate)
-        labels_BN, output = self._forward(batch, key)
+        labels_BN, _, output = self._forward(batch, key)
         nats = self.model.loss_sum(output.hidden, labels_BN)
         targets, text_bytes = self._targets_and_bytes(labels_BN)
         sums = [value.detach().float() for value in (nats, targets, text_bytes, output.stats["density"])]
@@ -122,7 +147,8 @@ class LanguageModel(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the targets of the whole global step.
 
-        Lightning has divided each micro-batch's loss by `accumulate`, DDP the gradients by the number of ranks.
+        Lightning has divided each micro-batch's loss by `accumulate`, DDP and FSDP2 the gradients by the number of
+        ranks, whether those hold different samples or parts of one.
         """
         micro_batches = self.config.trainer.accumulate * self.trainer.world_size
         nats, targets, text_bytes, density, *reports = self._over_ranks(self._sums).tolist()
@@ -130,7 +156,8 @@ class LanguageModel(LightningModule):
         self._check_finite("loss", nats)
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, micro_batches / max(targets, 1.0))
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)  # of shards: over all ranks
         self._check_finite("gradient's norm", norm)
         self.step_result = StepResult(
             Totals(nats, targets, text_bytes),
@@ -140,7 +167,7 @@ class LanguageModel(LightningModule):
             {name: value / micro_batches for name, value in zip(self.watched_columns, reports, strict=True)},
         )
         # All samples up to here are in these gradients: whoever saves a checkpoint from now on saves that number.
-        samples = self.config.data.batch_size * micro_batches
+        samples = self.config.data.batch_size * self.config.trainer.accumulate * data_ranks(self.trainer)
         self.trainer.datamodule.consumed = (self.global_step + 1) * samples  # type: ignore[attr-defined]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -157,17 +184,18 @@ class LanguageModel(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         # Fp64 on the CPU: sums over a whole validation set are too long for fp32, and not every device has fp64.
+        self._overlaps: Tensor | None = None
         self._buckets = torch.zeros(len(self.bucket_edges) + 1, 3, dtype=torch.float64)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        labels_BN, output = self._forward(batch, self.objective.validation_key())
+        labels_BN, positions_BN, output = self._forward(batch, self.objective.validation_key())
         if batch_idx == 0:  # the same text at every validation
-            self.choice_churn = watched.churn(self._choices, output.choices)
+            self._overlaps = watched.overlaps(self._choices, output.choices)
             self._choices = output.choices
         nats_BN = self.model.token_losses(output.hidden, labels_BN).float()
         counts_BN = labels_BN != IGNORED
         bytes_BN = self.token_bytes[labels_BN.clamp(min=0)] * counts_BN
-        bucket_BN = torch.bucketize(batch["positions"], self.bucket_edges, right=True)
+        bucket_BN = torch.bucketize(positions_BN.contiguous(), self.bucket_edges, right=True)
         for column, value_BN in enumerate((nats_BN, counts_BN, bytes_BN)):
             sums = torch.zeros(len(self._buckets), device=self.device, dtype=torch.float32)
             sums.index_add_(0, bucket_BN.flatten(), value_BN.flatten().float())
@@ -175,6 +203,7 @@ class LanguageModel(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         buckets = self._over_ranks(self._buckets.to(self.device, torch.float32)).double().cpu()
+        self.choice_churn = None if self._overlaps is None else watched.churn(self._over_ranks(self._overlaps))
         self.by_position = [Totals(*row) for row in buckets.tolist()]
         self.validation = Totals(*buckets.sum(0).tolist())
         # For a user's callbacks (EarlyStopping, ModelCheckpoint); equal on all ranks already.
@@ -183,24 +212,40 @@ class LanguageModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["validation"] = [[part.nats, part.targets, part.bytes] for part in self.by_position]
+        if self.config.attention.core.chooses:  # the next validation compares its choices with these
+            checkpoint["choices"] = of_all_ranks([table.cpu() for table in self._choices])
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ReplicatedStrategy) and strategy.hook is not None:
+            checkpoint["residuals"] = strategy.residuals(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.by_position = [Totals(*part) for part in checkpoint["validation"]]
         sums = [sum(column) for column in zip(*checkpoint["validation"], strict=True)]
         self.validation = Totals(*sums) if sums else None
+        choices = checkpoint.get("choices", [])
+        if len(choices) == self.trainer.world_size:  # else the ranks held other rows: nothing to compare with
+            self._choices = [table.to(self.device) for table in choices[self.global_rank]]
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ReplicatedStrategy) and strategy.hook is not None:
+            strategy.load_residuals(checkpoint["residuals"], self)
 
     # ---- both ---------------------------------------------------------------------------------------------------
 
-    def _forward(self, batch: Mapping[str, Tensor], key: int) -> tuple[Tensor, ModelOutput]:
-        tokens_BN, labels_BN = self.objective.inputs_and_labels(batch, key)
+    def _forward(self, batch: Mapping[str, Tensor], key: int) -> tuple[Tensor, Tensor, ModelOutput]:
+        """Labels and positions, int64 [B, n], and the output, of this rank's n tokens of the batch."""
+        tokens_BN, labels_BN = self.objective.inputs_and_labels(batch, key)  # of whole samples: mlm hides by place
+        positions_BN = batch["positions"]
+        if self.shard is not None:
+            tokens_BN, labels_BN, positions_BN = map(self.shard.take, (tokens_BN, labels_BN, positions_BN))
         isolated = self.config.data.pack == "isolate"
         ctx = SequenceContext(
-            positions=batch["positions"] if isolated else batch["positions"][:1],
+            positions=positions_BN if isolated else positions_BN[:1],
             documents=batch["documents"] if isolated else None,  # one document: cores build one layout for all samples
             seed=key,
             sample_ids=batch["sample_ids"],
+            shard=self.shard,
         )
-        return labels_BN, self.model(tokens_BN, ctx)
+        return labels_BN, positions_BN, self.model(tokens_BN, ctx)
 
     def _targets_and_bytes(self, labels_BN: Tensor) -> tuple[Tensor, Tensor]:
         counts_BN = labels_BN != IGNORED

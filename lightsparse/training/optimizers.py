@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 HIDDEN = "hidden"  # 2-D weights inside the layers
 OUTER = "outer"  # other weights of two dimensions or more, but no embeddings: the output head
@@ -42,6 +44,39 @@ def parameter_groups(model: nn.Module, layers: nn.Module) -> list[dict[str, Any]
         for role, parameters in members.items()
         if parameters
     ]
+
+
+class ShardedMuon(Muon):
+    """torch.optim.Muon, also on matrices of which each rank holds some rows (DTensor, FSDP2): the same update.
+
+    Momentum stays sharded. A row's update depends on the whole matrix, so every rank gathers and orthogonalises each
+    matrix in turn, as every replica would under DDP, and keeps its own rows.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            super().step()
+            return loss
+        for group in self.param_groups:
+            matrices: list[Any] = []
+            gradients: list[Any] = []
+            momenta: list[Any] = []
+            self._init_group(group, matrices, gradients, momenta)
+            for matrix, gradient, momentum in zip(matrices, gradients, momenta, strict=True):
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                whole = _zeropower_via_newtonschulz(
+                    update.full_tensor(), group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
+                mine = distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(mine, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], matrix.shape))
+        return loss
 
 
 class MuonAdamW(Optimizer):
@@ -105,7 +140,7 @@ class MuonAdamW(Optimizer):
     def _share_groups_and_state(self) -> None:
         hidden = [group for group in self.param_groups if group.get("role") == HIDDEN]
         others = [group for group in self.param_groups if group.get("role") != HIDDEN]
-        self._parts: list[Optimizer] = [Muon(hidden, adjust_lr_fn="match_rms_adamw")]
+        self._parts: list[Optimizer] = [ShardedMuon(hidden, adjust_lr_fn="match_rms_adamw")]
         if others:
             self._parts.append(AdamW(others))
         for part in self._parts:  # each holds the very dicts of self.param_groups; defaults went in where missing

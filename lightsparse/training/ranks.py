@@ -1,8 +1,13 @@
-"""Which process is the first of a run, known before any of them has met the others."""
+"""What a process can say about the ranks of a run: by its environment before it has met them, by the trainer then."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 # What torchrun, Lightning's launcher, SLURM and jsrun say about a process; Lightning by itself sets no RANK, and on
 # every node but the first only NODE_RANK tells that the node's first process is not the run's.
@@ -12,3 +17,29 @@ _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_
 def is_first_rank() -> bool:
     """Whether this process is rank 0 of the run, by its environment; a process that was not launched as a rank is."""
     return all(int(os.environ.get(name, 0)) == 0 for name in _RANKS)
+
+
+def launched_ranks() -> tuple[int, int] | None:
+    """(ranks on each machine, machines) where torchrun or SLURM has started the ranks; None where we shall."""
+    if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:  # by torchrun; Lightning sets the first alone
+        ranks, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        return here, ranks // here
+    if SLURMEnvironment.detect():
+        machines = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ["SLURM_NTASKS"]) // machines, machines
+    return None
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """The value of every rank, on rank 0; of no use on the others. All ranks must call this."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered or []
+
+
+def data_ranks(trainer: Trainer) -> int:
+    """Groups of ranks that read different samples; the ranks of one sequence are one such group."""
+    share = trainer.distributed_sampler_kwargs
+    return share["num_replicas"] if share else 1

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightsparse.config import Config
 from lightsparse.training.checkpoint import validation_follows
 from lightsparse.training.module import LanguageModel, Totals
+from lightsparse.training.ranks import data_ranks
 from lightsparse.training.watched import CHURN
 
 
@@ -41,11 +42,10 @@ class Recorder(Callback):
         return self._wall_before + time.perf_counter() - self.started
 
     def tokens(self, trainer: Trainer) -> int:
-        """Training tokens read up to now, by all ranks."""
+        """Training tokens read up to now, by all ranks; a sequence that several ranks hold is counted once."""
         data = self.config.data
-        return (
-            trainer.global_step * self.config.trainer.accumulate * data.batch_size * data.context * trainer.world_size
-        )
+        samples = trainer.global_step * self.config.trainer.accumulate * data.batch_size * data_ranks(trainer)
+        return samples * data.context
 
     # ---- hooks --------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from lightsparse.config import Config, layout_of
 from lightsparse.data.module import TextDataModule
 from lightsparse.kernels import flash, set_backend
 from lightsparse.models.transformer import Transformer
+from lightsparse.parallel.errors import RankError, RankTimeoutError, ranks_named
+from lightsparse.parallel.kinds import ContextRanks, SeveralRanks
 from lightsparse.patterns import BlockLayout
 from lightsparse.targets import ConfigError
 from lightsparse.training import watched
+from lightsparse.training.checkpoint import checkpoint_steps
 from lightsparse.training.directory import RunDirectory, Start
 from lightsparse.training.files import write_text
 from lightsparse.training.flops import matmul_error, matmul_peak
+from lightsparse.training.lock import unlock
 from lightsparse.training.metrics import MetricsFile, read_metrics
 from lightsparse.training.module import language_model
 from lightsparse.training.outputs import draw_plots, write_sample
@@ -38,15 +43,23 @@ def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Train to config.trainer.max_steps, or from the newest checkpoint on, and return the summary.
 
     raw  the composed config as plain values; it is kept in the run directory and compared on resume
-    A run that has finished already is not repeated: its summary is shown and returned. Under ddp every rank calls this.
-    Raises ConfigError (the directory forbids it), DataError (other data than the checkpoint's), NonFiniteError.
+    A run that has finished already is not repeated: its summary is shown and returned. Every rank of a job calls this.
+    Raises ConfigError (the directory forbids it), DataError (other data than the checkpoint's), NonFiniteError, and
+    RankError when another rank is lost or does not come within strategy.timeout.
     """
+    directory = RunDirectory(Path(config.runs_dir) / config.name)
+    try:
+        return _fit(config, raw, directory)
+    finally:
+        unlock(directory.path)
+
+
+def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dict[str, Any]:
     started = time.perf_counter()
     quiet_lightning()
     is_first = is_first_rank()
     console = Console(quiet=not is_first, highlight=False, markup=False, soft_wrap=True)  # lines as they are
     _set_machine(config)  # first: what this machine refuses leaves no directory behind
-    directory = RunDirectory(Path(config.runs_dir) / config.name)
     start = directory.open(config.resume, raw, config.trainer.max_steps)
     if start.summary is not None:
         console.print(f"{directory.path} is finished at step {start.summary['steps']}")
@@ -72,10 +85,16 @@ def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
             console.print(line)
         console.print(_beginning(directory, start))
 
-    trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+    with _ranks_together(config, directory):
+        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+        weights = trainer.strategy.lightning_module_state_dict() if config.strategy.sharded else None
     if is_first:
         draw_plots(config, module, directory, layout, read_metrics(directory.metrics))
-        write_sample(config, module.to(device), data, directory)
+        writer = module
+        if weights is not None:  # what is left of a sharded model on one rank cannot run
+            writer = language_model(config, data.tokenizer)
+            writer.load_state_dict(weights)
+        write_sample(config, writer.to(device), data, directory)
     summary = summarize(
         config,
         module,
@@ -88,6 +107,21 @@ def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
         write_text(directory.summary, json.dumps(summary, indent=2) + "\n")  # last: it says that all is there
         show(console, summary, directory.path)
     return summary
+
+
+@contextmanager
+def _ranks_together(config: Config, directory: RunDirectory) -> Iterator[None]:
+    """Say in one sentence that another rank is lost, and from where the run can go on."""
+    timeout = config.strategy.timeout if isinstance(config.strategy, SeveralRanks) else None
+    try:
+        with ranks_named(timeout):
+            yield
+    except RankError as error:
+        sentence = str(error)
+        if isinstance(error, RankTimeoutError) and "strategy.timeout" not in sentence:  # from inside the attention
+            sentence += f" within {timeout:g} s (strategy.timeout)"
+        step = max(checkpoint_steps(directory.checkpoints), default=0)
+        raise type(error)(f"{sentence}; the same command continues from step {step}") from error
 
 
 def _set_machine(config: Config) -> None:
@@ -124,17 +158,23 @@ def _opening(
     """What runs, on what text, on which machine: a line each."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     density = "" if layout is None else f" · density {layout.density():.3g}"
-    ranks = config.trainer.devices * config.trainer.num_nodes
     where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     precision = "fp32" if config.precision == "32" else config.precision
-    return [
+    lines = [
         f"model    {config.attention.name} · {count_text(parameters)} parameters · "
         f"context {config.data.context}{density}",
         f"text     {type(config.data).__name__} · {count_text(data.num_train_tokens)} training tokens · "
         f"fingerprint {data.fingerprint}",
-        f"machine  {where}{f' × {ranks} ranks' if ranks > 1 else ''} · {precision} · matmul {config.matmul_precision}: "
+        f"machine  {where} · {precision} · matmul {config.matmul_precision}: "
         f"{peak / 1e9:.0f} GFLOP/s, fp32 error {matmul_error(device):.0e}",
     ]
+    grid, strategy = config.grid, config.strategy
+    if grid.ranks > 1:
+        line = f"ranks    {grid.ranks} = {grid.data} data × {grid.context} context · {strategy.kind}"
+        if isinstance(strategy, ContextRanks):
+            line += f" · split {strategy.split}, exchange {strategy.exchange}"
+        lines.append(line)
+    return lines
 
 
 def _beginning(directory: RunDirectory, start: Start) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from lightsparse.analysis.curves import count_text
 from lightsparse.bench.machine import hardware, versions
 from lightsparse.config import Config
+from lightsparse.parallel.kinds import ContextRanks
 from lightsparse.training.module import LanguageModel, Totals
 from lightsparse.training.progress import duration
 from lightsparse.training.recorder import Recorder
@@ -25,7 +26,7 @@ def summarize(
 
     rows  of metrics.csv
     """
-    validation = module.validation or Totals(0.0, 0.0, 0.0)
+    validation, strategy = module.validation or Totals(0.0, 0.0, 0.0), config.strategy
     return {
         "finished": True,
         "name": config.name,
@@ -51,7 +52,11 @@ def summarize(
         "precision": config.precision,
         "matmul_precision": config.matmul_precision,
         "compile": config.compile,
-        "devices": config.trainer.devices * config.trainer.num_nodes,
+        "devices": config.ranks,
+        "strategy": config.strategy.kind,
+        "ranks_per_sequence": config.grid.context,
+        "split": strategy.split if isinstance(strategy, ContextRanks) else None,
+        "exchange": strategy.exchange if isinstance(strategy, ContextRanks) else None,
         "threads": torch.get_num_threads(),
         "versions": versions() | {"lightning": importlib.metadata.version("lightning")},
         "hardware": hardware(),

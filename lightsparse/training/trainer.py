@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lightsparse.build import build, check_buildable
 from lightsparse.config import Config
+from lightsparse.parallel.strategies import strategy_for
 from lightsparse.training import watched
 from lightsparse.training.checkpoint import AtomicCheckpointIO, StepCheckpoint
 from lightsparse.training.directory import RunDirectory
@@ -40,10 +41,11 @@ def build_trainer(config: Config, directory: RunDirectory, recorder: Recorder, c
             config.checkpoint.keep,
             config.trainer.max_steps,
             config.eval.every_n_steps,
+            config.trainer.max_time,
         )
     )
     return Trainer(
-        strategy="ddp" if config.strategy.kind == "ddp" else "auto",
+        strategy=strategy_for(config.strategy, config.ranks),
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
         precision=config.precision,

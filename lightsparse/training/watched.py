@@ -36,7 +36,19 @@ def step_values(config: Config, stats: Mapping[str, Tensor], device: torch.devic
     return torch.cat([missing[:0], *(value.float().to(device) for value in (*scalars, *per_head))])
 
 
-def churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
-    """Mean over layers of how much their tables differ; None without a table before."""
-    pairs = list(zip(before, after, strict=False))
-    return float(torch.stack([index_churn(*pair) for pair in pairs]).mean()) if pairs else None
+def overlaps(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor | None:
+    """Entries that both tables of a layer hold, and that either does: fp32 [layers, 2]; None without a table before.
+
+    They add up over ranks, whether these hold different samples or different rows of one; a share does not.
+    """
+    pairs = []
+    for old, new in zip(before, after, strict=False):
+        entries = (old >= 0).sum() + (new >= 0).sum()  # common + union
+        union = entries / (2 - index_churn(old, new))
+        pairs.append(torch.stack([entries - union, union]))
+    return torch.stack(pairs).float() if pairs else None
+
+
+def churn(overlaps: Tensor) -> float:
+    """Mean over layers of how much their tables differ, from `overlaps`."""
+    return float((1 - overlaps[:, 0] / overlaps[:, 1]).mean())

@@ -15,7 +15,7 @@ from lightsparse.attention.distributed import BlockSparseRingDistributedDilatedA
 from lightsparse.patterns import LocalWindow
 
 sys.path.append(str(Path(__file__).parents[1] / "parallel"))
-from rank_processes import RankPool, pool_fixture  # noqa: E402
+from rank_processes import RankPool, pool_fixture
 
 three = pool_fixture(3)
 
@@ -40,7 +40,7 @@ def on_rank(rank: int, world: int, kind: str, exchange: str) -> dict[str, object
     return {"tokens": core.shard.tokens, "all": [out.detach(), *grads], "imbalance": core.imbalance}
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("exchange", ["sparse", "ring", "gather"])
 def test_three_ranks_equal_one_and_are_evenly_loaded(three: RankPool, exchange: str) -> None:
     *inputs, weights = _inputs()

@@ -42,8 +42,8 @@ def assert_same(one, other):
 class Ranked:
     """What the data module asks of a trainer."""
 
-    def __init__(self, global_rank, world_size):
-        self.global_rank, self.world_size = global_rank, world_size
+    def __init__(self, rank, world):
+        self.distributed_sampler_kwargs = {"rank": rank, "num_replicas": world}
 
 
 @pytest.mark.parametrize("pack", ["isolate", "concat"])

@@ -2,7 +2,7 @@
 
     pool = pool_fixture(4)                     # at the top of a test module
 
-    @pytest.mark.ranks
+    @pytest.mark.multiprocess
     def test_ranks_agree(pool):
         a, b, c, d = pool.run(function, 3)     # function(rank, world, 3), at the top of a module, on every rank
 

@@ -9,16 +9,20 @@ import torch
 import torch.distributed as dist
 from battery import Inputs, Shape, Variant, context, documents_at
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lightsparse.attention.core import AttentionCore, AttentionResult, SequenceContext
+from lightsparse.parallel import attend
 from lightsparse.parallel.shard import ContextShard, Exchange
 from lightsparse.parallel.split import SplitKind, split
 from lightsparse.patterns.mask import document_starts
 
+SHAPE = Shape(333, 2, 4, 2, 16)
+
 
 @dataclass(frozen=True)
 class Case:
-    shape: Shape = Shape(333, 2, 4, 2, 16)
+    shape: Shape = SHAPE
     causal: bool = True
     borders: tuple[int, ...] = ()  # document borders; the second sample has only the first of them
     kind: SplitKind = "contiguous"
@@ -26,6 +30,10 @@ class Case:
     dropout: float = 0.0
     training: bool = False
     precision: str = "float64"
+    fields: tuple[tuple[str, Any], ...] = ()  # of the config, beside those of `small()`
+    checkpoint: bool = False  # recompute the attention in the backward
+    evaluated: bool = False  # the same shard has first served an evaluation
+    most_shares: float | None = None  # what auto fetches before it takes the ring
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,7 +46,8 @@ class Case:
         return torch.cat(rows)
 
     def core(self, variant: Variant) -> AttentionCore:
-        core = variant.core(self.shape, causal=self.causal, dtype=self.dtype, dropout=self.dropout)
+        fields = {"dropout": self.dropout, **dict(self.fields)}
+        core = variant.core(self.shape, causal=self.causal, dtype=self.dtype, **fields)
         return core.train(self.training)
 
     def weights(self) -> Tensor:
@@ -67,10 +76,20 @@ def share(rank: int, world: int, variant: Variant, case: Case, groups: int = 1) 
     given = Inputs(*(t[:, :, tokens] for t in everything.tensors()[:3]), everything.x[:, tokens]).leaves()
     documents = case.documents()
     positions = torch.arange(case.shape.n)[None] - (0 if documents is None else document_starts(documents))
-    ctx = SequenceContext(positions[:, tokens], documents, seed=5, shard=shard)
-    result = core(*given.tensors()[:3], x=given.x, ctx=ctx)
+
+    def attended() -> AttentionResult:
+        ctx = SequenceContext(positions[:, tokens], documents, seed=5, shard=shard)
+        return core(*given.tensors()[:3], x=given.x, ctx=ctx)
+
+    if case.most_shares is not None:
+        attend._MOST_SHARES = case.most_shares
+    if case.evaluated:
+        with torch.inference_mode():
+            attended()
+    result = checkpoint(attended, use_reentrant=False) if case.checkpoint else attended()
+    attend._MOST_SHARES = 4
     found = _found(core, result, given, case.weights()[:, :, tokens], len(tokens) / case.shape.n)
-    return {**found, "tokens": tokens, "sent": dict(shard.traffic.sent)}
+    return {**found, "tokens": tokens, "sent": dict(shard.traffic.sent), "plans": len(shard.plans)}
 
 
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}

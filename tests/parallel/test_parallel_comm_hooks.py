@@ -91,7 +91,7 @@ def reference_topk(given: list[list[list[Tensor]]], share: float) -> list[list[T
     return means
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("share", [0.003, 0.1, 0.5])
 def test_topk_follows_its_definition_through_the_rebuilding_of_buckets(pool, share):
     steps = given(5)
@@ -121,7 +121,7 @@ def bucket_arrangements(rank: int, world: int) -> list[list[list[int]]]:
     return noted
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 def test_ddp_does_arrange_the_buckets_of_these_tests_anew(pool):
     for first, second, third in pool.run(bucket_arrangements):
         assert first != second == third
@@ -129,7 +129,7 @@ def test_ddp_does_arrange_the_buckets_of_these_tests_anew(pool):
         assert sorted(part for bucket in third for part in bucket) == list(range(len(SHAPES)))
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 def test_topk_of_everything_is_plain_averaging(pool):
     steps = given(3)
     for seen, _, kept in pool.run(one_run, "topk", {"topk_share": 1.0}, steps):
@@ -138,7 +138,7 @@ def test_topk_of_everything_is_plain_averaging(pool):
         assert all(not residual.any() for residual in kept["residuals"].values())
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 def test_bf16_is_the_mean_to_the_rounding_of_bf16(pool):
     draw = torch.Generator().manual_seed(3)
     steps = [[[torch.randn(shape, generator=draw) for shape in SHAPES] for _ in range(RANKS)] for _ in range(2)]
@@ -154,7 +154,7 @@ def test_bf16_is_the_mean_to_the_rounding_of_bf16(pool):
 OWING = {"topk": {"topk_share": 0.05}, "powersgd": {"powersgd_rank": 1, "powersgd_start": 2}}
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", OWING)
 def test_what_is_not_applied_is_owed(pool, name):
     steps = given(6)
@@ -182,7 +182,7 @@ def resumed(rank: int, world: int, name: str, options: dict, given: list[list[li
     return seen, state.residual_state(ddp.module.named_parameters())
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 def test_topk_continues_from_a_checkpoint_bit_for_bit(pool):
     steps = given(6)
     straight = pool.run(one_run, "topk", OWING["topk"], steps)
@@ -193,7 +193,7 @@ def test_topk_continues_from_a_checkpoint_bit_for_bit(pool):
         torch.testing.assert_close(kept_again, kept, rtol=0, atol=0)
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 def test_powersgd_pays_after_a_resume_what_it_owed_before(pool):
     nothing = [[[torch.zeros(shape) for shape in SHAPES] for _ in range(RANKS)]] * 8
     steps = given(5) + nothing
@@ -213,7 +213,7 @@ def test_powersgd_pays_after_a_resume_what_it_owed_before(pool):
 ENTRIES = sum(math.prod(shape) for shape in SHAPES)
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 def test_bytes_are_those_of_the_definition(pool):
     steps = given(4)
     plain = 2 * (RANKS - 1) * 4 * ENTRIES // RANKS
@@ -228,7 +228,7 @@ def test_bytes_are_those_of_the_definition(pool):
         assert sent == [plain] * 2 + [2 * (RANKS - 1) * 4 * entries // RANKS] * 2
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 def test_half_precision_gradients_keep_their_residuals_in_fp32(pool):
     steps = given(6, torch.bfloat16)
     ranks = pool.run(one_run, "topk", {"topk_share": 0.05}, steps)
@@ -242,7 +242,7 @@ def test_half_precision_gradients_keep_their_residuals_in_fp32(pool):
     assert sent == [(RANKS - 1) * 6 * (43 + 2 + 20 + 1 + 1 + 4)] * 6
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 def test_every_rank_sees_an_entry_that_is_not_finite_and_only_once(pool):
     steps = given(3)
     steps[1][1][0][5, 7] = torch.nan
@@ -253,7 +253,7 @@ def test_every_rank_sees_an_entry_that_is_not_finite_and_only_once(pool):
         assert all(residual.isfinite().all() for residual in kept["residuals"].values())
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_powersgd_of_a_gradient_of_zeros_is_zero(pool, rank):
     nothing = [[[torch.zeros(shape) for shape in SHAPES] for _ in range(RANKS)]] * 4
@@ -291,7 +291,7 @@ def plain_loss(pool) -> float:
     return pool.run(final_loss, "none", {})[0]
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("name", "options", "most"),
     [
@@ -305,7 +305,7 @@ def test_training_comes_to_the_loss_of_plain_averaging(pool, plain_loss, name, o
         assert loss <= most * plain_loss
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 def test_without_error_feedback_the_same_run_is_clearly_worse(pool, plain_loss):
     for loss in pool.run(final_loss, "topk", {"topk_share": 0.01}, True):
         assert loss >= 5 * plain_loss

@@ -154,7 +154,7 @@ def late(pool: RankPool) -> tuple[list[dict[str, Outcome]], list[dict[str, Outco
     return first, second
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("step", STEPS)
 def test_a_rank_that_is_gone_is_lost_at_once(killed_before, step):
     kind, words, theirs, seconds = killed_before[step]
@@ -163,7 +163,7 @@ def test_a_rank_that_is_gone_is_lost_at_once(killed_before, step):
     assert seconds < SECONDS / 2
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("step", STEPS)
 def test_a_rank_that_dies_while_it_is_awaited_is_lost_at_once(killed_meanwhile, step):
     kind, words, theirs, seconds = killed_meanwhile[step]
@@ -171,7 +171,7 @@ def test_a_rank_that_dies_while_it_is_awaited_is_lost_at_once(killed_meanwhile, 
     assert seconds < SECONDS - 0.1  # 0.2 until the kill; the timeout would be later
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("step", [*STEPS, "new_group"])
 def test_a_rank_that_does_not_come_is_named_late_when_the_timeout_is_over(late, step):
     kind, words, theirs, seconds = late[0][0][step]
@@ -180,14 +180,14 @@ def test_a_rank_that_does_not_come_is_named_late_when_the_timeout_is_over(late, 
     assert SECONDS - 0.1 < seconds < SECONDS + 2
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("step", ["all_reduce", "send_and_receive"])
 def test_what_is_tried_after_a_timeout_is_named_too(late, step):
     kind, words, theirs, _ = late[0][1][step]
     assert kind in ("RankTimeoutError", "LostRankError"), (words, theirs)
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 def test_the_late_rank_has_lost_the_one_that_no_longer_waits(late):
     kind, words, theirs, _ = late[1][0]["all_reduce"]
     assert kind == "LostRankError", (words, theirs)
@@ -210,7 +210,7 @@ def beside_a_store_that_dies(rank: int, world: int, port: int) -> list[Outcome]:
     ]
 
 
-@pytest.mark.ranks
+@pytest.mark.multiprocess
 def test_a_store_that_dies_is_a_lost_rank(pool):
     """The store is in the first rank's process, or in its launcher's."""
     free = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -119,7 +119,7 @@ def test_gradients_are_those_of_the_mean_over_real_tokens(tiny: Tiny) -> None:
     config, _ = tiny("trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=4")
     _, watch = fitted(config, Ragged(4))
     module, batch = module_for(config), Ragged(4).batch(0)
-    labels, output = module._forward(batch, key=0)
+    labels, _, output = module._forward(batch, key=0)
     torch.nn.functional.cross_entropy(module.model.logits(output.hidden).flatten(0, 1), labels.flatten()).backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(watch.gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
@@ -239,7 +239,7 @@ def test_low_precision_follows_fp32_at_far_positions_too(precision: str, tiny: T
         plugin = trainer_for(config).precision_plugin
         module = plugin.convert_module(module)
         with plugin.val_step_context(), torch.no_grad():
-            _, output = module._forward(Ragged(1, far).batch(0), key=0)
+            _, _, output = module._forward(Ragged(1, far).batch(0), key=0)
         results[name] = output.hidden.float()[0]
     error = (results[precision] - results["32"]).norm(dim=-1) / results["32"].norm(dim=-1)
     assert error[-512:].mean() < 0.05

@@ -153,11 +153,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tiny: Tiny) -> None:
 def test_a_finished_run_is_shown_and_not_repeated(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     config, raw = tiny()
     summary = fit(config, raw)
-    before = {path: path.stat().st_mtime_ns for path in folder(config).rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in folder(config).rglob("[!.]*")}
     capsys.readouterr()
     assert fit(config, raw) == summary
     assert "is finished at step 12" in " ".join(capsys.readouterr().out.split())
-    assert {path: path.stat().st_mtime_ns for path in folder(config).rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder(config).rglob("[!.]*")} == before
 
 
 def test_a_run_killed_after_its_last_step_only_finishes_its_files(tiny: Tiny) -> None:
@@ -218,12 +218,12 @@ def test_checkpoints_have_lightnings_keys(tiny: Tiny) -> None:
 def test_never_and_another_config_are_refused_before_anything_is_touched(tiny: Tiny) -> None:
     config, raw = tiny("trainer.max_steps=4")
     fit(config, raw)
-    before = {path: path.stat().st_mtime_ns for path in folder(config).rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in folder(config).rglob("[!.]*")}
     with pytest.raises(ConfigError, match="already holds a run at step 4"):
         fit(*tiny("resume=never"))
     with pytest.raises(ConfigError, match="seed: 0 there, 3 here"):
         fit(*tiny("seed=3"))
-    assert {path: path.stat().st_mtime_ns for path in folder(config).rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder(config).rglob("[!.]*")} == before
 
 
 @pytest.mark.usefixtures("quick")
@@ -261,30 +261,67 @@ def test_extra_loggers_get_the_same_rows_in_the_run_directory(tiny: Tiny) -> Non
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("batch", [2, 6, 7, 13], ids=lambda batch: f"micro-batch-{batch}")
-def test_sigterm_saves_the_step_under_way_ends_with_75_and_changes_no_bit(
-    batch: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "batch"),
+    [(signal.SIGTERM, 2), (signal.SIGTERM, 6), (signal.SIGUSR1, 7), (signal.SIGINT, 13)],
+    ids=["SIGTERM-2", "SIGTERM-6", "SIGUSR1-7", "SIGINT-13"],
+)
+def test_a_signal_saves_the_step_under_way_ends_with_75_and_changes_no_bit(
+    number: signal.Signals, batch: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("trainer.accumulate=2", "attention.dropout=0.2")
     whole, raw = tiny("name=whole", *words)
     fit(whole, raw)
     parts, raw = tiny("name=parts", *words)
-    before, training_step = signal.getsignal(signal.SIGTERM), LanguageModel.training_step
+    before, training_step = signal.getsignal(number), LanguageModel.training_step
 
     def interrupted(self: LanguageModel, given: Any, batch_idx: int) -> torch.Tensor:
         if batch_idx == batch:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return training_step(self, given, batch_idx)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(LanguageModel, "training_step", interrupted)
         fit(parts, raw)
-    assert stopped.value.code == 75 and signal.getsignal(signal.SIGTERM) == before
+    assert stopped.value.code == 75 and signal.getsignal(number) == before
     assert list(checkpoint_steps(folder(parts) / "checkpoints"))[-1] == batch // 2 + 1
     fit(parts, raw)
     assert rows(parts) == rows(whole)
     for name, value in final_state(whole)["state_dict"].items():
         assert torch.equal(value, final_state(parts)["state_dict"][name]), name
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing_saved(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, raw = tiny("checkpoint.every_n_steps=2")
+    training_step = LanguageModel.training_step
+
+    def interrupted(self: LanguageModel, given: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return training_step(self, given, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)) as stopped:
+        patch.setattr(LanguageModel, "training_step", interrupted)
+        fit(config, raw)
+    assert not (isinstance(stopped.value, SystemExit) and stopped.value.code == 0)
+    assert list(checkpoint_steps(folder(config) / "checkpoints")) == [2]
+    assert fit(config, raw)["steps"] == config.trainer.max_steps
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_whose_time_is_up_saves_its_step_and_goes_on_with_the_next_start(tiny: Tiny) -> None:
+    whole, raw = tiny("name=whole")
+    fit(whole, raw)
+    config, raw = tiny("name=timed", "trainer.max_time=0.001", "trainer.max_steps=3")
+    with pytest.raises(SystemExit) as stopped:
+        fit(config, raw)
+    assert stopped.value.code == 75
+    assert list(checkpoint_steps(folder(config) / "checkpoints")) == [1]
+    config, raw = tiny("name=timed")
+    fit(config, raw)
+    assert rows(config) == rows(whole)
 
 
 @pytest.mark.usefixtures("quick")
