@@ -17,6 +17,9 @@ from lightsparse.parallel.errors import ranks_named
 from lightsparse.parallel.shard import ContextShard
 
 
+_AT_ONCE = 4096  # rows copied at a time: a rank's own rows are most of what it wants, and no second copy need exist
+
+
 @dataclass(frozen=True, eq=False)
 class RowExchange:
     """What one rank gives and takes. `at` names places in the result, which has `size` rows; the others stay 0."""
@@ -73,6 +76,7 @@ class Fetch:
         self.work: dist.Work
         self.grad_work: dist.Work
         self.returned: Tensor  # gradients of the rows that were sent
+        self.grad_table: Tensor  # the table's gradient: first of its own use, with what has returned in the end
         self.received = _Send.apply(table, self)
 
     def result(self) -> Tensor:
@@ -93,7 +97,7 @@ class _Send(torch.autograd.Function):
         fetch.work = _transfer(
             send, received, plan.send_counts, plan.receive_counts, fetch.shard, fetch.what, wait=False
         )
-        ctx.fetch, ctx.rows = fetch, len(table)
+        ctx.fetch = fetch
         return received
 
     @staticmethod
@@ -101,8 +105,9 @@ class _Send(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         fetch = ctx.fetch
         _wait(fetch.grad_work, fetch.shard)
-        grad_table = grad.new_zeros(ctx.rows, grad.shape[1])
+        grad_table = fetch.grad_table
         grad_table.index_add_(0, fetch.exchange.send_rows, fetch.returned)
+        del fetch.grad_table, fetch.returned, fetch.grad_work
         return grad_table, None
 
 
@@ -112,7 +117,8 @@ class _Receive(torch.autograd.Function):
         plan = fetch.exchange
         _wait(fetch.work, fetch.shard)
         result = table.new_zeros(plan.size, table.shape[1])
-        result.index_copy_(0, plan.own_at, table.index_select(0, plan.own_rows))
+        for rows, at in zip(plan.own_rows.split(_AT_ONCE), plan.own_at.split(_AT_ONCE), strict=True):
+            result.index_copy_(0, at, table.index_select(0, rows))
         result.index_copy_(0, plan.received_at, received)
         ctx.fetch, ctx.rows = fetch, len(table)
         return result
@@ -121,7 +127,6 @@ class _Receive(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         fetch, plan = ctx.fetch, ctx.fetch.exchange
-        grad = grad.contiguous()
         back = grad.index_select(0, plan.received_at)
         fetch.returned = grad.new_empty(sum(plan.send_counts), grad.shape[1])
         fetch.grad_work = _transfer(
@@ -133,9 +138,10 @@ class _Receive(torch.autograd.Function):
             fetch.what.removesuffix("s") + " gradients",
             wait=False,
         )
-        grad_table = grad.new_zeros(ctx.rows, grad.shape[1])
-        grad_table.index_add_(0, plan.own_rows, grad.index_select(0, plan.own_at))
-        return grad_table, back, None  # `back` only has the shape of a gradient: the true one is in `returned`
+        fetch.grad_table = grad.new_zeros(ctx.rows, grad.shape[1])
+        for rows, at in zip(plan.own_rows.split(_AT_ONCE), plan.own_at.split(_AT_ONCE), strict=True):
+            fetch.grad_table.index_add_(0, rows, grad.index_select(0, at))
+        return None, back, None  # `back` only has the shape of a gradient: _Send has the true one, of all rows at once
 
 
 def _transfer(

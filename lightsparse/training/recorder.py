@@ -27,6 +27,7 @@ class Recorder(Callback):
 
     def __init__(self, config: Config, *, started: float) -> None:
         self.config, self.started = config, started
+        self.peak_memory = 0  # bytes that training took on the busiest rank; set at the end
         self.peak = float("nan")  # FLOP/s that one device reaches in a matrix product; set once the device is known
         self.row: dict[str, float] = {}  # the newest numbers, sent or not
         self.train_s = 0.0  # seconds spent training, all restarts; validation left out

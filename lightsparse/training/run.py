@@ -15,6 +15,7 @@ from lightning.pytorch import seed_everything
 from rich.console import Console
 
 from lightsparse.analysis.curves import count_text
+from lightsparse.bench.machine import current_rss, peak_rss
 from lightsparse.config import Config, layout_of
 from lightsparse.data.module import TextDataModule
 from lightsparse.kernels import flash, set_backend
@@ -33,7 +34,7 @@ from lightsparse.training.metrics import MetricsFile, read_metrics
 from lightsparse.training.module import language_model
 from lightsparse.training.outputs import draw_plots, write_sample
 from lightsparse.training.quiet import quiet_lightning
-from lightsparse.training.ranks import is_first_rank
+from lightsparse.training.ranks import is_first_rank, of_all_ranks
 from lightsparse.training.recorder import Recorder
 from lightsparse.training.summary import show, summarize
 from lightsparse.training.trainer import build_trainer
@@ -55,7 +56,7 @@ def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dict[str, Any]:
-    started = time.perf_counter()
+    started, imported = time.perf_counter(), current_rss()
     quiet_lightning()
     is_first = is_first_rank()
     console = Console(quiet=not is_first, highlight=False, markup=False, soft_wrap=True)  # lines as they are
@@ -87,6 +88,7 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
 
     with _ranks_together(config, directory):
         trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+        recorder.peak_memory = max(of_all_ranks(_peak_memory(device, imported)), default=0)
         weights = trainer.strategy.lightning_module_state_dict() if config.strategy.sharded else None
     if is_first:
         draw_plots(config, module, directory, layout, read_metrics(directory.metrics))
@@ -122,6 +124,11 @@ def _ranks_together(config: Config, directory: RunDirectory) -> Iterator[None]:
             sentence += f" within {timeout:g} s (strategy.timeout)"
         step = max(checkpoint_steps(directory.checkpoints), default=0)
         raise type(error)(f"{sentence}; the same command continues from step {step}") from error
+
+
+def _peak_memory(device: torch.device, imported: int) -> int:
+    """Bytes that this rank has taken at most: of the device, or of main memory beyond what the imports hold."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss() - imported
 
 
 def _set_machine(config: Config) -> None:

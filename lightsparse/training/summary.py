@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from lightsparse.analysis.curves import count_text
-from lightsparse.bench.machine import hardware, versions
+from lightsparse.bench.machine import MIB, hardware, versions
 from lightsparse.config import Config
 from lightsparse.parallel.kinds import ContextRanks
 from lightsparse.training.module import LanguageModel, Totals
@@ -47,6 +47,7 @@ def summarize(
         "dense_flops_per_s": _mean(rows, "dense_flops_per_s"),
         "matmul_peak_flops_per_s": recorder.peak,
         "mfu": _mean(rows, "mfu"),
+        "peak_memory_mib": recorder.peak_memory / MIB,  # of the busiest rank; on the CPU beyond what the imports hold
         "wall_s": recorder.wall_s,
         "train_s": recorder.train_s,
         "precision": config.precision,
