@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from lightsparse.parallel.errors import ranks_named
 from lightsparse.parallel.shard import ContextShard
 
-
 _AT_ONCE = 4096  # rows copied at a time: a rank's own rows are most of what it wants, and no second copy need exist
 
 
