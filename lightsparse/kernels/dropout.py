@@ -19,10 +19,14 @@ _BITS = 31
 
 @dataclass(frozen=True, eq=False)
 class Dropout:
-    """rate: share of weights dropped, in [0, 1). keys: int64 [B], one per sample (`sample_keys`)."""
+    """rate: share of weights dropped, in [0, 1). keys: int64 [B], one per sample (`sample_keys`).
+
+    key_ids: int64 [Nkv], the numbers that the keys of a call go by where they are a part of a sequence's; None = 0, 1, …
+    """
 
     rate: float
     keys: Tensor
+    key_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.rate < 1.0:
@@ -40,7 +44,14 @@ def keep_scale(dropout: Dropout, heads: Tensor, queries: Tensor, keys: Tensor, d
     heads [H]: query heads; queries: positions [B|1, Q]; keys: key numbers [B|1, H|1, K]. Returns [B, H, Q, K].
     """
     row_BHQ = chain(dropout.keys[:, None, None], heads[None, :, None], queries[:, None, :])
+    if dropout.key_ids is not None:  # what fills up a last, short block is nobody's key
+        keys = dropout.key_ids[keys.long().clamp(max=len(dropout.key_ids) - 1)]
     key_BHK = mix(keys.long() * _KEY)  # once per key, so that only one mix is left for every pair
     bits = mix(row_BHQ[..., None] ^ key_BHK[:, :, None, :])
-    kept = ((bits >> 20) & ((1 << _BITS) - 1)) >= int(dropout.rate * (1 << _BITS))
+    kept = ((bits >> 20) & ((1 << _BITS) - 1)) >= drop_below(dropout.rate)
     return kept.to(dtype) * (1.0 / (1.0 - dropout.rate))
+
+
+def drop_below(rate: float) -> int:
+    """Of the 2³¹ values of a weight's bits, those below this one drop it."""
+    return int(rate * (1 << _BITS))
