@@ -48,6 +48,7 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int ROWS = 64;    // query rows of a score tile
 constexpr int SEGMENT = 64; // keys that lie side by side
 constexpr int CHUNK = 128;  // keys of a score tile
+constexpr int STRIDE = CHUNK + 16;  // of its rows: a power of two would crowd a column into few cache sets
 constexpr int64_t ITEM_ROWS = 512;  // query rows (times G) that meet a chunk of keys while it is in cache
 
 // ---- vectors ---------------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ typedef int32_t i4 __attribute__((vector_size(16)));
 
 inline vf load(const float *p) { return *(const vf_memory *)p; }
 inline void store(float *p, vf x) { *(vf_memory *)p = x; }
-inline vf all(float x) { return vf{} + x; }
+inline vf all(float x) { return x - vf{}; }  // x + 0 would cost an addition, for the sake of −0
 
 inline vf larger(vf a, vf b) {
 #if defined(__AVX512F__)
@@ -156,6 +157,7 @@ __attribute__((noinline)) void product_tile(int64_t K, const float *a, int64_t l
     b += bk;
     a += TA ? lda : 1;
   }
+  asm("" : "+r"(c), "+r"(ldc));  // else the addresses of the loads above are kept through the loop, on the stack
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 16
@@ -362,7 +364,7 @@ struct Scratch {  // of one thread
   float *m, *l, *delta;                 // [item rows]; in the backward m is the lse
   int32_t *pos, *doc;                   // [item rows]
   uint64_t *hash;                       // [item rows]
-  float *s, *dp, *keep;                 // [ROWS][CHUNK], [ROWS][CHUNK], [CHUNK]
+  float *s, *dp, *keep;                 // [ROWS][STRIDE], [ROWS][STRIDE], [CHUNK]
   float *kt, *vt, *kn, *vn, *dk, *dv;   // [CHUNK][Dp]: gathered
   int32_t *from, *until, *kv_doc;       // [CHUNK]
   int64_t *ids;
@@ -435,7 +437,7 @@ struct Call {
       s.m = carve.take<float>(item_rows), s.l = carve.take<float>(item_rows), s.delta = carve.take<float>(item_rows);
       s.pos = carve.take<int32_t>(item_rows), s.doc = carve.take<int32_t>(item_rows);
       s.hash = carve.take<uint64_t>(item_rows);
-      s.s = carve.take<float>(ROWS * CHUNK), s.dp = carve.take<float>(ROWS * CHUNK);
+      s.s = carve.take<float>(ROWS * STRIDE), s.dp = carve.take<float>(ROWS * STRIDE);
       s.keep = carve.take<float>(CHUNK);
       int64_t held = gather ? CHUNK * Dp : 0;
       s.kt = carve.take<float>(held), s.vt = carve.take<float>(held), s.kn = carve.take<float>(held);
@@ -716,11 +718,11 @@ struct Item {
     for (int i = 0; i < lives; i++) {
       const Segment &x = *live[i].of;
       float *to = s.s + live[i].column;
-      product<false>(rows, x.np / 16, a.D, q, call.Dp, x.kt, 16, 16 * call.Dp, to, CHUNK, false);
+      product<false>(rows, x.np / 16, a.D, q, call.Dp, x.kt, 16, 16 * call.Dp, to, STRIDE, false);
       if (a.bias) add_bias(chunk, x, m0, rows, to);
       if (live[i].masked) hide(x, m0, rows, to, docs);
       if (x.n < x.np)
-        for (int r = 0; r < rows; r++) std::fill(to + r * CHUNK + x.n, to + r * CHUNK + x.np, -INF);
+        for (int r = 0; r < rows; r++) std::fill(to + r * STRIDE + x.n, to + r * STRIDE + x.np, -INF);
     }
     return lives > 0;
   }
@@ -728,7 +730,7 @@ struct Item {
   void hide(const Segment &x, int64_t m0, int rows, float *to, bool docs) const {
     const int32_t *from = x.from, *until = x.until, *doc = x.doc;
     const int n = x.n;
-    for (int r = 0; r < rows; r++, to += CHUNK) {
+    for (int r = 0; r < rows; r++, to += STRIDE) {
       const int32_t pos = s.pos[m0 + r], of = s.doc[m0 + r];
       for (int c = 0; c < n; c++) to[c] = (from[c] <= pos) & (pos < until[c]) ? to[c] : -INF;
       if (docs)
@@ -738,7 +740,7 @@ struct Item {
 
   void add_bias(const Chunks &chunk, const Segment &x, int64_t m0, int rows, float *to) const {
     const Args &a = call.a;
-    for (int r = 0; r < rows; r++, to += CHUNK) {
+    for (int r = 0; r < rows; r++, to += STRIDE) {
       const float *bias = a.bias + b * a.bias_b + head(m0 + r) / a.bias_group * a.bias_h + row * a.K;
       for (int k = x.first_span; k < x.first_span + x.spans; k++) {
         const Span &of = chunk.span[k];
@@ -780,9 +782,9 @@ struct Item {
       for (int64_t m0 = 0; m0 < M; m0 += ROWS) {
         int rows = (int)std::min((int64_t)ROWS, M - m0);
         if (!scores(chunks, m0, rows)) continue;
-        for (int r = 0; r < rows; r++) online_softmax(m0 + r, s.s + r * CHUNK);
+        for (int r = 0; r < rows; r++) online_softmax(m0 + r, s.s + r * STRIDE);
         runs([&](int column, const Segment &x, int n) {
-          product<false>(rows, (int)(Dp / 16), n, s.s + column, CHUNK, x.vn, call.vn_stride, 16, s.sums + m0 * Dp, Dp,
+          product<false>(rows, (int)(Dp / 16), n, s.s + column, STRIDE, x.vn, call.vn_stride, 16, s.sums + m0 * Dp, Dp,
                          true);
         });
       }
@@ -845,14 +847,14 @@ struct Item {
         if (!scores(chunks, m0, rows)) continue;
         for (int i = 0; i < lives; i++)
           product<false>(rows, live[i].of->np / 16, a.D, s.dout + m0 * Dp, Dp, live[i].of->vt, 16, 16 * Dp,
-                         s.dp + live[i].column, CHUNK, false);
-        for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, s.s + r * CHUNK, s.dp + r * CHUNK);
+                         s.dp + live[i].column, STRIDE, false);
+        for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, s.s + r * STRIDE, s.dp + r * STRIDE);
         if (a.dbias) add_bias_gradient(chunks, m0, rows);
         const int panels = (int)(Dp / 16);
         runs([&](int column, const Segment &x, int n) {
-          product<true>(n, panels, rows, s.s + column, CHUNK, s.dout + m0 * Dp, Dp, 16, x.dv, Dp, true);
-          product<true>(n, panels, rows, s.dp + column, CHUNK, s.q + m0 * Dp, Dp, 16, x.dk, Dp, true);
-          product<false>(rows, panels, n, s.dp + column, CHUNK, x.kn, call.kn_stride, 16, s.dq + m0 * Dp, Dp, true);
+          product<true>(n, panels, rows, s.s + column, STRIDE, s.dout + m0 * Dp, Dp, 16, x.dv, Dp, true);
+          product<true>(n, panels, rows, s.dp + column, STRIDE, s.q + m0 * Dp, Dp, 16, x.dk, Dp, true);
+          product<false>(rows, panels, n, s.dp + column, STRIDE, x.kn, call.kn_stride, 16, s.dq + m0 * Dp, Dp, true);
         });
       }
       chunks.scatter();
@@ -885,7 +887,7 @@ struct Item {
     for (int i = 0; i < lives; i++)
       for (int r = 0; r < rows; r++) {
         float *to = a.dbias + ((b * a.H + head(m0 + r)) * a.NQ + row) * a.K;
-        const float *ds = s.dp + r * CHUNK + live[i].column;
+        const float *ds = s.dp + r * STRIDE + live[i].column;
         for (int k = live[i].of->first_span; k < live[i].of->first_span + live[i].of->spans; k++) {
           const Span &of = chunk.span[k];
           float sum = 0;
