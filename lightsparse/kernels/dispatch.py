@@ -183,7 +183,7 @@ def _automatic(ask: Request) -> str:
 def _refused(chosen: str, reason: str, on_cpu: bool) -> str:
     way_out = "backend=blocked"
     if chosen == "flex" and on_cpu:
-        way_out = "backend=auto (native or blocked on CPU) or move the tensors to CUDA"
+        way_out += " or auto, or move the tensors to CUDA"
     return f'backend "{chosen}" {reason}; use {way_out}'
 
 

@@ -44,8 +44,8 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in _WHOLE.split()),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in "q k v out_saved dout".split()),
-        *((name, _STRIDES) for name in "sq sk sv sdo".split()),
+        *((name, ctypes.c_int64) for name in ["q", "k", "v", "out_saved", "dout"]),
+        *((name, _STRIDES) for name in ["sq", "sk", "sv", "sdo"]),
         *((name, ctypes.c_int64) for name in _REST.split()),
         ("keep", ctypes.c_double),
         ("work", ctypes.c_int64),

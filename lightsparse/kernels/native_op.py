@@ -158,8 +158,9 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad_out: Tensor, grad_lse: Tensor | None):
-    bias = ctx.saved_tensors[5]
-    dq, dk, dv, dbias = torch.ops.lightsparse.native_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
+    saved = ctx.saved_tensors  # only once: recomputation hands them out once
+    bias = saved[5]
+    dq, dk, dv, dbias = torch.ops.lightsparse.native_backward(grad_out, grad_lse, *saved, *ctx.numbers)
     rest = layout_arguments.TENSORS + layout_arguments.NUMBERS + 1
     return dq, dk, dv, None if bias is None else dbias, *(None for _ in range(rest))
 
@@ -226,7 +227,7 @@ class _Call:
         library = native_build.library()
         assert library is not None  # the dispatcher has asked
         size = library.native_workspace(ctypes.byref(self.of), of_backward)
-        work = workspace().take("native", size + 64, torch.uint8, torch.device("cpu"))
+        work = workspace().take("native", size // 4 + 16, torch.float32, torch.device("cpu"))
         self.of.work = -(-work.data_ptr() // 64) * 64
         if library.native_run(ctypes.byref(self.of), of_backward):
             raise MemoryError("the attention kernel found no memory for its bookkeeping")

@@ -249,7 +249,7 @@ def test_output_and_lse_have_the_gradients_of_the_reference():
 
 
 REFUSED = {
-    "has no backward on CPU; use backend=auto (native or blocked on CPU) or move the tensors to CUDA": {"grad": True},
+    "has no backward on CPU; use backend=blocked or auto, or move the tensors to CUDA": {"grad": True},
     "returns no lse on CPU; use backend=blocked": {"return_lse": True},
     "takes no block_bias; use backend=blocked": {"block_bias": True},
     "takes no dropout; use backend=blocked": {"dropout": True},
@@ -357,7 +357,7 @@ def test_the_config_sets_the_backend_and_a_machine_that_cannot_says_so():
     with pytest.raises(ValueError, match='backend "sdpa" takes only layouts'):
         block_sparse_attention(*qkv(layout), layout)
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match=r'^kernels\.backend "flex" has no backward on CPU; use backend=auto'):
+        with pytest.raises(ConfigError, match=r'^kernels\.backend "flex" has no backward on CPU; use backend=blocked'):
             _set_machine(compose(["kernels.backend=flex", "threads=1", "matmul_precision=highest"]))
 
 
