@@ -21,7 +21,7 @@ _BITS = 31
 class Dropout:
     """rate: share of weights dropped, in [0, 1). keys: int64 [B], one per sample (`sample_keys`).
 
-    key_ids: int64 [Nkv], the numbers that the keys of a call go by where they are a part of a sequence's; None = 0, 1, …
+    key_ids: int64 [Nkv], the numbers that a call's keys go by where they are a part of a sequence's; None = 0, 1, …
     """
 
     rate: float

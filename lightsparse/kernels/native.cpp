@@ -798,10 +798,14 @@ struct Item {
   void online_softmax(int64_t m, float *p) {
     vf most = load(p);
     for (int c = W; c < width; c += W) most = larger(most, load(p + c));
-    const float before = s.m[m], now = std::max(before, largest_of(most));
+    const float before = s.m[m];
+    float now = std::max(before, largest_of(most));
     if (now == -INF) {  // nothing read yet: exp(−inf − −inf) is no number
-      std::fill(p, p + width, 0.f);
-      return;
+      if (std::none_of(p, p + width, [](float x) { return x != x; })) {
+        std::fill(p, p + width, 0.f);
+        return;
+      }
+      now = 0.f;  // scores that are no number stay so: an error upstream must show
     }
     vf sum = vf{};
     for (int c = 0; c < width; c += W) {

@@ -129,7 +129,8 @@ def _backward(
         kv_block,
     )
     call = _Call(q, k, v, layout, scale, bias, dropout)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    made = torch.empty if q.numel() else torch.zeros  # the walk over no queries writes nothing
+    dq, dk, dv = (made(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     call.put_rows("dout", "sdo", grad_out)
     call.put(out_saved=out, lse=lse, dq=dq, dk=dk, dv=dv, dlse=None if grad_lse is None else grad_lse.float())
     dbias_BHNK = None
