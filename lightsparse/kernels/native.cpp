@@ -100,35 +100,33 @@ inline float sum_of(vf x) {
 #endif
 }
 
-// exp to about one unit in the last place (the polynomial of Cephes' expf); 0 below −87, NaN stays NaN.
+// exp to one or two units in the last place (the polynomial of Cephes' expf); 0 below −87, NaN stays NaN.
 inline vf exp_of(vf x) {
-  const float log2e = 1.44269504088896341f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-#if defined(__AVX512F__)
-  vf n = (vf)_mm512_roundscale_ps((__m512)(x * log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
+  const float log2e = 1.44269504088896341f, ln2 = 0.693147180559945f;
   const float magic = 12582912.f;  // adding it leaves the rounded integer in the low bits
-  vf low = all(-87.f), high = all(88.f);
-  vf clamped = x < low ? low : x;
-  clamped = clamped > high ? high : clamped;
-  vf shifted = clamped * log2e + magic;
-  vf n = shifted - magic, given = x;
-  x = clamped;
+  const vf low = all(-87.f);
+#if defined(__AVX512F__)
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+#else
+  const vf high = all(88.f), given = x;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
 #endif
-  vf r = x - n * ln2_high;
-  r = r - n * ln2_low;
+  const vf shifted = x * log2e + magic, n = shifted - magic;
+  const vf r = x - n * ln2;  // ln2's own error, times n, stays below the rounding of the scores
   vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  vf y = p * (r * r) + (r + 1.f);
+  p = p * r + 1.f;
+  p = p * r + 1.f;
 #if defined(__AVX512F__)
-  __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.f), _CMP_NLT_UQ);
-  return (vf)_mm512_maskz_scalef_ps(counts, (__m512)y, (__m512)n);
+  return (vf)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)n);
 #else
-  y = (vf)((vi)y + ((vi)shifted << 23));
-  y = given < low ? vf{} : y;
-  return given == given ? y : given;
+  p = (vf)((vi)p + ((vi)shifted << 23));
+  p = given < low ? vf{} : p;
+  return given == given ? p : given;
 #endif
 }
 
@@ -143,7 +141,11 @@ __attribute__((noinline)) void product_tile(int64_t K, const float *a, int64_t l
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 16
-    for (int j = 0; j < NV; j++) sum[i][j] = add ? load(c + i * ldc + j * W) : vf{};
+    for (int j = 0; j < NV; j++) sum[i][j] = vf{};
+  if (add)
+    for (int i = 0; i < MR; i++)
+      for (int j = 0; j < NP; j++) __builtin_prefetch(c + i * ldc + j * 16, 1);
+#pragma GCC unroll 2
   for (int64_t k = 0; k < K; k++) {
     vf row[NV];
 #pragma GCC unroll 16
@@ -161,7 +163,8 @@ __attribute__((noinline)) void product_tile(int64_t K, const float *a, int64_t l
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 16
-    for (int j = 0; j < NV; j++) store(c + i * ldc + j * W, sum[i][j]);
+    for (int j = 0; j < NV; j++)
+      store(c + i * ldc + j * W, add ? load(c + i * ldc + j * W) + sum[i][j] : sum[i][j]);
 }
 
 template <int NP, bool TA>
