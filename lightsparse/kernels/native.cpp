@@ -239,12 +239,12 @@ void write_row(bool bf16, void *base, int64_t offset, int64_t D, float scale, co
   }
 }
 
-// 16 rows [16][Dp] → a panel [Dp][16]
-void transpose_panel(const float *rows, int64_t Dp, float *panel) {
+// 16 rows of Dp, `stride` apart → a panel [Dp][16]
+void transpose_panel(const float *rows, int64_t stride, int64_t Dp, float *panel) {
   for (int64_t d = 0; d < Dp; d += 4)
     for (int j = 0; j < 16; j += 4) {
-      v4 a = *(const v4_memory *)(rows + (j + 0) * Dp + d), b = *(const v4_memory *)(rows + (j + 1) * Dp + d);
-      v4 c = *(const v4_memory *)(rows + (j + 2) * Dp + d), e = *(const v4_memory *)(rows + (j + 3) * Dp + d);
+      v4 a = *(const v4_memory *)(rows + (j + 0) * stride + d), b = *(const v4_memory *)(rows + (j + 1) * stride + d);
+      v4 c = *(const v4_memory *)(rows + (j + 2) * stride + d), e = *(const v4_memory *)(rows + (j + 3) * stride + d);
       v4 ab_low = __builtin_shuffle(a, b, i4{0, 4, 1, 5}), ab_high = __builtin_shuffle(a, b, i4{2, 6, 3, 7});
       v4 ce_low = __builtin_shuffle(c, e, i4{0, 4, 1, 5}), ce_high = __builtin_shuffle(c, e, i4{2, 6, 3, 7});
       float *to = panel + d * 16 + j;
@@ -474,6 +474,12 @@ struct Call {
     for (int64_t p = 0; p < kbp / 16; p++) {
       int64_t at = (unit * panels + block * (kbp / 16) + p) * 16 * Dp;
       for (int which = 0; which < (backward ? 2 : 1); which++) {
+        if (direct && p * 16 + 16 <= count) {
+          int64_t key = first + p * 16, stride = which ? a.sv[2] : a.sk[2];
+          const float *rows = (const float *)(which ? a.v : a.k) + (which ? offset_v(unit, key) : offset_k(unit, key));
+          transpose_panel(rows, stride, Dp, (which ? vt : kt) + at);
+          continue;
+        }
         for (int64_t j = 0; j < 16; j++) {
           int64_t key = first + p * 16 + j;
           if (p * 16 + j >= count)
@@ -483,7 +489,7 @@ struct Call {
           else
             read_row(a.bf16, a.k, offset_k(unit, key), a.D, Dp, 1.f, s.rows16 + j * Dp);
         }
-        transpose_panel(s.rows16, Dp, (which ? vt : kt) + at);
+        transpose_panel(s.rows16, Dp, Dp, (which ? vt : kt) + at);
       }
     }
     for (int64_t i = 0; i < count; i++) {
@@ -648,8 +654,8 @@ struct Chunks {
     std::memset(s.kn + (first + x.n) * Dp, 0, (x.np - x.n) * Dp * 4);
     std::memset(s.vn + (first + x.n) * Dp, 0, (x.np - x.n) * Dp * 4);
     for (int p = 0; p < x.np; p += 16) {
-      transpose_panel(s.kn + (first + p) * Dp, Dp, s.kt + (first + p) * Dp);
-      if (call.backward) transpose_panel(s.vn + (first + p) * Dp, Dp, s.vt + (first + p) * Dp);
+      transpose_panel(s.kn + (first + p) * Dp, Dp, Dp, s.kt + (first + p) * Dp);
+      if (call.backward) transpose_panel(s.vn + (first + p) * Dp, Dp, Dp, s.vt + (first + p) * Dp);
     }
     x.kt = s.kt + first * Dp, x.vt = s.vt + first * Dp, x.kn = s.kn + first * Dp, x.vn = s.vn + first * Dp;
     x.from = s.from + first, x.until = s.until + first, x.doc = a.kv_doc ? s.kv_doc + first : nullptr;
