@@ -62,7 +62,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    backend: Literal["auto", "blocked", "reference", "flex", "sdpa"]  # of attention; see kernels/dispatch.py
+    backend: Literal["auto", "native", "blocked", "reference", "flex", "sdpa"]  # of attention; see kernels/dispatch.py
     flash: Literal["auto", "fa3", "fa4", "none"]  # of dense attention on CUDA; see kernels/flash.py
 
 

@@ -22,7 +22,8 @@ from lightsparse.bench.against_dense import compared, dense, product_notes
 from lightsparse.bench.choice import KINDS, pattern_at
 from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import alternate, runtime
-from lightsparse.bench.verify import Attend, Inputs, blocked, check, inputs, sampled_rows
+from lightsparse.bench.verify import Attend, Inputs, check, inputs, ours, sampled_rows
+from lightsparse.kernels.native_op import available
 from lightsparse.patterns import BlockLayout
 
 _DOES_NOT_COMPILE = (TorchDynamoException, NotImplementedError)
@@ -78,13 +79,14 @@ def _measure_patterns(args: argparse.Namespace, report: Report) -> None:
     report.notes += product_notes(args.dtype)
     with runtime(args.threads, args.matmul_precision):
         with_flex = not args.no_flex
+        backends = ("native", "blocked") if available() else ("blocked",)
         for dtype, seq, block, density in itertools.product(args.dtype, args.seq, blocks, densities):
             log.info("%s, %s tokens, block %s, density %s", dtype, f"{seq:,}", block, density)
             pattern = pattern_at(kind, density, seq, block)
             layout = pattern.layout(seq, block=block, heads=args.heads, kv_heads=kv_heads)
             given = inputs(seq, args.heads, kv_heads, args.head_dim, options.DTYPES[dtype])
-            sparse = {"blocked": blocked(layout)}
-            errors = {"blocked": _verify_blocked(given, layout, kind)}
+            sparse = {name: ours(layout, name) for name in backends}
+            errors = {name: _verify(name, given, layout, kind) for name in backends}
             if with_flex:
                 try:
                     sparse["flex"], errors["flex"] = _flex(layout, given)
@@ -106,7 +108,7 @@ def _measure_patterns(args: argparse.Namespace, report: Report) -> None:
                 "matmul_precision": args.matmul_precision,
                 "repeats": args.repeats,
             }
-            trainable = {"blocked": sparse["blocked"]}  # FlexAttention has no backward on CPU
+            trainable = {name: sparse[name] for name in backends}  # FlexAttention has no backward on CPU
             for name, contenders, run in (("fwd", sparse, _forward), ("fwd+bwd", trainable, _forward_backward)):
                 calls = {key: run(attend, given) for key, attend in {"dense": dense, **contenders}.items()}
                 laps = alternate(calls, args.repeats)
@@ -115,7 +117,7 @@ def _measure_patterns(args: argparse.Namespace, report: Report) -> None:
                     report.rows.append({"backend": key, "pass": name, **about, **result, "error": errors[key]})
 
 
-def _verify_blocked(given: Inputs, layout: BlockLayout, kind: str) -> float:
+def _verify(backend: str, given: Inputs, layout: BlockLayout, kind: str) -> float:
     """Largest relative error: every row at a small ragged size at half density, sampled rows at the measured size."""
     (heads, seq, head_dim), kv_heads, block = given.q.shape[1:], given.k.shape[1], layout.q_block
     small = min(seq, 8 * block - block // 3)
@@ -124,8 +126,8 @@ def _verify_blocked(given: Inputs, layout: BlockLayout, kind: str) -> float:
     cases = ((small_layout, small_given, torch.arange(small)), (layout, given, sampled_rows(seq, block)))
     errors = []
     for of, problem, rows in cases:
-        what = f"backend blocked, {of.num_queries} tokens, block {block}"
-        errors.append(check(blocked(of), problem, of, rows, what, backward=True))
+        what = f"backend {backend}, {of.num_queries} tokens, block {block}"
+        errors.append(check(ours(of, backend), problem, of, rows, what, backward=True))
     return max(errors)
 
 

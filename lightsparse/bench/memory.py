@@ -18,7 +18,8 @@ from lightsparse.bench.against_dense import product_notes
 from lightsparse.bench.machine import MIB, current_rss, in_child, peak_rss
 from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import runtime
-from lightsparse.bench.verify import Inputs, blocked, inputs
+from lightsparse.bench.verify import Inputs, inputs, ours
+from lightsparse.kernels.native_op import available
 from lightsparse.patterns import LocalWindow
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Case:
     head_dim: int
     block: int  # tokens
     window: int  # tokens
+    backend: str
     dtype: str
     threads: int
     matmul_precision: str
@@ -66,10 +68,9 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         for seq in sorted(args.seq):
             log.info("%s, %s tokens, block %s", dtype, f"{seq:,}", block)
             shape = (seq, args.heads, kv_heads, args.head_dim, block, args.window)
-            case = Case(*shape, dtype, args.threads, args.matmul_precision)
+            case = Case(*shape, "native" if available() else "blocked", dtype, args.threads, args.matmul_precision)
             increase, peak = in_child(peak_of_pass, case)
             row: Row = {
-                "backend": "blocked",
                 "pass": "fwd+bwd",
                 **asdict(case),
                 "increase_mib": increase / MIB,
@@ -98,5 +99,5 @@ def _inputs(case: Case) -> Inputs:
 
 def _forward_backward(case: Case, given: Inputs) -> tuple[Tensor, ...]:
     layout = LocalWindow(case.window).layout(case.seq, block=case.block, heads=case.heads, kv_heads=case.kv_heads)
-    out = blocked(layout)(given.q, given.k, given.v)
+    out = ours(layout, case.backend)(given.q, given.k, given.v)
     return out, *torch.autograd.grad(out, (given.q, given.k, given.v), given.grad)

@@ -24,11 +24,11 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, H, N, D], k, v [B, 
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 
 
-def blocked(layout: BlockLayout) -> Attend:
-    """Our kernel over `layout`."""
+def ours(layout: BlockLayout, backend: str) -> Attend:
+    """Our kernel over `layout`: backend blocked or native."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = block_sparse_attention(q, k, v, layout, backend="blocked")
+        out = block_sparse_attention(q, k, v, layout, backend=backend)
         assert isinstance(out, Tensor)  # a pair only with return_lse
         return out
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightsparse.kernels import blocked
+from lightsparse.kernels import blocked, layout_arguments
 from lightsparse.kernels.compute_dtype import compute_dtype
 from lightsparse.kernels.dropout import Dropout
 from lightsparse.patterns.layout import BlockLayout
-from lightsparse.patterns.mask import ElementMask
 
 
 def attention(
@@ -23,28 +22,7 @@ def attention(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, Nq, D] and lse [B, H, Nq] (empty unless with_lse), both differentiable."""
-    mask = layout.mask
-    return torch.ops.lightsparse.blocked(
-        q,
-        k,
-        v,
-        bias,
-        layout.kv_indices,
-        layout.dense_rows,
-        mask.q_pos,
-        mask.visible_from,
-        mask.visible_until,
-        mask.q_doc,
-        mask.kv_doc,
-        None if mask.dense is None else mask.dense.detach(),
-        None if dropout is None else dropout.keys,
-        None if dropout is None else dropout.key_ids,
-        0.0 if dropout is None else dropout.rate,
-        scale,
-        layout.q_block,
-        layout.kv_block,
-        with_lse,
-    )
+    return torch.ops.lightsparse.blocked(q, k, v, bias, *layout_arguments.flat(layout, dropout), scale, with_lse)
 
 
 @torch.library.custom_op("lightsparse::blocked", mutates_args=())
@@ -64,16 +42,27 @@ def _forward(
     dropout_keys: Tensor | None,
     dropout_key_ids: Tensor | None,
     rate: float,
-    scale: float,
     q_block: int,
     kv_block: int,
+    scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    layout = _layout(
-        kv_indices, dense_rows, q_pos, visible_from, visible_until, q_doc, kv_doc, dense, q_block, kv_block
+    layout, dropout = layout_arguments.unflattened(
+        kv_indices,
+        dense_rows,
+        q_pos,
+        visible_from,
+        visible_until,
+        q_doc,
+        kv_doc,
+        dense,
+        dropout_keys,
+        dropout_key_ids,
+        rate,
+        q_block,
+        kv_block,
     )
     dtype = compute_dtype(q.dtype, q.device)
-    dropout = _dropout(rate, dropout_keys, dropout_key_ids)
     out, lse = blocked.forward(q.to(dtype), k.to(dtype), v.to(dtype), layout, scale, bias, dropout, with_lse)
     return out.to(q.dtype), lse
 
@@ -104,15 +93,26 @@ def _backward(
     dropout_keys: Tensor | None,
     dropout_key_ids: Tensor | None,
     rate: float,
-    scale: float,
     q_block: int,
     kv_block: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout = _layout(
-        kv_indices, dense_rows, q_pos, visible_from, visible_until, q_doc, kv_doc, dense, q_block, kv_block
+    layout, dropout = layout_arguments.unflattened(
+        kv_indices,
+        dense_rows,
+        q_pos,
+        visible_from,
+        visible_until,
+        q_doc,
+        kv_doc,
+        dense,
+        dropout_keys,
+        dropout_key_ids,
+        rate,
+        q_block,
+        kv_block,
     )
     dtype = compute_dtype(q.dtype, q.device)
-    dropout = _dropout(rate, dropout_keys, dropout_key_ids)
     dq, dk, dv, dbias = blocked.backward(
         grad_out.to(dtype), grad_lse, q.to(dtype), k.to(dtype), v.to(dtype), layout, scale, bias, dropout
     )
@@ -126,10 +126,13 @@ def _(grad_out, grad_lse, q, k, v, bias, *rest):
     return (*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)), dbias)
 
 
+_TENSORS = 4 + layout_arguments.TENSORS  # q, k, v, bias and those of the layout
+
+
 def _keep_inputs(ctx, inputs, output) -> None:
     """Kept for the backward: q, k, v, the bias and the small tensors of the layout. The scores are computed again."""
-    ctx.save_for_backward(*inputs[:14])
-    ctx.numbers = inputs[14:18]
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.numbers = inputs[_TENSORS:-1]
 
 
 def _gradients(ctx, grad_out: Tensor, grad_lse: Tensor | None):
@@ -138,18 +141,8 @@ def _gradients(ctx, grad_out: Tensor, grad_lse: Tensor | None):
     dq, dk, dv, dbias = torch.ops.lightsparse.blocked_backward(
         grad_out, grad_lse if with_lse_gradient else None, q, k, v, bias, *layout, *ctx.numbers
     )
-    return dq, dk, dv, None if bias is None else dbias, *(None for _ in range(15))
+    rest = layout_arguments.TENSORS + layout_arguments.NUMBERS + 2
+    return dq, dk, dv, None if bias is None else dbias, *(None for _ in range(rest))
 
 
 _forward.register_autograd(_gradients, setup_context=_keep_inputs)
-
-
-def _layout(
-    table, dense_rows, q_pos, visible_from, visible_until, q_doc, kv_doc, dense, q_block, kv_block
-) -> BlockLayout:
-    mask = ElementMask(q_pos, visible_from, visible_until, q_doc, kv_doc, dense)
-    return BlockLayout(table, q_block, kv_block, mask, dense_rows)
-
-
-def _dropout(rate: float, keys: Tensor | None, key_ids: Tensor | None) -> Dropout | None:
-    return None if keys is None else Dropout(rate, keys, key_ids)

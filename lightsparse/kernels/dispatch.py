@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightsparse.kernels import blocked_op, flex, reference, sdpa
+from lightsparse.kernels import blocked_op, flex, native_op, reference, sdpa
 from lightsparse.kernels.dropout import Dropout
 from lightsparse.patterns.layout import BlockLayout
 from lightsparse.patterns.mask import ElementMask
@@ -46,7 +46,9 @@ class Backend:
     dropout: bool = True
     differentiable_lse: bool = True
     any_layout: bool = True  # otherwise only layouts that are dense
+    explicit_mask: bool = True  # layout.mask.dense
     flex: bool = False  # FlexAttention, whose limits depend on device, dtype and size
+    native: bool = False  # the compiled kernel, which needs a CPU, its dtypes and a compiler
 
     def refusal(self, ask: Request) -> str | None:
         """Why it cannot serve the call, or None."""
@@ -58,12 +60,25 @@ class Backend:
             return "takes no dropout"
         if ask.lse and not self.differentiable_lse:
             return "returns no differentiable lse"
+        if ask.layout.mask.dense is not None and not self.explicit_mask:
+            return "takes no mask.dense"
+        if self.native:
+            return _native_refusal(ask)
         return flex.refusal(ask.q, ask.layout, gradients=ask.gradients, lse=ask.lse) if self.flex else None
+
+
+def _native_refusal(ask: Request) -> str | None:
+    if ask.q.device.type != "cpu":
+        return f"runs on CPU only, and the tensors are on {ask.q.device.type}"
+    if ask.q.dtype not in native_op.DTYPES:
+        return f"takes torch.float32 and torch.bfloat16, not {ask.q.dtype}"
+    return None if native_op.available() else "could not be built here (the log says why)"
 
 
 BACKENDS = {
     "reference": Backend("reference"),
     "blocked": Backend("blocked"),
+    "native": Backend("native", explicit_mask=False, native=True),
     "flex": Backend("flex", block_bias=False, dropout=False, flex=True),
     "sdpa": Backend("sdpa", block_bias=False, dropout=False, differentiable_lse=False, any_layout=False),
 }
@@ -113,8 +128,8 @@ def block_sparse_attention(
     scale       multiplies q·k; default 1/√D
     block_bias  [B|1, H|Hkv|1, NQ, K]: added to the scores of that entry of the layout's table, differentiable
     dropout     Dropout(rate, keys) on the attention weights
-    backend     auto | blocked | reference | flex | sdpa; auto is sdpa for dense layouts, else flex on CUDA where it
-                can, else blocked
+    backend     auto | native | blocked | reference | flex | sdpa; auto is sdpa for dense layouts, else flex on CUDA and
+                native on CPU where they can, else blocked
     return_lse  also return the log-sum-exp of each row's scores, [B, H, Nq] fp32, differentiable
 
     Returns out [B, H, Nq, D] in q's dtype; a row with nothing to read is 0 (lse −inf).
@@ -148,6 +163,8 @@ def block_sparse_attention(
     elif chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):  # or the truth would round its products to bf16
             out, lse = reference.attention(q, k, v, layout, scale, block_bias, dropout)
+    elif chosen == "native":
+        out, lse = native_op.attention(q, k, v, layout, scale, block_bias, dropout)
     else:
         out, lse = blocked_op.attention(q, k, v, layout, scale, block_bias, dropout, return_lse)
     return (out, lse) if lse is not None and return_lse else out
@@ -159,14 +176,14 @@ def _process_choice(layout: BlockLayout) -> str:
 
 def _automatic(ask: Request) -> str:
     """The first backend in the order of speed that can serve the call."""
-    names = ("sdpa", "flex") if ask.q.device.type == "cuda" else ("sdpa",)
+    names = ("sdpa", "flex") if ask.q.device.type == "cuda" else ("sdpa", "native")
     return next((name for name in names if BACKENDS[name].refusal(ask) is None), "blocked")
 
 
 def _refused(chosen: str, reason: str, on_cpu: bool) -> str:
     way_out = "backend=blocked"
     if chosen == "flex" and on_cpu:
-        way_out += " (the CPU default) or move the tensors to CUDA"
+        way_out += " or auto, or move the tensors to CUDA"
     return f'backend "{chosen}" {reason}; use {way_out}'
 
 

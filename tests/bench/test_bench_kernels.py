@@ -18,7 +18,7 @@ def test_a_run_leaves_rows_with_all_promised_keys_and_its_circumstances(tmp_path
     file = tmp_path / "made" / "kernels.json"
     assert command.main([*TINY, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
-    assert len(report["rows"]) == 2 * 2 * 2  # dtypes, lengths, passes
+    assert len(report["rows"]) == 2 * 2 * 2 * 2  # dtypes, lengths, passes, backends
     for row in report["rows"]:
         assert row.keys() >= PROMISED
         assert 0.4 <= row["density"] <= 0.5
@@ -27,19 +27,20 @@ def test_a_run_leaves_rows_with_all_promised_keys_and_its_circumstances(tmp_path
         assert row["ms"] > 0 and row["dense_ms"] > 0
     assert {row["pass"] for row in report["rows"]} == {"fwd", "fwd+bwd"}
     assert {row["dtype"] for row in report["rows"]} == {"fp32", "bf16"}
+    assert {row["backend"] for row in report["rows"]} == {"native", "blocked"}
     assert report["hardware"]["cores"] >= 1 and report["versions"]["torch"]
     assert report["command"].startswith("python -m lightsparse.bench kernels --seq 96,130")
     assert "efficiency" in capsys.readouterr().out
 
 
 def test_a_wrong_kernel_ends_the_run_before_anything_is_timed(monkeypatch, tmp_path, capsys):
-    def ignores_the_layout(layout):
+    def ignores_the_layout(layout, backend):
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     def never(*_):
         raise AssertionError("timed a wrong kernel")
 
-    monkeypatch.setattr(kernels, "blocked", ignores_the_layout)
+    monkeypatch.setattr(kernels, "ours", ignores_the_layout)
     monkeypatch.setattr(kernels, "alternate", never)
     assert command.main([*TINY, "--json", str(tmp_path / "x.json")]) == 1
     assert "is wrong" in capsys.readouterr().err
@@ -70,7 +71,9 @@ def test_compiled_flex_attention_is_verified_and_timed_beside_ours(tmp_path):
     assert command.main([*words, "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [(row["backend"], row["pass"]) for row in rows] == [
+        ("native", "fwd"),
         ("blocked", "fwd"),
         ("flex", "fwd"),
+        ("native", "fwd+bwd"),
         ("blocked", "fwd+bwd"),
     ]

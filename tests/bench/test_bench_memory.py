@@ -27,8 +27,9 @@ def test_rows_hold_the_increase_and_its_growth(monkeypatch, tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_a_pass_in_a_fresh_process_takes_at_least_its_outputs_and_no_square():
-    case = memory.Case(8192, 4, 4, 64, 64, 256, "fp32", 1, "highest")
+@pytest.mark.parametrize("backend", ["native", "blocked"])
+def test_a_pass_in_a_fresh_process_takes_at_least_its_outputs_and_no_square(backend):
+    case = memory.Case(8192, 4, 4, 64, 64, 256, backend, "fp32", 1, "highest")
     increase, peak = in_child(memory.peak_of_pass, case)
     outputs = 4 * 4 * 8192 * 64 * 4  # out and three gradients, fp32
     assert 0.9 * outputs < increase < 4 * outputs  # one matrix of scores would be 4 · 8192² · 4 = 1 GiB

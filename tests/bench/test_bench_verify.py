@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lightsparse.bench.choice import pattern_at
-from lightsparse.bench.verify import VerificationError, allowed, blocked, check, inputs, sampled_rows
+from lightsparse.bench.verify import VerificationError, allowed, check, inputs, ours, sampled_rows
 from lightsparse.patterns import BlockDilated, GlobalTokens, LocalWindow
 
 SEQ, BLOCK = 300, 32
@@ -28,8 +28,9 @@ def over(layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_kernel_and_masked_dense_attention_pass(layout, dtype):
-    assert checked(blocked(layout), layout, dtype) < 0.01
+def test_our_kernels_and_masked_dense_attention_pass(layout, dtype):
+    for backend in ("blocked", "native"):
+        assert checked(ours(layout, backend), layout, dtype) < 0.01
     assert checked(over(layout), layout, dtype) < 0.01
 
 

@@ -6,6 +6,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+@pytest.fixture(params=["blocked", "native"])
+def backend(request) -> str:
+    """The backends that serve any layout."""
+    return request.param
+
+
 @pytest.fixture
 def watched() -> Callable[[Callable[[], object]], tuple[int, list]]:
     """watched(function): entries of the largest memory behind any tensor that function() makes or views, the backward

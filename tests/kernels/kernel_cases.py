@@ -72,6 +72,11 @@ def _rule(sizes: Sizes, rule: str, generator: torch.Generator) -> ElementMask:
     return ElementMask(query, key, closes, ids[:, sizes.nkv - sizes.nq :], ids)
 
 
+def finest(backend: str) -> tuple[torch.dtype, float]:
+    """The most exact dtype a backend takes, and how far it may be from the reference then."""
+    return (torch.float32, 1e-5) if backend == "native" else (torch.float64, 1e-10)
+
+
 def with_dense_mask(layout: BlockLayout, dense: Tensor) -> BlockLayout:
     return replace(layout, mask=replace(layout.mask, dense=dense))
 
@@ -113,9 +118,9 @@ def assert_equal_results(found: dict[str, Tensor], wanted: dict[str, Tensor], to
         )
 
 
-def assert_blocked_equals_reference(
-    qkv: tuple[Tensor, ...], layout: BlockLayout, *, tolerance: float = 1e-5, **options
+def assert_equals_reference(
+    backend: str, qkv: tuple[Tensor, ...], layout: BlockLayout, *, tolerance: float = 1e-5, **options
 ) -> dict[str, Tensor]:
-    found = results("blocked", qkv, layout, **options)
+    found = results(backend, qkv, layout, **options)
     assert_equal_results(found, results("reference", qkv, layout, **options), tolerance)
     return found

@@ -13,6 +13,7 @@ from lightsparse.kernels import (
     block_sparse_attention,
     blocked_op,
     dispatch,
+    native_op,
     reference,
     sample_keys,
     sdpa,
@@ -31,7 +32,7 @@ EVERYTHING = GlobalTokens(63).layout(63, block=16, causal=False)
 def served(monkeypatch):
     """The backends called, in order."""
     calls: list[str] = []
-    for name, module in {"blocked": blocked_op, "reference": reference, "sdpa": sdpa}.items():
+    for name, module in {"blocked": blocked_op, "native": native_op, "reference": reference, "sdpa": sdpa}.items():
         original = module.attention
 
         def attention(*args, name=name, original=original):
@@ -47,14 +48,16 @@ def served(monkeypatch):
     [
         (DENSE, {}, "sdpa"),
         (EVERYTHING, {}, "sdpa"),
-        (SPARSE, {}, "blocked"),
-        (DENSE, {"return_lse": True}, "blocked"),
-        (DENSE, {"dropout": dropout(SIZES)}, "blocked"),
-        (DENSE, {"block_bias": torch.zeros(1, 1, 4, 4)}, "blocked"),
-        (LocalWindow(63).layout(63, block=16, documents=(torch.arange(63) // 20)[None]), {}, "blocked"),
+        (SPARSE, {}, "native"),
+        (DENSE, {"return_lse": True}, "native"),
+        (DENSE, {"dropout": dropout(SIZES)}, "native"),
+        (DENSE, {"block_bias": torch.zeros(1, 1, 4, 4)}, "native"),
+        (LocalWindow(63).layout(63, block=16, documents=(torch.arange(63) // 20)[None]), {}, "native"),
     ],
 )
-def test_auto_takes_pytorchs_kernel_for_what_is_dense_and_blocked_for_the_rest(served, layout, options, backend):
+def test_auto_takes_pytorchs_kernel_for_what_is_dense_and_the_compiled_one_for_the_rest(
+    served, layout, options, backend
+):
     found = block_sparse_attention(*inputs(SIZES), layout, **options)
     exact = block_sparse_attention(*inputs(SIZES), layout, backend="reference", **options)
     assert served == [backend, "reference"]
@@ -62,6 +65,16 @@ def test_auto_takes_pytorchs_kernel_for_what_is_dense_and_blocked_for_the_rest(s
         found, exact = (found,), (exact,)
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_auto_takes_blocked_where_the_compiled_kernel_cannot_serve(served, monkeypatch):
+    masked = with_dense_mask(SPARSE, torch.ones(1, 1, 63, 63, dtype=torch.bool))
+    for dtype in (torch.float64, torch.float16):
+        block_sparse_attention(*inputs(SIZES, dtype), SPARSE)
+    block_sparse_attention(*inputs(SIZES), masked)
+    monkeypatch.setattr(native_op, "available", lambda: False)
+    block_sparse_attention(*inputs(SIZES), SPARSE)
+    assert served == ["blocked"] * 4
 
 
 def test_a_named_backend_is_taken_and_use_backend_decides_for_auto_only(served):
@@ -87,7 +100,7 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
             block_sparse_attention(*inputs(SIZES), SPARSE)
             block_sparse_attention(*inputs(SIZES), DENSE)
     assert [record.getMessage() for record in caplog.records] == [
-        "attention backend on cpu: blocked",
+        "attention backend on cpu: native",
         "attention backend on cpu: sdpa",
     ]
 
@@ -116,6 +129,12 @@ REFUSED = {
     ),
     'backend "sdpa" returns no differentiable lse; use backend=blocked': lambda: attend(
         DENSE, backend="sdpa", return_lse=True
+    ),
+    'backend "native" takes no mask.dense; use backend=blocked': lambda: attend(
+        masked(dense=torch.zeros(1, 1, 63, 63)), backend="native"
+    ),
+    'backend "native" takes torch.float32 and torch.bfloat16, not torch.float64; use backend=blocked': lambda: (
+        block_sparse_attention(*inputs(SIZES, torch.float64), SPARSE, backend="native")
     ),
     'backend "blocked" gives mask.dense no gradient; detach it or use backend=reference': lambda: attend(
         masked(dense=torch.zeros(1, 1, 63, 63, requires_grad=True))
@@ -176,7 +195,7 @@ def test_what_does_not_fit_is_one_sentence(sentence):
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("backend", ["blocked", "reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["blocked", "native", "reference", "sdpa"])
 @pytest.mark.parametrize(
     ("layout", "sizes"),
     [

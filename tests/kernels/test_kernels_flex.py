@@ -249,7 +249,7 @@ def test_output_and_lse_have_the_gradients_of_the_reference():
 
 
 REFUSED = {
-    "has no backward on CPU; use backend=blocked (the CPU default) or move the tensors to CUDA": {"grad": True},
+    "has no backward on CPU; use backend=blocked or auto, or move the tensors to CUDA": {"grad": True},
     "returns no lse on CPU; use backend=blocked": {"return_lse": True},
     "takes no block_bias; use backend=blocked": {"block_bias": True},
     "takes no dropout; use backend=blocked": {"dropout": True},

@@ -45,7 +45,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_bf16_errs_at_most_twice_as_much_as_dense_attention_in_bf16(dim, causal, packed):
+def test_bf16_errs_at_most_twice_as_much_as_dense_attention_in_bf16(dim, causal, packed, backend):
     n, sizes = 500, Sizes(batch=2, heads=4, kv_heads=2, nq=500, nkv=500, dim=dim)
     ids = (torch.arange(n) // 130).int().expand(2, n) if packed else None
     layout = (LocalWindow(130) | GlobalTokens(4)).layout(n, block=64, heads=4, kv_heads=2, causal=causal, documents=ids)
@@ -62,18 +62,20 @@ def test_bf16_errs_at_most_twice_as_much_as_dense_attention_in_bf16(dim, causal,
 
     exact = all_results(attend, tuple(x.detach().double().requires_grad_() for x in qkv))
     dense = all_results(attend, qkv)
-    ours = all_results(lambda given: block_sparse_attention(*given, layout, backend="blocked"), qkv)
+    ours = all_results(lambda given: block_sparse_attention(*given, layout, backend=backend), qkv)
     assert [x.dtype for x in ours] == [torch.bfloat16] * 4
     for name, found, of_dense, wanted in zip(["out", "q", "k", "v"], ours, dense, exact, strict=True):
         assert relative_error(found, wanted) <= 2 * relative_error(of_dense, wanted), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_returns_its_dtype_and_an_fp32_lse_near_the_reference(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.bfloat16, "blocked"), (torch.float16, "blocked"), (torch.bfloat16, "native")]
+)
+def test_half_precision_returns_its_dtype_and_an_fp32_lse_near_the_reference(dtype, backend):
     sizes = Sizes(dim=32)
     layout = random_layout(sizes, Tables(2, 2, 16, 8, most=5, dense_rows=(1,), rule="both"))
     bias = torch.randn(1, 2, *layout.kv_indices.shape[2:]).requires_grad_()
-    found = results("blocked", inputs(sizes, dtype), layout, bias=bias)
+    found = results(backend, inputs(sizes, dtype), layout, bias=bias)
     exact = results(
         "reference", tuple(x.detach().double().requires_grad_() for x in inputs(sizes, dtype)), layout, bias=bias
     )
@@ -86,31 +88,31 @@ def test_half_precision_returns_its_dtype_and_an_fp32_lse_near_the_reference(dty
         assert relative_error(found[name], exact[name].double()) < 0.02, name
 
 
-def test_fp32_errs_no_more_than_dense_attention():
+def test_fp32_errs_no_more_than_dense_attention(backend):
     n, sizes = 500, Sizes(batch=1, heads=4, kv_heads=2, nq=500, nkv=500, dim=64)
     layout = LocalWindow(130).layout(n, block=64)
     qkv = inputs(sizes)
     exact = block_sparse_attention(*(x.double() for x in qkv), layout, backend="reference")
     dense = scaled_dot_product_attention(*qkv, attn_mask=layout.to_dense(), enable_gqa=True)
-    ours = block_sparse_attention(*qkv, layout, backend="blocked")
+    ours = block_sparse_attention(*qkv, layout, backend=backend)
     assert relative_error(ours, exact) <= 2 * relative_error(dense, exact) + 1e-7
 
 
-def test_the_same_call_gives_the_same_bits():
+def test_the_same_call_gives_the_same_bits(backend):
     sizes = Sizes(dim=32)
     layout = random_layout(sizes, Tables(2, 2, 16, 16, most=4, dense_rows=(1,)))
     bias = torch.randn(2, 4, *layout.kv_indices.shape[2:]).requires_grad_()
     for dtype in (torch.float32, torch.bfloat16):
         first, second = (
-            results("blocked", inputs(sizes, dtype), layout, bias=bias, dropout=dropout(sizes)) for _ in range(2)
+            results(backend, inputs(sizes, dtype), layout, bias=bias, dropout=dropout(sizes)) for _ in range(2)
         )
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_activation_checkpointing_recomputes_the_same_bits():
+def test_activation_checkpointing_recomputes_the_same_bits(backend):
     sizes = Sizes(dim=32)
     layout = random_layout(sizes, Tables(1, 2, 16, 16, most=4))
-    options = {"dropout": dropout(sizes), "backend": "blocked"}
+    options = {"dropout": dropout(sizes), "backend": backend}
     grads = []
     for recompute in (False, True):
         qkv = inputs(sizes)

@@ -48,7 +48,7 @@ def test_after_the_first_steps_no_buffer_is_allocated() -> None:
     assert workspace().allocations == before
     with without_reuse():
         trained(1)
-    assert workspace().allocations > before + 10
+    assert workspace().allocations > before
 
 
 def test_results_never_share_memory_with_the_buffers() -> None:

@@ -1,0 +1,1007 @@
+// The `native` backend: flash attention over the tiles of a block layout, fp32 arithmetic, forward and backward.
+//
+// Forward (Dao et al. 2022, arXiv 2205.14135): a row's keys come in chunks; a running maximum m and sum l rescale what
+// has been summed so far. Backward: P = exp(S − lse) again, delta = rowsum(dO · O) − dlse, dS = P · (dP − delta).
+// Memory is linear in the tokens. Results depend on the number of threads only, never on their timing.
+//
+// Names: a unit is one (sample, key/value head); G query heads of it walk one table together, or nz tables one by one.
+// Dp = head dim rounded up to 16. A panel holds 16 keys transposed, [D][16], so that scores of 16 keys are one vector.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <mutex>
+#include <thread>
+#include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+extern "C" struct Args {  // the order of native_build.Arguments; every field is 8 bytes wide
+  int64_t B, H, Hkv, Nq, Nkv, D, table_batch, table_heads, NQ, K, q_block, kv_block, dense_count, bf16, threads;
+  double scale;
+  const void *q, *k, *v, *out_saved, *dout;        // strides below; the last dimension is contiguous
+  int64_t sq[3], sk[3], sv[3], sdo[3];             // elements per sample, head, token
+  void *out, *dq, *dk, *dv;                        // contiguous, as is out_saved
+  float *lse;                                      // [B, H, Nq]
+  const float *dlse;                               // [B, H, Nq] or null
+  const int32_t *table;                            // [table_batch, table_heads, NQ, K]
+  const uint8_t *dense_row;                        // [NQ]
+  const int32_t *q_pos, *from, *until, *q_doc, *kv_doc;
+  int64_t q_pos_b, from_b, until_b, q_doc_b, kv_doc_b;  // elements per sample, 0 where all samples share
+  const float *bias;                               // or null
+  int64_t bias_b, bias_h, bias_group;              // elements per sample and bias head; query heads per bias head
+  float *dbias;                                    // [B, H, NQ, K], zeros at first
+  const int64_t *drop_keys, *key_ids;              // [B], [Nkv]; or null
+  int64_t drop_below;                              // of 2^31
+  double keep;                                     // 1 / (1 − rate)
+  void *work;                                      // `native_workspace` bytes
+};
+
+namespace {
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int ROWS = 64;    // query rows of a score tile
+constexpr int SEGMENT = 64; // keys that lie side by side
+constexpr int CHUNK = 128;  // keys of a score tile
+constexpr int STRIDE = CHUNK + 16;  // of its rows: a power of two would crowd a column into few cache sets
+constexpr int64_t ITEM_ROWS = 512;  // query rows (times G) that meet a chunk of keys while it is in cache
+
+// ---- vectors ---------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int W = 16, MOST_PANELS = 4;
+#elif defined(__AVX2__)
+constexpr int W = 8, MOST_PANELS = 1;
+#else
+constexpr int W = 4, MOST_PANELS = 1;
+#endif
+constexpr int PV = 16 / W;  // vectors per panel
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef float vf_memory __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef float v4_memory __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t i4 __attribute__((vector_size(16)));
+
+inline vf load(const float *p) { return *(const vf_memory *)p; }
+inline void store(float *p, vf x) { *(vf_memory *)p = x; }
+inline vf all(float x) { return x - vf{}; }  // x + 0 would cost an addition, for the sake of −0
+
+inline vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline float largest_of(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float r = x[0];
+  for (int i = 1; i < W; i++) r = std::max(r, (float)x[i]);
+  return r;
+#endif
+}
+
+inline float sum_of(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float r = 0;
+  for (int i = 0; i < W; i++) r += x[i];
+  return r;
+#endif
+}
+
+// exp to one or two units in the last place (the polynomial of Cephes' expf); 0 below −87, NaN stays NaN.
+inline vf exp_of(vf x) {
+  const float log2e = 1.44269504088896341f, ln2 = 0.693147180559945f;
+  const float magic = 12582912.f;  // adding it leaves the rounded integer in the low bits
+  const vf low = all(-87.f);
+#if defined(__AVX512F__)
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+#else
+  const vf high = all(88.f), given = x;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+#endif
+  const vf shifted = x * log2e + magic, n = shifted - magic;
+  const vf r = x - n * ln2;  // ln2's own error, times n, stays below the rounding of the scores
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)n);
+#else
+  p = (vf)((vi)p + ((vi)shifted << 23));
+  p = given < low ? vf{} : p;
+  return given == given ? p : given;
+#endif
+}
+
+// ---- products: C[M, 16 · panels] (+)= A · B ----------------------------------------------------------------------
+// A[i, k] = a[i · lda + k], or with TA a[k · lda + i]. B's row k lies at b + k · bk, its panel j at + j · bj.
+
+template <int MR, int NP, bool TA>
+__attribute__((noinline)) void product_tile(int64_t K, const float *a, int64_t lda, const float *b, int64_t bk,
+                                            int64_t bj, float *c, int64_t ldc, bool add) {
+  constexpr int NV = NP * PV;
+  vf sum[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; j++) sum[i][j] = vf{};
+  if (add)
+    for (int i = 0; i < MR; i++)
+      for (int j = 0; j < NP; j++) __builtin_prefetch(c + i * ldc + j * 16, 1);
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < K; k++) {
+    vf row[NV];
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; j++) row[j] = load(b + (j / PV) * bj + (j % PV) * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++) {
+      vf x = all(TA ? a[i] : a[i * lda]);
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; j++) sum[i][j] += x * row[j];
+    }
+    b += bk;
+    a += TA ? lda : 1;
+  }
+  asm("" : "+r"(c), "+r"(ldc));  // else the addresses of the loads above are kept through the loop, on the stack
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; j++)
+      store(c + i * ldc + j * W, add ? load(c + i * ldc + j * W) + sum[i][j] : sum[i][j]);
+}
+
+template <int NP, bool TA>
+void product_panels(int M, int64_t K, const float *a, int64_t lda, const float *b, int64_t bk, int64_t bj, float *c,
+                    int64_t ldc, bool add) {
+  constexpr int MR = W == 4 ? 3 : (W == 8 || NP == 4) ? 6 : NP == 3 ? 8 : 12;  // sums that fit into the registers
+  int i = 0;
+  auto rows = [&](auto count) {
+    constexpr int n = decltype(count)::value;
+    if constexpr (n <= MR)
+      for (; i + n <= M; i += n)
+        product_tile<n, NP, TA>(K, a + (TA ? i : i * lda), lda, b, bk, bj, c + i * ldc, ldc, add);
+  };
+  rows(std::integral_constant<int, MR>());
+  rows(std::integral_constant<int, 4>());
+  rows(std::integral_constant<int, 2>());
+  rows(std::integral_constant<int, 1>());
+}
+
+template <bool TA>
+void product(int M, int panels, int64_t K, const float *a, int64_t lda, const float *b, int64_t bk, int64_t bj,
+             float *c, int64_t ldc, bool add) {
+  while (panels > 0) {
+    int now = std::min(panels, MOST_PANELS);
+    if (MOST_PANELS == 4 && panels == 5) now = 3;
+    switch (now) {
+      case 1: product_panels<1, TA>(M, K, a, lda, b, bk, bj, c, ldc, add); break;
+#if defined(__AVX512F__)
+      case 2: product_panels<2, TA>(M, K, a, lda, b, bk, bj, c, ldc, add); break;
+      case 3: product_panels<3, TA>(M, K, a, lda, b, bk, bj, c, ldc, add); break;
+      case 4: product_panels<4, TA>(M, K, a, lda, b, bk, bj, c, ldc, add); break;
+#endif
+    }
+    panels -= now, b += now * bj, c += now * 16;
+  }
+}
+
+// ---- rows of tensors -----------------------------------------------------------------------------------------------
+
+inline float of_bf16(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline uint16_t to_bf16(float f) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return f == f ? (uint16_t)rounded : (uint16_t)((bits >> 16) | 0x40u);
+}
+
+void read_row(bool bf16, const void *base, int64_t offset, int64_t D, int64_t Dp, float scale, float *to) {
+  if (bf16) {
+    const uint16_t *from = (const uint16_t *)base + offset;
+    for (int64_t d = 0; d < D; d++) to[d] = of_bf16(from[d]) * scale;
+  } else {
+    const float *from = (const float *)base + offset;
+    for (int64_t d = 0; d < D; d++) to[d] = from[d] * scale;
+  }
+  for (int64_t d = D; d < Dp; d++) to[d] = 0.f;
+}
+
+void write_row(bool bf16, void *base, int64_t offset, int64_t D, float scale, const float *from) {
+  if (bf16) {
+    uint16_t *to = (uint16_t *)base + offset;
+    for (int64_t d = 0; d < D; d++) to[d] = to_bf16(from[d] * scale);
+  } else {
+    float *to = (float *)base + offset;
+    for (int64_t d = 0; d < D; d++) to[d] = from[d] * scale;
+  }
+}
+
+// 16 rows of Dp, `stride` apart → a panel [Dp][16]
+void transpose_panel(const float *rows, int64_t stride, int64_t Dp, float *panel) {
+  for (int64_t d = 0; d < Dp; d += 4)
+    for (int j = 0; j < 16; j += 4) {
+      v4 a = *(const v4_memory *)(rows + (j + 0) * stride + d), b = *(const v4_memory *)(rows + (j + 1) * stride + d);
+      v4 c = *(const v4_memory *)(rows + (j + 2) * stride + d), e = *(const v4_memory *)(rows + (j + 3) * stride + d);
+      v4 ab_low = __builtin_shuffle(a, b, i4{0, 4, 1, 5}), ab_high = __builtin_shuffle(a, b, i4{2, 6, 3, 7});
+      v4 ce_low = __builtin_shuffle(c, e, i4{0, 4, 1, 5}), ce_high = __builtin_shuffle(c, e, i4{2, 6, 3, 7});
+      float *to = panel + d * 16 + j;
+      *(v4_memory *)(to) = __builtin_shuffle(ab_low, ce_low, i4{0, 1, 4, 5});
+      *(v4_memory *)(to + 16) = __builtin_shuffle(ab_low, ce_low, i4{2, 3, 6, 7});
+      *(v4_memory *)(to + 32) = __builtin_shuffle(ab_high, ce_high, i4{0, 1, 4, 5});
+      *(v4_memory *)(to + 48) = __builtin_shuffle(ab_high, ce_high, i4{2, 3, 6, 7});
+    }
+}
+
+// ---- dropout: the hash of hashing.py and dropout.py ----------------------------------------------------------------
+
+inline uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+inline uint64_t chained(uint64_t state, uint64_t number) { return mix(state + number * 0x9E3779B97F4A7C15ull + 1); }
+inline uint64_t key_hash(uint64_t key) { return mix(key * 0x165667B19E3779F9ull); }
+
+void keep_factors(uint64_t row, const uint64_t *keys, int n, int np, uint64_t below, float keep, float *to) {
+  for (int c = 0; c < n; c++) {
+    uint64_t bits = (mix(row ^ keys[c]) >> 20) & 0x7fffffffull;
+    to[c] = bits >= below ? keep : 0.f;
+  }
+  for (int c = n; c < np; c++) to[c] = 0.f;
+}
+
+// ---- threads -------------------------------------------------------------------------------------------------------
+
+// Threads of one call; `run` gives every one of them the same function and returns when all are done.
+class Team {
+ public:
+  explicit Team(int wanted) {
+    try {
+      for (int i = 1; i < wanted; i++) threads_.emplace_back([this, i] { work(i); });
+    } catch (...) {  // fewer threads than asked for: the work is divided among those there are
+    }
+  }
+  ~Team() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = nullptr, round_++;
+    }
+    start_.notify_all();
+    for (auto &thread : threads_) thread.join();
+  }
+  int size() const { return (int)threads_.size() + 1; }
+  void run(const std::function<void(int)> &task) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = &task, busy_ = (int)threads_.size(), round_++;
+    }
+    start_.notify_all();
+    task(0);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+  }
+
+ private:
+  void work(int me) {
+    for (uint64_t seen = 0;;) {
+      const std::function<void(int)> *task;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        start_.wait(lock, [&] { return round_ != seen; });
+        seen = round_, task = task_;
+      }
+      if (!task) return;
+      (*task)(me);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+  std::mutex mutex_;
+  std::condition_variable start_, done_;
+  const std::function<void(int)> *task_ = nullptr;
+  uint64_t round_ = 0;
+  int busy_ = 0;
+  std::vector<std::thread> threads_;
+};
+
+// ---- the call and its buffers --------------------------------------------------------------------------------------
+
+struct Bounds {  // of the keys of a panel or segment
+  int32_t from_min, from_max, until_min, until_max, doc_min, doc_max;
+  void none() {
+    from_min = until_min = doc_min = INT32_MAX;
+    from_max = until_max = doc_max = INT32_MIN;
+  }
+  void add(const Bounds &o) {
+    from_min = std::min(from_min, o.from_min), from_max = std::max(from_max, o.from_max);
+    until_min = std::min(until_min, o.until_min), until_max = std::max(until_max, o.until_max);
+    doc_min = std::min(doc_min, o.doc_min), doc_max = std::max(doc_max, o.doc_max);
+  }
+};
+
+struct Span {  // columns of a segment that belong to one entry of the table
+  int entry, column, count;
+};
+
+struct Segment {
+  int n, np, panel, spans, first_span;  // keys; rounded up to 16
+  const float *kt, *vt, *kn, *vn;       // panels, rows
+  const int32_t *from, *until, *doc;
+  const uint64_t *hashes;
+  int64_t key;      // its first
+  float *dk, *dv;   // rows of Dp
+  Bounds bounds;
+};
+
+struct Live {  // a segment that the rows of a tile see at least a part of
+  const Segment *of;
+  int column;
+  bool masked;
+};
+
+struct Scratch {  // of one thread
+  float *q, *dout, *sums, *dq;          // [item rows][Dp]; sums: out
+  float *m, *l, *delta;                 // [item rows]; in the backward m is the lse
+  int32_t *pos, *doc;                   // [item rows]
+  uint64_t *hash;                       // [item rows]
+  float *s, *dp, *keep;                 // [ROWS][STRIDE], [ROWS][STRIDE], [CHUNK]
+  float *kt, *vt, *kn, *vn, *dk, *dv;   // [CHUNK][Dp]: gathered
+  int32_t *from, *until, *kv_doc;       // [CHUNK]
+  int64_t *ids;
+  uint64_t *hashes;
+  float *rows16;                        // [16][Dp]
+};
+
+struct Carver {  // hands out pieces of one buffer, or only counts them
+  char *base;
+  int64_t used = 0;
+  template <class T>
+  T *take(int64_t count) {
+    T *at = base ? (T *)(base + used) : nullptr;
+    used += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+    return at;
+  }
+};
+
+struct Call {
+  const Args &a;
+  bool backward, gather, direct;  // gather: nothing is packed ahead; direct: rows of k, v, dk, dv are used as they are
+  int64_t Dp, kbp, NB, G, nz, units, panels, item_rows, mask_batch, kn_stride, vn_stride;
+  int threads;
+  float *kt = nullptr, *vt = nullptr, *kn = nullptr, *vn = nullptr, *dk = nullptr, *dv = nullptr, *slabs = nullptr;
+  Bounds *bounds = nullptr;
+  uint64_t *hashes = nullptr;
+  std::vector<Scratch> scratch;
+  int64_t bytes;
+
+  Call(const Args &args, bool backward_, char *work) : a(args), backward(backward_) {
+    Dp = (a.D + 15) / 16 * 16;
+    kbp = (a.kv_block + 15) / 16 * 16;
+    NB = (a.Nkv + a.kv_block - 1) / a.kv_block;
+    bool own_tables = a.table_heads == a.H;
+    G = own_tables ? 1 : a.H / a.Hkv;
+    nz = own_tables ? a.H / a.Hkv : 1;
+    units = a.B * a.Hkv;
+    panels = NB * kbp / 16;
+    // Packing pays when keys are read more than once or twice; panels of tiny blocks would be mostly padding.
+    gather = a.kv_block < 16 || nz * (a.NQ * a.K + a.dense_count * NB) <= 2 * NB;
+    direct = !a.bf16 && Dp == a.D;
+    item_rows = std::min(std::max(ITEM_ROWS / G, (int64_t)1), a.q_block) * G;
+    mask_batch = (a.from_b || a.until_b || a.kv_doc_b) ? a.B : 1;
+    kn_stride = gather || !direct ? Dp : a.sk[2];
+    vn_stride = gather || !direct ? Dp : a.sv[2];
+    double work_of_call = (double)a.B * a.H * a.Nq * std::min(a.K * a.kv_block + a.dense_count, a.Nkv) * a.D;
+    threads = (int)std::max((int64_t)1, std::min(a.threads, (int64_t)(work_of_call / 4e5) + 1));
+
+    Carver carve{work};
+    int64_t of_units = units * a.Nkv * Dp;
+    if (!gather) {
+      kt = carve.take<float>(units * panels * 16 * Dp);
+      if (backward) vt = carve.take<float>(units * panels * 16 * Dp);
+      if (backward && !direct) kn = carve.take<float>(of_units);
+      if (!backward && !direct) vn = carve.take<float>(of_units);
+      bounds = carve.take<Bounds>(mask_batch * panels);
+    }
+    if (a.drop_keys) hashes = carve.take<uint64_t>(a.Nkv);
+    if (backward) {
+      dk = direct ? (float *)a.dk : carve.take<float>(of_units);
+      dv = direct ? (float *)a.dv : carve.take<float>(of_units);
+      slabs = carve.take<float>((threads - 1) * 2 * a.Nkv * Dp);
+    }
+    scratch.resize(threads);
+    for (Scratch &s : scratch) {
+      s.q = carve.take<float>(item_rows * Dp);
+      s.dout = carve.take<float>(backward ? item_rows * Dp : 0);
+      s.sums = carve.take<float>(backward ? 0 : item_rows * Dp);
+      s.dq = carve.take<float>(backward ? item_rows * Dp : 0);
+      s.m = carve.take<float>(item_rows), s.l = carve.take<float>(item_rows), s.delta = carve.take<float>(item_rows);
+      s.pos = carve.take<int32_t>(item_rows), s.doc = carve.take<int32_t>(item_rows);
+      s.hash = carve.take<uint64_t>(item_rows);
+      s.s = carve.take<float>(ROWS * STRIDE), s.dp = carve.take<float>(ROWS * STRIDE);
+      s.keep = carve.take<float>(CHUNK);
+      int64_t held = gather ? CHUNK * Dp : 0;
+      s.kt = carve.take<float>(held), s.vt = carve.take<float>(held), s.kn = carve.take<float>(held);
+      s.vn = carve.take<float>(held), s.dk = carve.take<float>(held), s.dv = carve.take<float>(held);
+      s.from = carve.take<int32_t>(CHUNK), s.until = carve.take<int32_t>(CHUNK);
+      s.kv_doc = carve.take<int32_t>(CHUNK), s.ids = carve.take<int64_t>(CHUNK);
+      s.hashes = carve.take<uint64_t>(CHUNK);
+      s.rows16 = carve.take<float>(16 * Dp);
+    }
+    bytes = carve.used;
+  }
+
+  const int32_t *table_row(int64_t unit, int64_t z, int64_t row) const {
+    int64_t b = unit / a.Hkv, hkv = unit % a.Hkv;
+    int64_t head = a.table_heads == 1 ? 0 : a.table_heads == a.H ? hkv * nz + z : hkv;
+    return a.table + (((a.table_batch == 1 ? 0 : b) * a.table_heads + head) * a.NQ + row) * a.K;
+  }
+  int64_t first_head(int64_t unit, int64_t z) const { return unit % a.Hkv * (a.H / a.Hkv) + z; }  // G follow one another
+  uint64_t hash_of_key(int64_t key) const { return key_hash((uint64_t)(a.key_ids ? a.key_ids[key] : key)); }
+  int64_t offset_k(int64_t unit, int64_t key) const {
+    return unit / a.Hkv * a.sk[0] + unit % a.Hkv * a.sk[1] + key * a.sk[2];
+  }
+  int64_t offset_v(int64_t unit, int64_t key) const {
+    return unit / a.Hkv * a.sv[0] + unit % a.Hkv * a.sv[1] + key * a.sv[2];
+  }
+
+  // ---- once per call: keys and values in the forms the products want, bounds of the mask, hashes -------------------
+
+  void pack_block(int64_t unit, int64_t block, Scratch &s) {
+    int64_t first = block * a.kv_block, count = std::min(a.kv_block, a.Nkv - first);
+    for (int64_t p = 0; p < kbp / 16; p++) {
+      int64_t at = (unit * panels + block * (kbp / 16) + p) * 16 * Dp;
+      for (int which = 0; which < (backward ? 2 : 1); which++) {
+        if (direct && p * 16 + 16 <= count) {
+          int64_t key = first + p * 16, stride = which ? a.sv[2] : a.sk[2];
+          const float *rows = (const float *)(which ? a.v : a.k) + (which ? offset_v(unit, key) : offset_k(unit, key));
+          transpose_panel(rows, stride, Dp, (which ? vt : kt) + at);
+          continue;
+        }
+        for (int64_t j = 0; j < 16; j++) {
+          int64_t key = first + p * 16 + j;
+          if (p * 16 + j >= count)
+            std::memset(s.rows16 + j * Dp, 0, Dp * 4);
+          else if (which)
+            read_row(a.bf16, a.v, offset_v(unit, key), a.D, Dp, 1.f, s.rows16 + j * Dp);
+          else
+            read_row(a.bf16, a.k, offset_k(unit, key), a.D, Dp, 1.f, s.rows16 + j * Dp);
+        }
+        transpose_panel(s.rows16, Dp, Dp, (which ? vt : kt) + at);
+      }
+    }
+    for (int64_t i = 0; i < count; i++) {
+      int64_t to = (unit * a.Nkv + first + i) * Dp;
+      if (kn) read_row(a.bf16, a.k, offset_k(unit, first + i), a.D, Dp, 1.f, kn + to);
+      if (vn) read_row(a.bf16, a.v, offset_v(unit, first + i), a.D, Dp, 1.f, vn + to);
+    }
+  }
+
+  Bounds bounds_of(const int32_t *from, const int32_t *until, const int32_t *doc, int64_t n) const {
+    Bounds r;
+    r.none();
+    for (int64_t i = 0; i < n; i++) {
+      r.from_min = std::min(r.from_min, from[i]), r.from_max = std::max(r.from_max, from[i]);
+      r.until_min = std::min(r.until_min, until[i]), r.until_max = std::max(r.until_max, until[i]);
+    }
+    if (doc)
+      for (int64_t i = 0; i < n; i++) r.doc_min = std::min(r.doc_min, doc[i]), r.doc_max = std::max(r.doc_max, doc[i]);
+    return r;
+  }
+
+  void prepare(Team &team) {
+    std::atomic<int64_t> next{0};
+    const int64_t at_once = std::max((int64_t)1, 256 / kbp), per_unit = (NB + at_once - 1) / at_once;
+    team.run([&](int me) {
+      if (me == 0) {
+        if (hashes)
+          for (int64_t key = 0; key < a.Nkv; key++) hashes[key] = hash_of_key(key);
+        if (!gather)
+          for (int64_t b = 0; b < mask_batch; b++)
+            for (int64_t block = 0; block < NB; block++)
+              for (int64_t p = 0; p < kbp / 16; p++) {
+                int64_t key = block * a.kv_block + p * 16;
+                int64_t stop = std::min({key + 16, (block + 1) * a.kv_block, a.Nkv});
+                bounds[b * panels + block * (kbp / 16) + p] =
+                    bounds_of(a.from + b * a.from_b + key, a.until + b * a.until_b + key,
+                              a.kv_doc ? a.kv_doc + b * a.kv_doc_b + key : nullptr, std::max(stop - key, (int64_t)0));
+              }
+      }
+      if (gather) return;
+      for (int64_t i; (i = next++) < units * per_unit;) {
+        int64_t block = i % per_unit * at_once;
+        for (int64_t stop = std::min(block + at_once, NB); block < stop; block++)
+          pack_block(i / per_unit, block, scratch[me]);
+      }
+    });
+  }
+
+  int64_t keys_of_row(const int32_t *entries, int64_t row) const {
+    if (a.dense_row[row]) return a.Nkv;
+    int64_t count = 0;
+    for (int64_t e = 0; e < a.K; e++) count += entries[e] >= 0;
+    return count * a.kv_block;
+  }
+};
+
+// The keys of one row of a table, a chunk at a time.
+struct Chunks {
+  const Call &call;
+  Scratch &s;
+  int64_t unit, b;
+  const int32_t *entries;
+  bool dense;
+  float *dk, *dv;                  // of the unit: [Nkv][Dp]
+  int64_t entry = -1, block = -1;  // where the walk stands
+  int64_t offset = 0, left = 0;
+  int segments = 0;
+  Segment segment[CHUNK / 16];
+  Span span[CHUNK];
+  int spans = 0;
+
+  Chunks(const Call &call_, Scratch &s_, int64_t unit_, const int32_t *entries_, bool dense_, float *dk_, float *dv_)
+      : call(call_), s(s_), unit(unit_), b(unit_ / call_.a.Hkv), entries(entries_), dense(dense_), dk(dk_), dv(dv_) {}
+
+  bool more() {  // whether there are keys left; moves on to the next block when one is done
+    const Args &a = call.a;
+    while (left == 0) {
+      if (dense) {
+        if (++block >= call.NB) return false;
+      } else {
+        if (++entry >= a.K) return false;
+        block = entries[entry];
+        if (block < 0) continue;
+      }
+      offset = 0;
+      left = std::min(a.kv_block, a.Nkv - block * a.kv_block);
+    }
+    return true;
+  }
+
+  bool next() {
+    segments = spans = 0;
+    int columns = 0;
+    while (columns < CHUNK && more()) {
+      if (call.gather) {
+        columns = SEGMENT * (segments + 1);
+        gather_segment();
+      } else {
+        int n = (int)std::min(left, (int64_t)SEGMENT), np = (n + 15) / 16 * 16;
+        if (columns + np > CHUNK) break;
+        add_packed(n, np);
+        columns += np;
+        offset += n, left -= n;
+      }
+    }
+    return segments > 0;
+  }
+
+  void add_span(Segment &of, int column, int count) {
+    span[spans++] = Span{dense ? -1 : (int)entry, column, count};
+    of.spans++;
+  }
+
+  void add_packed(int n, int np) {
+    const Args &a = call.a;
+    int64_t key = block * a.kv_block + offset, panel = (block * call.kbp + offset) / 16;
+    const Bounds *bounds = call.bounds + (call.mask_batch == 1 ? 0 : b) * call.panels + panel;
+    Segment *last = segments ? &segment[segments - 1] : nullptr;
+    if (last && last->n == last->np && last->panel + last->np / 16 == panel && last->key + last->n == key &&
+        last->np + np <= SEGMENT) {
+      add_span(*last, last->np, n);
+      last->n += n, last->np += np;
+      for (int p = 0; p < np / 16; p++) last->bounds.add(bounds[p]);
+      return;
+    }
+    Segment &x = segment[segments++];
+    x.n = n, x.np = np, x.panel = (int)panel, x.spans = 0, x.first_span = spans, x.key = key;
+    add_span(x, 0, n);
+    int64_t at = (unit * call.panels + panel) * 16 * call.Dp, row = (unit * a.Nkv + key) * call.Dp;
+    x.kt = call.kt + at;
+    x.vt = call.backward ? call.vt + at : nullptr;
+    x.kn = call.kn ? call.kn + row : call.direct ? (const float *)a.k + call.offset_k(unit, key) : nullptr;
+    x.vn = call.vn ? call.vn + row : call.direct ? (const float *)a.v + call.offset_v(unit, key) : nullptr;
+    x.from = a.from + b * a.from_b + key, x.until = a.until + b * a.until_b + key;
+    x.doc = a.kv_doc ? a.kv_doc + b * a.kv_doc_b + key : nullptr;
+    x.hashes = call.hashes ? call.hashes + key : nullptr;
+    x.dk = call.backward ? dk + key * call.Dp : nullptr, x.dv = call.backward ? dv + key * call.Dp : nullptr;
+    x.bounds.none();
+    for (int p = 0; p < np / 16; p++) x.bounds.add(bounds[p]);
+  }
+
+  void gather_segment() {  // up to SEGMENT keys of any blocks
+    const Args &a = call.a;
+    const int64_t Dp = call.Dp, first = segments * SEGMENT;
+    Segment &x = segment[segments++];
+    x.n = x.spans = 0, x.first_span = spans, x.panel = -1, x.key = -1;
+    while (x.n < SEGMENT && more()) {
+      int n = (int)std::min(left, (int64_t)(SEGMENT - x.n));
+      add_span(x, x.n, n);
+      for (int i = 0; i < n; i++) {
+        int64_t key = block * a.kv_block + offset + i, at = first + x.n + i;
+        s.ids[at] = key;
+        read_row(a.bf16, a.k, call.offset_k(unit, key), a.D, Dp, 1.f, s.kn + at * Dp);
+        read_row(a.bf16, a.v, call.offset_v(unit, key), a.D, Dp, 1.f, s.vn + at * Dp);
+        s.from[at] = a.from[b * a.from_b + key], s.until[at] = a.until[b * a.until_b + key];
+        if (a.kv_doc) s.kv_doc[at] = a.kv_doc[b * a.kv_doc_b + key];
+        if (call.hashes) s.hashes[at] = call.hashes[key];
+      }
+      x.n += n, offset += n, left -= n;
+    }
+    x.np = (x.n + 15) / 16 * 16;
+    std::memset(s.kn + (first + x.n) * Dp, 0, (x.np - x.n) * Dp * 4);
+    std::memset(s.vn + (first + x.n) * Dp, 0, (x.np - x.n) * Dp * 4);
+    for (int p = 0; p < x.np; p += 16) {
+      transpose_panel(s.kn + (first + p) * Dp, Dp, Dp, s.kt + (first + p) * Dp);
+      if (call.backward) transpose_panel(s.vn + (first + p) * Dp, Dp, Dp, s.vt + (first + p) * Dp);
+    }
+    x.kt = s.kt + first * Dp, x.vt = s.vt + first * Dp, x.kn = s.kn + first * Dp, x.vn = s.vn + first * Dp;
+    x.from = s.from + first, x.until = s.until + first, x.doc = a.kv_doc ? s.kv_doc + first : nullptr;
+    x.hashes = s.hashes + first;
+    x.bounds = call.bounds_of(x.from, x.until, x.doc, x.n);
+    x.dk = s.dk + first * Dp, x.dv = s.dv + first * Dp;
+    if (call.backward) {
+      std::memset(x.dk, 0, x.np * Dp * 4);
+      std::memset(x.dv, 0, x.np * Dp * 4);
+    }
+  }
+
+  void scatter() {  // gradients of gathered keys to where they belong
+    if (!call.gather) return;
+    const int64_t Dp = call.Dp;
+    for (int i = 0; i < segments; i++)
+      for (int c = 0; c < segment[i].n; c++) {
+        float *to_k = dk + s.ids[i * SEGMENT + c] * Dp, *to_v = dv + s.ids[i * SEGMENT + c] * Dp;
+        for (int64_t d = 0; d < Dp; d++) to_k[d] += segment[i].dk[c * Dp + d], to_v[d] += segment[i].dv[c * Dp + d];
+      }
+  }
+};
+
+// Some rows of a table's row, for the G query heads that read the same keys: row m = g · R + i is query first + i.
+struct Item {
+  Call &call;
+  Scratch &s;
+  int64_t unit, z, row, first, R, M, b;
+  Live live[CHUNK / 16];
+  int lives = 0, width = 0;
+
+  Item(Call &call_, Scratch &s_, int64_t unit_, int64_t z_, int64_t row_, int64_t first_, int64_t R_)
+      : call(call_), s(s_), unit(unit_), z(z_), row(row_), first(first_), R(R_), M(call_.G * R_),
+        b(unit_ / call_.a.Hkv) {
+    const Args &a = call.a;
+    for (int64_t m = 0; m < M; m++) {
+      int64_t i = first + m % R, h = head(m);
+      read_row(a.bf16, a.q, b * a.sq[0] + h * a.sq[1] + i * a.sq[2], a.D, call.Dp, (float)a.scale, s.q + m * call.Dp);
+      s.pos[m] = a.q_pos[b * a.q_pos_b + i];
+      s.doc[m] = a.q_doc ? a.q_doc[b * a.q_doc_b + i] : 0;
+      if (a.drop_keys)
+        s.hash[m] = chained(chained((uint64_t)a.drop_keys[b], (uint64_t)h), (uint64_t)(int64_t)s.pos[m]);
+    }
+  }
+  int64_t head(int64_t m) const { return call.first_head(unit, z) + m / R; }
+  int64_t index(int64_t m) const { return (b * call.a.H + head(m)) * call.a.Nq + first + m % R; }  // into [B, H, Nq]
+
+  // Scores of rows m0 … m0 + rows − 1 against what they see of a chunk, −inf where they may not read. False: nothing.
+  bool scores(const Chunks &chunk, int64_t m0, int rows) {
+    const Args &a = call.a;
+    int32_t pos_min = INT32_MAX, pos_max = INT32_MIN, doc_min = INT32_MAX, doc_max = INT32_MIN;
+    for (int64_t m = m0; m < m0 + rows; m++) {
+      pos_min = std::min(pos_min, s.pos[m]), pos_max = std::max(pos_max, s.pos[m]);
+      doc_min = std::min(doc_min, s.doc[m]), doc_max = std::max(doc_max, s.doc[m]);
+    }
+    const bool docs = a.q_doc && a.kv_doc;
+    lives = width = 0;
+    for (int i = 0; i < chunk.segments; i++) {
+      const Segment &x = chunk.segment[i];
+      const Bounds &of = x.bounds;
+      if (of.from_min > pos_max || of.until_max <= pos_min) continue;
+      if (docs && (of.doc_min > doc_max || of.doc_max < doc_min)) continue;
+      bool full = of.from_max <= pos_min && of.until_min > pos_max;
+      if (docs) full = full && of.doc_min == of.doc_max && doc_min == doc_max;  // they overlap, so they are equal
+      live[lives++] = Live{&x, width, !full};
+      width += x.np;
+    }
+    const float *q = s.q + m0 * call.Dp;
+    for (int i = 0; i < lives; i++) {
+      const Segment &x = *live[i].of;
+      float *to = s.s + live[i].column;
+      product<false>(rows, x.np / 16, a.D, q, call.Dp, x.kt, 16, 16 * call.Dp, to, STRIDE, false);
+      if (a.bias) add_bias(chunk, x, m0, rows, to);
+      if (live[i].masked) hide(x, m0, rows, to, docs);
+      if (x.n < x.np)
+        for (int r = 0; r < rows; r++) std::fill(to + r * STRIDE + x.n, to + r * STRIDE + x.np, -INF);
+    }
+    return lives > 0;
+  }
+
+  void hide(const Segment &x, int64_t m0, int rows, float *to, bool docs) const {
+    const int32_t *from = x.from, *until = x.until, *doc = x.doc;
+    const int n = x.n;
+    for (int r = 0; r < rows; r++, to += STRIDE) {
+      const int32_t pos = s.pos[m0 + r], of = s.doc[m0 + r];
+      for (int c = 0; c < n; c++) to[c] = (from[c] <= pos) & (pos < until[c]) ? to[c] : -INF;
+      if (docs)
+        for (int c = 0; c < n; c++) to[c] = doc[c] == of ? to[c] : -INF;
+    }
+  }
+
+  void add_bias(const Chunks &chunk, const Segment &x, int64_t m0, int rows, float *to) const {
+    const Args &a = call.a;
+    for (int r = 0; r < rows; r++, to += STRIDE) {
+      const float *bias = a.bias + b * a.bias_b + head(m0 + r) / a.bias_group * a.bias_h + row * a.K;
+      for (int k = x.first_span; k < x.first_span + x.spans; k++) {
+        const Span &of = chunk.span[k];
+        if (of.entry < 0) continue;
+        const float add = bias[of.entry];
+        for (int c = of.column; c < of.column + of.count; c++) to[c] += add;
+      }
+    }
+  }
+
+  // Segments whose keys follow one another in memory, as one: use(column, first segment, keys).
+  template <class Use>
+  void runs(Use use) const {
+    for (int i = 0; i < lives;) {
+      const Segment &x = *live[i].of;
+      int n = x.n, stop = i + 1;
+      while (stop < lives && x.key >= 0 && live[stop - 1].of->n == live[stop - 1].of->np &&
+             live[stop].of->key == x.key + n)
+        n += live[stop++].of->n;
+      use(live[i].column, x, n);
+      i = stop;
+    }
+  }
+
+  void keep_row(int64_t m, float *to) const {
+    for (int i = 0; i < lives; i++)
+      keep_factors(s.hash[m], live[i].of->hashes, live[i].of->n, live[i].of->np, (uint64_t)call.a.drop_below,
+                   (float)call.a.keep, to + live[i].column);
+  }
+
+  // ---- forward -------------------------------------------------------------------------------------------------
+
+  void forward(Chunks &chunks) {
+    const int64_t Dp = call.Dp;
+    std::fill(s.m, s.m + M, -INF);
+    std::fill(s.l, s.l + M, 0.f);
+    std::memset(s.sums, 0, M * Dp * 4);
+    while (chunks.next())
+      for (int64_t m0 = 0; m0 < M; m0 += ROWS) {
+        int rows = (int)std::min((int64_t)ROWS, M - m0);
+        if (!scores(chunks, m0, rows)) continue;
+        for (int r = 0; r < rows; r++) online_softmax(m0 + r, s.s + r * STRIDE);
+        runs([&](int column, const Segment &x, int n) {
+          product<false>(rows, (int)(Dp / 16), n, s.s + column, STRIDE, x.vn, call.vn_stride, 16, s.sums + m0 * Dp, Dp,
+                         true);
+        });
+      }
+    for (int64_t m = 0; m < M; m++) {
+      bool empty = s.m[m] == -INF;
+      write_row(call.a.bf16, call.a.out, index(m) * call.a.D, call.a.D, empty ? 0.f : 1.f / s.l[m], s.sums + m * Dp);
+      call.a.lse[index(m)] = empty ? -INF : s.m[m] + std::log(s.l[m]);
+    }
+  }
+
+  void online_softmax(int64_t m, float *p) {
+    vf most = load(p);
+    for (int c = W; c < width; c += W) most = larger(most, load(p + c));
+    const float before = s.m[m];
+    float now = std::max(before, largest_of(most));
+    if (now == -INF) {  // nothing read yet: exp(−inf − −inf) is no number
+      if (std::none_of(p, p + width, [](float x) { return x != x; })) {
+        std::fill(p, p + width, 0.f);
+        return;
+      }
+      now = 0.f;  // scores that are no number stay so: an error upstream must show
+    }
+    vf sum = vf{};
+    for (int c = 0; c < width; c += W) {
+      vf x = exp_of(load(p + c) - now);
+      sum += x;
+      store(p + c, x);
+    }
+    if (call.a.drop_keys) {
+      keep_row(m, s.keep);
+      for (int c = 0; c < width; c += W) store(p + c, load(p + c) * load(s.keep + c));
+    }
+    if (now != before) {
+      const float factor = exp_of(all(before - now))[0];
+      float *of = s.sums + m * call.Dp;
+      for (int64_t d = 0; d < call.Dp; d += W) store(of + d, load(of + d) * factor);
+      s.l[m] *= factor;
+      s.m[m] = now;
+    }
+    s.l[m] += sum_of(sum);
+  }
+
+  // ---- backward ------------------------------------------------------------------------------------------------
+
+  void backward(Chunks &chunks) {
+    const Args &a = call.a;
+    const int64_t Dp = call.Dp;
+    for (int64_t m = 0; m < M; m++) {
+      int64_t i = first + m % R;
+      float *dout = s.dout + m * Dp, *out = s.dq + m * Dp;  // dq is not in use yet
+      read_row(a.bf16, a.dout, b * a.sdo[0] + head(m) * a.sdo[1] + i * a.sdo[2], a.D, Dp, 1.f, dout);
+      read_row(a.bf16, a.out_saved, index(m) * a.D, a.D, Dp, 1.f, out);
+      vf sum = vf{};
+      for (int64_t d = 0; d < Dp; d += W) sum += load(dout + d) * load(out + d);
+      const float lse = a.lse[index(m)];
+      const bool empty = lse == -INF;
+      s.m[m] = empty ? INF : lse;  // P = exp(S − inf) = 0
+      s.delta[m] = empty ? 0.f : sum_of(sum) - (a.dlse ? a.dlse[index(m)] : 0.f);
+    }
+    std::memset(s.dq, 0, M * Dp * 4);
+    while (chunks.next()) {
+      for (int64_t m0 = 0; m0 < M; m0 += ROWS) {
+        int rows = (int)std::min((int64_t)ROWS, M - m0);
+        if (!scores(chunks, m0, rows)) continue;
+        for (int i = 0; i < lives; i++)
+          product<false>(rows, live[i].of->np / 16, a.D, s.dout + m0 * Dp, Dp, live[i].of->vt, 16, 16 * Dp,
+                         s.dp + live[i].column, STRIDE, false);
+        for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, s.s + r * STRIDE, s.dp + r * STRIDE);
+        if (a.dbias) add_bias_gradient(chunks, m0, rows);
+        const int panels = (int)(Dp / 16);
+        runs([&](int column, const Segment &x, int n) {
+          product<true>(n, panels, rows, s.s + column, STRIDE, s.dout + m0 * Dp, Dp, 16, x.dv, Dp, true);
+          product<true>(n, panels, rows, s.dp + column, STRIDE, s.q + m0 * Dp, Dp, 16, x.dk, Dp, true);
+          product<false>(rows, panels, n, s.dp + column, STRIDE, x.kn, call.kn_stride, 16, s.dq + m0 * Dp, Dp, true);
+        });
+      }
+      chunks.scatter();
+    }
+    for (int64_t m = 0; m < M; m++)
+      write_row(a.bf16, a.dq, index(m) * a.D, a.D, (float)a.scale, s.dq + m * Dp);
+  }
+
+  // s: scores → weights (after dropout), dp → gradient of the scores
+  void softmax_gradient(int64_t m, float *p, float *dp) {
+    const float lse = s.m[m], delta = s.delta[m];
+    if (!call.a.drop_keys) {
+      for (int c = 0; c < width; c += W) {
+        vf x = exp_of(load(p + c) - lse);
+        store(p + c, x);
+        store(dp + c, x * (load(dp + c) - delta));
+      }
+      return;
+    }
+    keep_row(m, s.keep);
+    for (int c = 0; c < width; c += W) {
+      vf x = exp_of(load(p + c) - lse), keep = load(s.keep + c);
+      store(p + c, x * keep);
+      store(dp + c, x * (load(dp + c) * keep - delta));
+    }
+  }
+
+  void add_bias_gradient(const Chunks &chunk, int64_t m0, int rows) const {
+    const Args &a = call.a;
+    for (int i = 0; i < lives; i++)
+      for (int r = 0; r < rows; r++) {
+        float *to = a.dbias + ((b * a.H + head(m0 + r)) * a.NQ + row) * a.K;
+        const float *ds = s.dp + r * STRIDE + live[i].column;
+        for (int k = live[i].of->first_span; k < live[i].of->first_span + live[i].of->spans; k++) {
+          const Span &of = chunk.span[k];
+          float sum = 0;
+          for (int c = of.column; c < of.column + of.count; c++) sum += ds[c];
+          if (of.entry >= 0) to[of.entry] += sum;
+        }
+      }
+  }
+};
+
+void row_of_table(Call &call, Scratch &s, int64_t unit, int64_t z, int64_t row, float *dk, float *dv) {
+  const Args &a = call.a;
+  const int64_t stop = std::min((row + 1) * a.q_block, a.Nq), at_once = call.item_rows / call.G;
+  for (int64_t first = row * a.q_block; first < stop; first += at_once) {
+    Item item(call, s, unit, z, row, first, std::min(at_once, stop - first));
+    Chunks chunks(call, s, unit, call.table_row(unit, z, row), a.dense_row[row], dk, dv);
+    if (call.backward)
+      item.backward(chunks);
+    else
+      item.forward(chunks);
+  }
+}
+
+void forward(Call &call) {
+  Team team(call.threads);
+  call.prepare(team);
+  std::atomic<int64_t> next{0};
+  const int64_t NQ = call.a.NQ, rows = call.units * call.nz * NQ;
+  team.run([&](int me) {
+    for (int64_t i; (i = next++) < rows;)
+      row_of_table(call, call.scratch[me], i / (NQ * call.nz), i / NQ % call.nz, i % NQ, nullptr, nullptr);
+  });
+}
+
+// Rows are dealt out in contiguous shares of equal cost. Where a share begins inside a unit, its gradients of keys and
+// values go to a slab of their own, added to the unit's in the order of the shares: no race, the same bits every time.
+void backward(Call &call) {
+  const Args &a = call.a;
+  Team team(call.threads);
+  const int shares = team.size();
+  call.prepare(team);
+  const int64_t NQ = a.NQ, per_unit = call.nz * NQ, rows = call.units * per_unit;
+  std::vector<double> cost(rows + 1, 0.0);
+  for (int64_t i = 0; i < rows; i++) {
+    int64_t unit = i / per_unit, z = i / NQ % call.nz, row = i % NQ;
+    int64_t queries = std::min(a.q_block, a.Nq - row * a.q_block) * call.G;
+    cost[i + 1] = cost[i] + (double)(call.keys_of_row(call.table_row(unit, z, row), row) + 1) * (queries + 8);
+  }
+  std::vector<int64_t> cut(shares + 1, rows);
+  for (int t = 0; t < shares; t++)
+    cut[t] = std::lower_bound(cost.begin(), cost.end(), cost[rows] * t / shares) - cost.begin();
+  const int64_t size = a.Nkv * call.Dp;
+  auto slab = [&](int share) { return call.slabs + (share - 1) * 2 * size; };
+  team.run([&](int me) {
+    float *dk = nullptr, *dv = nullptr;
+    for (int64_t i = cut[me]; i < cut[me + 1]; i++) {
+      int64_t unit = i / per_unit;
+      if (i == cut[me] || i % per_unit == 0) {
+        bool own = i % per_unit == 0;
+        dk = own ? call.dk + unit * size : slab(me), dv = own ? call.dv + unit * size : slab(me) + size;
+        std::memset(dk, 0, size * 4);
+        std::memset(dv, 0, size * 4);
+      }
+      row_of_table(call, call.scratch[me], unit, i / NQ % call.nz, i % NQ, dk, dv);
+    }
+  });
+  std::atomic<int64_t> next{0};
+  const int64_t at_once = 256, parts = (a.Nkv + at_once - 1) / at_once;
+  team.run([&](int) {
+    for (int64_t p; (p = next++) < call.units * parts;) {
+      int64_t unit = p / parts, key = p % parts * at_once, stop = std::min(key + at_once, a.Nkv);
+      for (int t = 1; t < shares; t++)
+        if (cut[t] < cut[t + 1] && cut[t] % per_unit && cut[t] / per_unit == unit)
+          for (int which = 0; which < 2; which++) {
+            float *to = (which ? call.dv : call.dk) + unit * size;
+            const float *add = slab(t) + which * size;
+            for (int64_t d = key * call.Dp; d < stop * call.Dp; d++) to[d] += add[d];
+          }
+      if (!call.direct)
+        for (; key < stop; key++) {
+          int64_t from = unit * size + key * call.Dp, to = (unit * a.Nkv + key) * a.D;
+          write_row(a.bf16, a.dk, to, a.D, 1.f, call.dk + from);
+          write_row(a.bf16, a.dv, to, a.D, 1.f, call.dv + from);
+        }
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" int64_t native_workspace(const Args *args, int64_t of_backward) {
+  return Call(*args, of_backward, nullptr).bytes;
+}
+
+// 0, or 1 when memory ran out.
+extern "C" int64_t native_run(const Args *args, int64_t of_backward) {
+  try {
+    Call call(*args, of_backward, (char *)args->work);
+    of_backward ? backward(call) : forward(call);
+    return 0;
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+}

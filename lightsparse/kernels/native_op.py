@@ -1,0 +1,243 @@
+"""The `native` backend as one operator: native.cpp called by address, with its own backward.
+
+The arithmetic is fp32 whatever the inputs. The backward needs the output and the log-sum-exp, so both are kept with the
+inputs; the scores are computed again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from lightsparse.kernels import layout_arguments, native_build
+from lightsparse.kernels.dropout import Dropout, drop_below
+from lightsparse.kernels.workspace import workspace
+from lightsparse.patterns.layout import BlockLayout
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the kernel can be had here; builds it on the first call."""
+    return native_build.library() is not None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    scale: float,
+    bias: Tensor | None,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, Nq, D] in q's dtype and lse [B, H, Nq] fp32, both differentiable."""
+    return torch.ops.lightsparse.native(q, k, v, bias, *layout_arguments.flat(layout, dropout), scale)
+
+
+@torch.library.custom_op("lightsparse::native", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kv_indices: Tensor,
+    dense_rows: Tensor,
+    q_pos: Tensor,
+    visible_from: Tensor,
+    visible_until: Tensor,
+    q_doc: Tensor | None,
+    kv_doc: Tensor | None,
+    dense: Tensor | None,
+    dropout_keys: Tensor | None,
+    dropout_key_ids: Tensor | None,
+    rate: float,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    layout, dropout = layout_arguments.unflattened(
+        kv_indices,
+        dense_rows,
+        q_pos,
+        visible_from,
+        visible_until,
+        q_doc,
+        kv_doc,
+        dense,
+        dropout_keys,
+        dropout_key_ids,
+        rate,
+        q_block,
+        kv_block,
+    )
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    call = _Call(q, k, v, layout, scale, bias, dropout)
+    call.put(out=out, lse=lse)
+    call.run(of_backward=False)
+    return out, lse
+
+
+@_forward.register_fake
+def _(q, k, v, bias, *rest):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+@torch.library.custom_op("lightsparse::native_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kv_indices: Tensor,
+    dense_rows: Tensor,
+    q_pos: Tensor,
+    visible_from: Tensor,
+    visible_until: Tensor,
+    q_doc: Tensor | None,
+    kv_doc: Tensor | None,
+    dense: Tensor | None,
+    dropout_keys: Tensor | None,
+    dropout_key_ids: Tensor | None,
+    rate: float,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout, dropout = layout_arguments.unflattened(
+        kv_indices,
+        dense_rows,
+        q_pos,
+        visible_from,
+        visible_until,
+        q_doc,
+        kv_doc,
+        dense,
+        dropout_keys,
+        dropout_key_ids,
+        rate,
+        q_block,
+        kv_block,
+    )
+    call = _Call(q, k, v, layout, scale, bias, dropout)
+    made = torch.empty if q.numel() else torch.zeros  # the walk over no queries writes nothing
+    dq, dk, dv = (made(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    call.put_rows("dout", "sdo", grad_out)
+    call.put(out_saved=out, lse=lse, dq=dq, dk=dk, dv=dv, dlse=None if grad_lse is None else grad_lse.float())
+    dbias_BHNK = None
+    if bias is not None:
+        dbias_BHNK = torch.zeros(*q.shape[:2], *bias.shape[2:])
+        call.put(dbias=dbias_BHNK)
+    call.run(of_backward=True)
+    if bias is None or dbias_BHNK is None:
+        return dq, dk, dv, q.new_empty(0)
+    dbias = dbias_BHNK.unflatten(1, (bias.shape[1], -1)).sum(2)
+    return dq, dk, dv, (dbias.sum(0, keepdim=True) if bias.shape[0] == 1 else dbias).to(bias.dtype)
+
+
+@_backward.register_fake
+def _(grad_out, grad_lse, out, lse, q, k, v, bias, *rest):
+    dbias = q.new_empty(0) if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    return (*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)), dbias)
+
+
+_TENSORS = 4 + layout_arguments.TENSORS  # q, k, v, bias and those of the layout
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*output, *inputs[:_TENSORS])
+    ctx.numbers = inputs[_TENSORS:]
+
+
+def _gradients(ctx, grad_out: Tensor, grad_lse: Tensor | None):
+    saved = ctx.saved_tensors  # only once: recomputation hands them out once
+    bias = saved[5]
+    dq, dk, dv, dbias = torch.ops.lightsparse.native_backward(grad_out, grad_lse, *saved, *ctx.numbers)
+    rest = layout_arguments.TENSORS + layout_arguments.NUMBERS + 1
+    return dq, dk, dv, None if bias is None else dbias, *(None for _ in range(rest))
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+class _Call:
+    """`Arguments` of one call, and the tensors whose memory they point to."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: BlockLayout,
+        scale: float,
+        bias: Tensor | None,
+        dropout: Dropout | None,
+    ):
+        self.of = native_build.Arguments()
+        self.held: list[Tensor] = []
+        of, mask, table = self.of, layout.mask, layout.kv_indices
+        of.B, of.H, of.Nq, of.D = q.shape
+        of.Hkv, of.Nkv = k.shape[1:3]
+        of.table_batch, of.table_heads, of.NQ, of.K = table.shape
+        of.q_block, of.kv_block = layout.q_block, layout.kv_block
+        of.bf16, of.threads, of.scale = q.dtype == torch.bfloat16, torch.get_num_threads(), scale
+        for name, strides, x in (("q", "sq", q), ("k", "sk", k), ("v", "sv", v)):
+            self.put_rows(name, strides, x)
+        of.dense_count = len(layout.dense_rows)
+        is_dense = torch.zeros(layout.num_q_blocks, dtype=torch.bool)
+        is_dense[layout.dense_rows.long()] = True
+        self.put(table=table, dense_row=is_dense)
+        for name, stride in _MASK.items():
+            held = getattr(mask, name)
+            self.put(**{name: None if held is None else held.to(torch.int32)})
+            setattr(of, stride, 0 if held is None or held.shape[0] == 1 else held.shape[1])
+        if bias is not None:
+            per_head = bias.shape[2] * bias.shape[3]
+            of.bias_b = 0 if bias.shape[0] == 1 else bias.shape[1] * per_head
+            of.bias_h, of.bias_group = per_head, of.H // bias.shape[1]
+            self.put(bias=bias.float())
+        if dropout is not None:
+            of.drop_below, of.keep = drop_below(dropout.rate), 1.0 / (1.0 - dropout.rate)
+            self.put(drop_keys=dropout.keys.long())
+            self.put(key_ids=None if dropout.key_ids is None else dropout.key_ids.long())
+
+    def put(self, **tensors: Tensor | None) -> None:
+        """Addresses of contiguous memory."""
+        for name, x in tensors.items():
+            if x is not None:
+                self.held.append(x.contiguous())
+                setattr(self.of, name, self.held[-1].data_ptr())
+
+    def put_rows(self, name: str, strides: str, x: Tensor) -> None:
+        """[B, H, N, D] with any strides but the last."""
+        x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        self.held.append(x)
+        setattr(self.of, name, x.data_ptr())
+        setattr(self.of, strides, (ctypes.c_int64 * 3)(*x.stride()[:3]))
+
+    def run(self, of_backward: bool) -> None:
+        library = native_build.library()
+        assert library is not None  # the dispatcher has asked
+        size = library.native_workspace(ctypes.byref(self.of), of_backward)
+        work = workspace().take("native", size // 4 + 16, torch.float32, torch.device("cpu"))
+        self.of.work = -(-work.data_ptr() // 64) * 64
+        if library.native_run(ctypes.byref(self.of), of_backward):
+            raise MemoryError("the attention kernel found no memory for its bookkeeping")
+
+
+_MASK = {  # and the field of its stride
+    "q_pos": "q_pos_b",
+    "visible_from": "from_b",
+    "visible_until": "until_b",
+    "q_doc": "q_doc_b",
+    "kv_doc": "kv_doc_b",
+}

@@ -1,0 +1,251 @@
+"""What is particular to the compiled kernel: its instruction sets, exp, dropout bits, threads, decoding, the build."""
+
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import Sizes, Tables, assert_equals_reference, dropout, inputs, random_layout, results
+
+from lightsparse.kernels import Dropout, block_sparse_attention, native_build, native_op
+from lightsparse.kernels.dropout import keep_scale
+from lightsparse.patterns import GlobalTokens, LocalWindow
+
+
+@pytest.fixture
+def threads():
+    """Sets PyTorch's thread count for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dim", [16, 24, 40, 64, 72, 80, 100, 128, 5])
+def test_any_head_dim(dim):
+    sizes = Sizes(batch=1, heads=4, kv_heads=2, nq=70, nkv=70, dim=dim)
+    for kv_block in (24, 4):  # packed ahead, gathered
+        layout = random_layout(sizes, Tables(1, 2, 32, kv_block, most=4, rule="both"))
+        assert_equals_reference("native", inputs(sizes), layout)
+
+
+@pytest.mark.parametrize(("q_block", "kv_block"), [(100, 200), (200, 100), (300, 16), (130, 130), (7, 300)])
+def test_blocks_larger_than_the_tiles_of_the_kernel(q_block, kv_block):
+    sizes = Sizes(batch=1, heads=8, kv_heads=2, nq=300, nkv=301, dim=16)
+    for rule in ("causal", "documents", "intervals"):
+        tables = Tables(1, 2, q_block, kv_block, most=6, rule=rule, dense_rows=(0,))
+        assert_equals_reference("native", inputs(sizes), random_layout(sizes, tables))
+
+
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
+def test_every_instruction_set_gives_the_same_answer(capability, monkeypatch, tmp_path):
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    here = torch.backends.cpu.get_cpu_capability()
+    if here not in order or order.index(capability) > order.index(here):
+        capability = "DEFAULT"  # what this machine cannot run is tested on those that can
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    loaded = native_build.load(native_build.build())
+    monkeypatch.setattr(native_build, "library", lambda: loaded)
+    for sizes in (Sizes(batch=1, nq=100, nkv=100, dim=64), Sizes(batch=1, nq=50, nkv=50, dim=24)):
+        layout = random_layout(sizes, Tables(1, 2, 32, 16, most=4, rule="documents"))
+        assert_equals_reference("native", inputs(sizes), layout, dropout=dropout(sizes))
+
+
+def test_weights_from_all_to_nothing_are_exact():
+    """One key each: the weight against a second key of score 0 is the logistic function, over all of exp's range."""
+    scores = torch.linspace(-120, 120, 4801, dtype=torch.float64)
+    q = scores.float()[None, None, :, None].contiguous()
+    k = torch.tensor([1.0, 0.0])[None, None, :, None]
+    v = torch.tensor([1.0, 0.0])[None, None, :, None]
+    layout = random_layout(Sizes(1, 1, 1, 1, 2, 1), Tables(rule="both", q_block=1, kv_block=1))
+    mask = replace(layout.mask, q_pos=torch.zeros(1, 4801, dtype=torch.int32))
+    table = torch.tensor([0, 1], dtype=torch.int32).expand(1, 1, 4801, 2).contiguous()
+    layout = replace(layout, kv_indices=table, mask=mask)
+    out, lse = block_sparse_attention(q, k, v, layout, scale=1.0, backend="native", return_lse=True)
+    exact = torch.sigmoid(q.double().flatten())
+    normal = exact > 1e-37
+    torch.testing.assert_close(out.flatten().double()[normal], exact[normal], rtol=5e-7, atol=0)
+    assert out.flatten()[~normal].abs().max() <= 1e-37
+    right = torch.logaddexp(q.double().flatten(), torch.zeros(()).double())
+    torch.testing.assert_close(lse.flatten().double(), right, rtol=3e-7, atol=3e-7)
+
+
+def test_a_value_that_is_no_number_is_not_hidden():
+    sizes = Sizes(batch=1, heads=1, kv_heads=1, nq=64, nkv=64, dim=16)
+    q, k, v = (x.detach().clone() for x in inputs(sizes))
+    layout = LocalWindow(16).layout(64, block=16)
+    q[0, 0, 20, 3] = k[0, 0, 40, 1] = float("nan")
+    out = block_sparse_attention(q, k, v, layout, backend="native")
+    touched = layout.to_dense()[0, 0, :, 40] | (torch.arange(64) == 20)
+    assert 2 < touched.sum() < 40
+    assert torch.equal(out.isnan().any(-1)[0, 0], touched)
+
+
+@pytest.mark.parametrize("kv_block", [16, 4])
+def test_dropout_decides_bit_by_bit_as_keep_scale_does(kv_block):
+    """With values that are rows of the identity, the output is the weights: zero exactly where one is dropped."""
+    sizes = Sizes(batch=2, heads=4, kv_heads=2, nq=48, nkv=48, dim=48)
+    q, k, v = (x.detach().clone() for x in inputs(sizes))
+    v.copy_(torch.eye(48).expand_as(v))
+    layout = GlobalTokens(48).layout(48, block=kv_block, causal=False)
+    for ids in (None, torch.randint(0, 1 << 40, (48,))):
+        drop = replace(dropout(sizes, 0.4), key_ids=ids)
+        out = block_sparse_attention(0.1 * q, k, v, layout, dropout=drop, backend="native")
+        kept = keep_scale(drop, torch.arange(4), layout.mask.q_pos, torch.arange(48)[None, None], torch.float32)
+        assert torch.equal(out != 0, kept != 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (1, 1)])
+def test_two_threads_repeat_their_bits_and_agree_with_one(threads, heads, dtype):
+    sizes = Sizes(batch=1, heads=heads[0], kv_heads=heads[1], nq=500, nkv=500, dim=64)
+    layout = (LocalWindow(200) | GlobalTokens(4)).layout(500, block=32, heads=heads[0], kv_heads=heads[1])
+    options = {"dropout": dropout(sizes), "bias": torch.randn(1, 1, *layout.kv_indices.shape[2:]).requires_grad_()}
+    threads(1)
+    one = results("native", inputs(sizes, dtype), layout, **options)
+    threads(2)
+    two, again = (results("native", inputs(sizes, dtype), layout, **options) for _ in range(2))
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for name in one:
+        assert torch.equal(two[name], again[name]), name
+        torch.testing.assert_close(two[name], one[name], rtol=tolerance, atol=tolerance)
+    assert torch.equal(one["out"], two["out"])  # a row's sums do not depend on who computes it
+
+
+def test_decoding_one_query_gives_the_row_of_the_whole():
+    sizes = Sizes(batch=2, heads=4, kv_heads=2, nq=300, nkv=300, dim=32)
+    q, k, v = (x.detach() for x in inputs(sizes))
+    layout = (LocalWindow(60) | GlobalTokens(4)).layout(300, block=16, heads=4, kv_heads=2)
+    whole = block_sparse_attention(q, k, v, layout, backend="native")
+    for at in (0, 17, 255, 299):
+        row = block_sparse_attention(q[:, :, at : at + 1], k, v, layout.per_token(at, at + 1), backend="native")
+        torch.testing.assert_close(row, whole[:, :, at : at + 1], rtol=1e-5, atol=1e-5)
+
+
+def test_no_queries_and_no_keys():
+    empty = torch.zeros(1, 2, 0, 16)
+    full = torch.randn(1, 2, 32, 16)
+    layout = LocalWindow(16).layout(32, block=16)
+    none = replace(
+        layout,
+        kv_indices=layout.kv_indices[:, :, :0],
+        mask=layout.mask.queries(0, 0),
+    )
+    keys = full.clone().requires_grad_()
+    out = block_sparse_attention(empty, keys, keys, none, backend="native")
+    assert out.shape == (1, 2, 0, 16)
+    assert torch.equal(torch.autograd.grad(out.sum(), keys)[0], torch.zeros_like(keys))
+
+
+def test_an_expected_error_of_bf16_is_that_of_rounding_the_result():
+    sizes = Sizes(batch=1, nq=256, nkv=256, dim=64)
+    layout = LocalWindow(100).layout(256, block=32)
+    q, k, v = (x.detach() for x in inputs(sizes, torch.bfloat16))
+    out = block_sparse_attention(q, k, v, layout, backend="native")
+    exact = block_sparse_attention(q.float(), k.float(), v.float(), layout, backend="native")
+    assert (out == exact.bfloat16()).float().mean() > 0.999
+
+
+# ---- the build ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    """An empty cache, and a library that has not been asked for yet."""
+    monkeypatch.setenv("LIGHTSPARSE_CACHE", str(tmp_path / "cache"))
+    native_build.library.cache_clear()
+    yield tmp_path / "cache"
+    native_build.library.cache_clear()
+
+
+@pytest.fixture
+def quick_source(monkeypatch, tmp_path) -> None:
+    """In place of the kernel, which compiles for seconds."""
+    source = tmp_path / "native.cpp"
+    source.write_text('extern "C" long native_run() { return 0; } extern "C" long native_workspace() { return 7; }')
+    monkeypatch.setattr(native_build, "SOURCE", source)
+
+
+def test_a_second_load_compiles_nothing(cache, quick_source, monkeypatch, tmp_path):
+    built = native_build.build()
+    assert built.parent == cache and [file.name for file in cache.iterdir()] == [built.name]
+    before = built.stat().st_mtime_ns
+    assert native_build.build() == built and built.stat().st_mtime_ns == before
+    assert native_build.load(built).native_workspace(None, 0) == 7
+    (tmp_path / "native.cpp").write_text('extern "C" long native_run() { return 1; }')
+    assert native_build.build() != built  # another source, another file
+
+
+def test_another_instruction_set_is_another_file(cache, quick_source, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    plain = native_build.build()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert native_build.build() != plain
+
+
+@pytest.mark.multiprocess
+def test_two_processes_may_build_at_once(cache, quick_source, tmp_path):
+    program = (
+        "import sys, pathlib; from lightsparse.kernels import native_build\n"
+        "native_build.SOURCE = pathlib.Path(sys.argv[1])\n"
+        "print(native_build.load(native_build.build()).native_workspace(None, 0))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "native.cpp")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[0].strip() for process in both] == ["7", "7"]
+    assert len(list(cache.iterdir())) == 1
+
+
+def served_without_kernel(caplog) -> list[str]:
+    """Warnings of three calls, which must all be served all the same."""
+    sizes = Sizes(dim=16)
+    layout = LocalWindow(20).layout(63, block=16)
+    with caplog.at_level(logging.WARNING, logger="lightsparse"):
+        for _ in range(3):
+            assert block_sparse_attention(*inputs(sizes), layout).isfinite().all()
+    with pytest.raises(ValueError, match='backend "native" could not be built here'):
+        block_sparse_attention(*inputs(sizes), layout, backend="native")
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_without_a_compiler_blocked_serves_and_says_so_once(cache, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (said,) = served_without_kernel(caplog)
+    assert "no C++ compiler (no-such-compiler) is on the path" in said and "blocked" in said
+
+
+def test_a_build_that_fails_is_said_once_with_its_reason(cache, monkeypatch, caplog, tmp_path):
+    source = tmp_path / "native.cpp"
+    source.write_text("this is no C++")
+    monkeypatch.setattr(native_build, "SOURCE", source)
+    (said,) = served_without_kernel(caplog)
+    assert "ends with status 1" in said and "error" in said
+
+
+def test_a_file_in_the_cache_that_does_not_load_is_no_crash(cache, quick_source, caplog):
+    native_build.build().write_bytes(b"nothing")
+    (said,) = served_without_kernel(caplog)
+    assert "does not load" in said
+
+
+def test_a_cache_that_cannot_be_written_to_is_no_crash(cache, quick_source, caplog, monkeypatch):
+    monkeypatch.setenv("LIGHTSPARSE_CACHE", "/proc/nowhere")
+    (said,) = served_without_kernel(caplog)
+    assert "set LIGHTSPARSE_CACHE" in said
+
+
+def test_a_read_only_home_builds_among_the_temporary_files(quick_source, monkeypatch, tmp_path):
+    for name, value in {"HOME": "/proc/nowhere", "TMPDIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LIGHTSPARSE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(native_build.tempfile, "tempdir", None)
+    built = native_build.build()
+    assert built.is_relative_to(tmp_path) and built.parent.stat().st_mode & 0o077 == 0
+
+
+def test_the_kernel_is_available_here():
+    assert native_op.available()
+    assert Dropout(0.5, torch.zeros(1, dtype=torch.int64)).key_ids is None
