@@ -21,7 +21,7 @@ _BITS = 31
 class Dropout:
     """rate: share of weights dropped, in [0, 1). keys: int64 [B], one per sample (`sample_keys`).
 
-    key_ids: int64 [Nkv], the numbers of a call's keys where they are a part of a sequence's; None = 0, 1, …
+    key_ids: int64 [Nkv], the numbers that a call's keys go by where they are a part of a sequence's; None = 0, 1, …
     """
 
     rate: float
@@ -48,5 +48,10 @@ def keep_scale(dropout: Dropout, heads: Tensor, queries: Tensor, keys: Tensor, d
         keys = dropout.key_ids[keys.long().clamp(max=len(dropout.key_ids) - 1)]
     key_BHK = mix(keys.long() * _KEY)  # once per key, so that only one mix is left for every pair
     bits = mix(row_BHQ[..., None] ^ key_BHK[:, :, None, :])
-    kept = ((bits >> 20) & ((1 << _BITS) - 1)) >= int(dropout.rate * (1 << _BITS))
+    kept = ((bits >> 20) & ((1 << _BITS) - 1)) >= drop_below(dropout.rate)
     return kept.to(dtype) * (1.0 / (1.0 - dropout.rate))
+
+
+def drop_below(rate: float) -> int:
+    """Of the 2³¹ values of a weight's bits, those below this one drop it."""
+    return int(rate * (1 << _BITS))
