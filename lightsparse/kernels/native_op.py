@@ -182,6 +182,11 @@ class _Call:
         bias: Tensor | None,
         dropout: Dropout | None,
     ):
+        if layout.kv_indices.numel() and int(layout.kv_indices.max()) >= layout.num_kv_blocks:
+            raise ValueError(  # compiled code would read whatever lies behind the keys
+                f"kv_indices names key block {int(layout.kv_indices.max())} and the keys have {layout.num_kv_blocks} "
+                f"blocks of {layout.kv_block}; ids count from 0"
+            )
         self.of = native_build.Arguments()
         self.held: list[Tensor] = []
         of, mask, table = self.of, layout.mask, layout.kv_indices

@@ -249,3 +249,11 @@ def test_a_read_only_home_builds_among_the_temporary_files(quick_source, monkeyp
 def test_the_kernel_is_available_here():
     assert native_op.available()
     assert Dropout(0.5, torch.zeros(1, dtype=torch.int64)).key_ids is None
+
+
+def test_a_table_that_names_keys_which_are_not_there_is_refused_and_not_read() -> None:
+    layout = LocalWindow(64).layout(256, block=32)
+    layout = replace(layout, kv_indices=layout.kv_indices.clone().fill_(8))
+    q = torch.zeros(1, 1, 256, 16)
+    with pytest.raises(ValueError, match="kv_indices names key block 8 and the keys have 8 blocks of 32"):
+        block_sparse_attention(q, q, q, layout, backend="native")

@@ -111,7 +111,10 @@ def test_accumulation_muon_clipping_recomputing_and_one_stream_agree_too(
     batch = batch.replace("2", "1").replace("4", "2")
     name = f"two {kind} accumulated"
     rows = run(two, folder, name, *ACCUMULATED, strategy, batch, *more, "trainer.max_steps=8")[1]
-    assert_same_curve(rows, accumulated)
+    # Muon orthogonalises in bf16, which makes much of a last bit: seen in the norm of the gradient first.
+    for row, wanted in zip(rows, accumulated, strict=True):
+        assert row.pop("grad_norm") == pytest.approx(wanted["grad_norm"], rel=1e-3)
+    assert_same_curve(rows, [{k: v for k, v in row.items() if k != "grad_norm"} for row in accumulated])
 
 
 @pytest.mark.multiprocess

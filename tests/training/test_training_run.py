@@ -79,7 +79,7 @@ def test_a_run_leaves_what_it_promises(tiny: Tiny) -> None:
     text = (left / "sample.txt").read_text()
     assert text.startswith("════ prompt") and "\n════ continuation" in text
     assert list(checkpoint_steps(left / "checkpoints")) == [10, 12]
-    assert not [path for path in left.rglob("*") if path.name.startswith(".")]
+    assert [path.name for path in left.rglob(".*")] == [".lock"]
 
 
 @pytest.mark.usefixtures("quick")
