@@ -86,8 +86,7 @@ def attend(
     if isinstance(plan, RingPlan):
         return ring_attention(q, k, v, plan, shard, dropout, return_lse)
 
-    table = as_table(torch.cat([k, v], dim=-1), plan.side_by_side)
-    fetch = Fetch(plan.exchange, table, shard, "keys")
+    fetch = Fetch(plan.exchange, as_table(k, v, side_by_side=plan.side_by_side), shard, "keys")
     parts = []
     if plan.near is not None:
         parts.append((plan.near, *_compute(q, k, v, plan.near, block_bias, dropout, return_lse)))

@@ -42,11 +42,15 @@ def token_sources(split: Split, device: torch.device) -> Sources:
     return Sources(split.rank_of.to(device)[None], split.row_of.to(device)[None], split.counts)
 
 
-def as_table(x: Tensor, side_by_side: bool) -> Tensor:
-    """[B, H, n, D] → the table [n, B · H · D] side by side, or [B · H · n, D]."""
+def as_table(*parts: Tensor, side_by_side: bool) -> Tensor:
+    """Parts [B, H, n, D] → the table [n, B · H · D] side by side, or [B · H · n, D], with D that of all parts together.
+
+    One copy, whatever the strides of the parts.
+    """
     if side_by_side:
-        return x.permute(2, 0, 1, 3).reshape(x.shape[2], -1)
-    return x.reshape(-1, x.shape[3])
+        parts = tuple(x.permute(2, 0, 1, 3) for x in parts)
+    table = torch.cat(parts, dim=-1)
+    return table.flatten(1) if side_by_side else table.flatten(0, 2)
 
 
 def from_table(table: Tensor, side_by_side: bool, batch: int, heads: int) -> Tensor:

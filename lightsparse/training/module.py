@@ -25,6 +25,7 @@ from lightsparse.parallel.kinds import ContextRanks
 from lightsparse.parallel.shard import ContextShard
 from lightsparse.parallel.strategies import GridStrategy, ReplicatedStrategy, ShardedStrategy
 from lightsparse.training import watched
+from lightsparse.training.memory import release_freed
 from lightsparse.training.objectives import IGNORED, Objective
 from lightsparse.training.optimizers import parameter_groups
 from lightsparse.training.ranks import data_ranks, of_all_ranks
@@ -183,6 +184,7 @@ class LanguageModel(LightningModule):
     # ---- validation ---------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
+        release_freed()
         # Fp64 on the CPU: sums over a whole validation set are too long for fp32, and not every device has fp64.
         self._overlaps: Tensor | None = None
         self._buckets = torch.zeros(len(self.bucket_edges) + 1, 3, dtype=torch.float64)
@@ -202,6 +204,7 @@ class LanguageModel(LightningModule):
             self._buckets[:, column] += sums.cpu()
 
     def on_validation_epoch_end(self) -> None:
+        release_freed()
         buckets = self._over_ranks(self._buckets.to(self.device, torch.float32)).double().cpu()
         self.choice_churn = None if self._overlaps is None else watched.churn(self._over_ranks(self._overlaps))
         self.by_position = [Totals(*row) for row in buckets.tolist()]
