@@ -23,13 +23,11 @@ from lightsparse.attention.core import AttentionConfig, AttentionCore, Attention
 from lightsparse.attention.dense import refuse_unfit
 from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
 from lightsparse.attention.segments import Branch, Gather, Sizes, gathers
+from lightsparse.attention.segments_over_ranks import share
 from lightsparse.hashing import chain
 from lightsparse.kernels import Dropout
-from lightsparse.parallel.shard import ContextShard
-from lightsparse.parallel.sources import NOWHERE, Sources
 from lightsparse.patterns import BlockLayout, Pattern, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
-from lightsparse.patterns.parts import members, of_rows
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +207,7 @@ def _attend(
         kv_rows = _rows(gather.positions, gather.kv_heads, k)
         k, v = _taken(k, kv_rows), _taken(v, kv_rows)
     else:
-        layout, of_queries, sources = _share(gather, k, ctx)
+        layout, of_queries, sources = share(gather, k, ctx)
     of_queries = of_queries.repeat_interleave(group, 1)
     q_rows = _rows(of_queries, q_heads, q)
     out, lse = attention(
@@ -226,38 +224,6 @@ def _attend(
     # Spare slots and tokens that are no queries here go to a row behind the last.
     rows = torch.where(of_queries >= 0, q_rows, q.shape[:3].numel())
     return _Part(rows.flatten(), out.flatten(0, 2), _flat_lse(out, lse))
-
-
-def _share(gather: Gather, k: Tensor, ctx: SequenceContext) -> tuple[BlockLayout, Tensor, Sources]:
-    """This rank's share of a gather: blocks of slots that hold some of its tokens, which of its tokens stands in each
-    slot (−1 = none of its own), and who has the keys. k [B, Hkv, n, D]."""
-    shard, (batch, kv_heads) = ctx.shard, k.shape[:2]
-    assert shard is not None
-    return shard.plans.get(gather, (batch, kv_heads), lambda: _share_of(gather, batch, kv_heads, shard))
-
-
-def _share_of(gather: Gather, batch: int, kv_heads: int, shard: ContextShard) -> tuple[BlockLayout, Tensor, Sources]:
-    positions, layout = gather.positions, gather.layout
-    assert positions is not None
-    device, tokens = positions.device, positions.clamp(min=0)
-    rank_of = torch.where(positions < 0, NOWHERE, shard.split.rank_of.to(device)[tokens])
-    row_of = shard.split.row_of.to(device)[tokens]
-    own = rank_of == shard.rank
-    blocks = torch.nn.functional.pad(own.any(0).any(0), (0, -own.shape[2] % layout.q_block))
-    rows = blocks.view(-1, layout.q_block).any(-1).nonzero().flatten()
-    slots = members(rows, layout.q_block, layout.num_queries)
-    of_queries = torch.where(own, row_of, -1)[:, :, slots].expand(batch, -1, -1)
-
-    held = torch.tensor([*shard.split.counts, 0], device=device)[rank_of]  # tokens of the rank that has the key
-    sample = torch.arange(batch, device=device)[:, None, None]
-    table_rows = (sample * kv_heads + gather.kv_heads[None, :, None]) * held + row_of
-    sources = Sources(
-        rank_of.expand(batch, -1, -1).flatten(0, 1),
-        table_rows.flatten(0, 1),
-        shard.split.counts,
-        side_by_side=False,
-    )
-    return of_rows(layout, rows), of_queries, sources
 
 
 def _flat_lse(out: Tensor, lse: Tensor | None) -> Tensor:
