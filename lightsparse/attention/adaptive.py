@@ -191,7 +191,11 @@ class BlockSparseAdaptive(AttentionCore):
 
         batch, heads, total, _ = of.query.shape
         at_once = max(_CHUNK // (batch * heads * of.key.shape[2]), 1)
-        runs = [(0, total)] if ctx.shard is None else ctx.shard.split.runs(ctx.shard.rank, self.options.block)
+        runs, shard = [(0, total)], ctx.shard
+        if shard is not None:
+            runs = shard.plans.get(
+                shard, ("runs", self.options.block), lambda: shard.split.runs(shard.rank, self.options.block)
+            )
         parts = []
         for first, last in runs:
             for start in range(first, last, at_once):
@@ -202,8 +206,8 @@ class BlockSparseAdaptive(AttentionCore):
                     parts.append(rows(*given))
         table, bias, *sums = zip(*parts, strict=True)
         found = [torch.stack(each).sum(0) for each in sums]
-        if ctx.shard is not None:
-            found = [sum_over(each, ctx.shard) for each in found]
+        if shard is not None:
+            found = [sum_over(each, shard) for each in found]
         return Choice(torch.cat(table, 2), torch.cat(bias, 2), *found)
 
     def _budget_loss(self, gates_B: Tensor, pairs_B: Tensor) -> Tensor:

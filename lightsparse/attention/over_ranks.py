@@ -19,8 +19,11 @@ def own_rows(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
     if ctx.shard is None:
         return layout
     shard = ctx.shard
-    blocks = shard.split.blocks(shard.rank, layout.q_block).to(layout.kv_indices.device)
-    return shard.plans.get(layout, "rows", lambda: of_rows(layout, blocks))
+
+    def cut() -> BlockLayout:
+        return of_rows(layout, shard.split.blocks(shard.rank, layout.q_block).to(layout.kv_indices.device))
+
+    return shard.plans.get(layout, "rows", cut)
 
 
 def attention(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,43 +27,21 @@ def attention(
     return torch.ops.lightsparse.blocked(q, k, v, bias, *layout_arguments.flat(layout, dropout), scale, with_lse)
 
 
-@torch.library.custom_op("lightsparse::blocked", mutates_args=())
+@torch.library.custom_op(
+    "lightsparse::blocked",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {layout_arguments.SCHEMA}, float scale, bool with_lse) "
+    "-> (Tensor, Tensor)",
+)
 def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    kv_indices: Tensor,
-    dense_rows: Tensor,
-    q_pos: Tensor,
-    visible_from: Tensor,
-    visible_until: Tensor,
-    q_doc: Tensor | None,
-    kv_doc: Tensor | None,
-    dense: Tensor | None,
-    dropout_keys: Tensor | None,
-    dropout_key_ids: Tensor | None,
-    rate: float,
-    q_block: int,
-    kv_block: int,
-    scale: float,
-    with_lse: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    layout, dropout = layout_arguments.unflattened(
-        kv_indices,
-        dense_rows,
-        q_pos,
-        visible_from,
-        visible_until,
-        q_doc,
-        kv_doc,
-        dense,
-        dropout_keys,
-        dropout_key_ids,
-        rate,
-        q_block,
-        kv_block,
-    )
+    *flat, scale, with_lse = rest
+    layout, dropout = layout_arguments.unflattened(*flat)
     dtype = compute_dtype(q.dtype, q.device)
     out, lse = blocked.forward(q.to(dtype), k.to(dtype), v.to(dtype), layout, scale, bias, dropout, with_lse)
     return out.to(q.dtype), lse
@@ -74,7 +54,12 @@ def _(q, k, v, bias, *rest):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
-@torch.library.custom_op("lightsparse::blocked_backward", mutates_args=())
+@torch.library.custom_op(
+    "lightsparse::blocked_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, "
+    f"{layout_arguments.SCHEMA}, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -82,36 +67,10 @@ def _backward(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    kv_indices: Tensor,
-    dense_rows: Tensor,
-    q_pos: Tensor,
-    visible_from: Tensor,
-    visible_until: Tensor,
-    q_doc: Tensor | None,
-    kv_doc: Tensor | None,
-    dense: Tensor | None,
-    dropout_keys: Tensor | None,
-    dropout_key_ids: Tensor | None,
-    rate: float,
-    q_block: int,
-    kv_block: int,
-    scale: float,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout, dropout = layout_arguments.unflattened(
-        kv_indices,
-        dense_rows,
-        q_pos,
-        visible_from,
-        visible_until,
-        q_doc,
-        kv_doc,
-        dense,
-        dropout_keys,
-        dropout_key_ids,
-        rate,
-        q_block,
-        kv_block,
-    )
+    *flat, scale = rest
+    layout, dropout = layout_arguments.unflattened(*flat)
     dtype = compute_dtype(q.dtype, q.device)
     dq, dk, dv, dbias = blocked.backward(
         grad_out.to(dtype), grad_lse, q.to(dtype), k.to(dtype), v.to(dtype), layout, scale, bias, dropout

@@ -10,6 +10,12 @@ from lightsparse.kernels.dropout import Dropout
 from lightsparse.patterns.layout import BlockLayout
 from lightsparse.patterns.mask import ElementMask
 
+# The part of an operator's schema that stands for both; torch cannot infer it from `*arguments`.
+SCHEMA = (
+    "Tensor kv_indices, Tensor dense_rows, Tensor q_pos, Tensor visible_from, Tensor visible_until, Tensor? q_doc, "
+    "Tensor? kv_doc, Tensor? dense, Tensor? dropout_keys, Tensor? dropout_key_ids, float rate, SymInt q_block, "
+    "SymInt kv_block"
+)
 TENSORS = 10  # of what `flat` returns, the first so many; the numbers follow
 NUMBERS = 3
 

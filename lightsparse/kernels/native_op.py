@@ -7,6 +7,7 @@ inputs; the scores are computed again.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,42 +39,20 @@ def attention(
     return torch.ops.lightsparse.native(q, k, v, bias, *layout_arguments.flat(layout, dropout), scale)
 
 
-@torch.library.custom_op("lightsparse::native", mutates_args=())
+@torch.library.custom_op(
+    "lightsparse::native",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {layout_arguments.SCHEMA}, float scale) -> (Tensor, Tensor)",
+)
 def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    kv_indices: Tensor,
-    dense_rows: Tensor,
-    q_pos: Tensor,
-    visible_from: Tensor,
-    visible_until: Tensor,
-    q_doc: Tensor | None,
-    kv_doc: Tensor | None,
-    dense: Tensor | None,
-    dropout_keys: Tensor | None,
-    dropout_key_ids: Tensor | None,
-    rate: float,
-    q_block: int,
-    kv_block: int,
-    scale: float,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    layout, dropout = layout_arguments.unflattened(
-        kv_indices,
-        dense_rows,
-        q_pos,
-        visible_from,
-        visible_until,
-        q_doc,
-        kv_doc,
-        dense,
-        dropout_keys,
-        dropout_key_ids,
-        rate,
-        q_block,
-        kv_block,
-    )
+    *flat, scale = rest
+    layout, dropout = layout_arguments.unflattened(*flat)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     call = _Call(q, k, v, layout, scale, bias, dropout)
@@ -88,7 +67,12 @@ def _(q, k, v, bias, *rest):
     return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
-@torch.library.custom_op("lightsparse::native_backward", mutates_args=())
+@torch.library.custom_op(
+    "lightsparse::native_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor? bias, "
+    f"{layout_arguments.SCHEMA}, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -98,36 +82,10 @@ def _backward(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    kv_indices: Tensor,
-    dense_rows: Tensor,
-    q_pos: Tensor,
-    visible_from: Tensor,
-    visible_until: Tensor,
-    q_doc: Tensor | None,
-    kv_doc: Tensor | None,
-    dense: Tensor | None,
-    dropout_keys: Tensor | None,
-    dropout_key_ids: Tensor | None,
-    rate: float,
-    q_block: int,
-    kv_block: int,
-    scale: float,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout, dropout = layout_arguments.unflattened(
-        kv_indices,
-        dense_rows,
-        q_pos,
-        visible_from,
-        visible_until,
-        q_doc,
-        kv_doc,
-        dense,
-        dropout_keys,
-        dropout_key_ids,
-        rate,
-        q_block,
-        kv_block,
-    )
+    *flat, scale = rest
+    layout, dropout = layout_arguments.unflattened(*flat)
     call = _Call(q, k, v, layout, scale, bias, dropout)
     made = torch.empty if q.numel() else torch.zeros  # the walk over no queries writes nothing
     dq, dk, dv = (made(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

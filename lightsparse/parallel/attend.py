@@ -39,7 +39,7 @@ class Part:
 class KeyPlan:
     """How one rank serves a layout.
 
-    near      rows that read only this rank's keys, against those; None where there are none or nothing is gained
+    near      rows that read only this rank's keys, against those; None where there are none, and with exchange=gather
     far       the other rows, against the keys that they name; None where there are none
     exchange  brings the keys of `far`; every rank takes part, whether it wants any or not
     """

@@ -1,4 +1,4 @@
-"""From a config to the parts of a run that ranks share: the split of a sequence, and the whole of a sharded model."""
+"""From a config to the split of its sequences over ranks."""
 
 from __future__ import annotations
 
