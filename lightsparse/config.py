@@ -23,7 +23,7 @@ from torch import nn
 
 from lightsparse.attention.core import AttentionShape, SequenceContext
 from lightsparse.build import AttentionChoice, OptimizerChoice, check_buildable, chosen, typed
-from lightsparse.data import ByteTokenizer, DataConfig
+from lightsparse.data import DataConfig
 from lightsparse.models.transformer import Transformer
 from lightsparse.overrides import compose_raw, raised_by_hydra, sentence, unknown_key, with_added
 from lightsparse.parallel.kinds import KINDS, StrategyConfig
@@ -169,7 +169,7 @@ def check(config: Config) -> None:
         model = Transformer(
             config.model,
             config.attention.build,
-            vocab_size=ByteTokenizer.vocab_size,
+            vocab_size=config.data.vocab_size,
             causal=config.objective == "causal",
             context=config.data.context,
         )

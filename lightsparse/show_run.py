@@ -12,7 +12,7 @@ from torch import nn
 from lightsparse.analysis.tile_map import TileMap, of_core
 from lightsparse.attention.core import AttentionCore
 from lightsparse.config import Config, parse
-from lightsparse.data.module import TextDataModule
+from lightsparse.data.module import DataModule
 from lightsparse.targets import ConfigError
 from lightsparse.training.checkpoint import newest_checkpoint
 from lightsparse.training.directory import RunDirectory
@@ -37,7 +37,7 @@ def of_run(path: Path, layer: str | None) -> tuple[str, TileMap]:
     if newest is None:
         raise ConfigError(f"run is {path}, which holds no checkpoint; train it to checkpoint.every_n_steps first")
     step, file = newest
-    data = TextDataModule(config.data, config.seed, config.eval.tokens)
+    data = DataModule(config.data, config.seed, config.eval.tokens)
     data.setup()
     module = language_model(config, data.tokenizer)
     module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])

@@ -1,11 +1,14 @@
-"""Text in, packed and resumable batches out. Stands alone: nothing here knows models, attention or training.
+"""Samples in, resumable batches out. Stands alone: nothing here knows models, attention or training.
 
-A source (`stdlib`, `files`, `hub`) is a frozen DataConfig that yields Documents. `corpus` tokenizes and splits them,
-`packing` cuts the token streams into samples, `sampler` orders the samples, `module` hands batches to Lightning.
+A source is a frozen DataConfig (source.py) that makes two sets of samples. Those of text (`stdlib`, `files`, `hub`) are
+TextConfigs: they yield Documents, `corpus` tokenizes and splits them, `packing` cuts the token streams into samples.
+`sampler` orders the samples, `module` hands batches to Lightning.
 A new source is one file here and one YAML in conf/data/ whose `_target_` names its DataConfig.
 """
 
-from lightsparse.data.documents import DataConfig, DataError, Document
+from lightsparse.data.documents import Document
+from lightsparse.data.source import DataConfig, DataError
+from lightsparse.data.text import TextConfig
 from lightsparse.data.tokens import ByteTokenizer
 
-__all__ = ["ByteTokenizer", "DataConfig", "DataError", "Document"]
+__all__ = ["ByteTokenizer", "DataConfig", "DataError", "Document", "TextConfig"]

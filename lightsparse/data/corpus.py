@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from lightsparse.data.documents import DataConfig, DataError, hash_share
+from lightsparse.data.documents import Document, hash_share
+from lightsparse.data.source import DataError
 from lightsparse.data.tokens import ByteTokenizer, token_dtype
 
 log = logging.getLogger(__name__)
@@ -32,9 +34,13 @@ class _Encoded:
     tokens: np.ndarray
 
 
-def build_corpus(config: DataConfig, tokenizer: ByteTokenizer) -> Corpus:
-    """Read, tokenize and split the documents of `config`.
+def build_corpus(
+    documents: Iterable[Document], tokenizer: ByteTokenizer, *, val_fraction: float, context: int
+) -> Corpus:
+    """Read, tokenize and split the documents.
 
+    val_fraction  chance of a document to be held out, where it does not say so itself
+    context       tokens of a sample
     A document's split depends on its own name only, so more documents never move the others. Empty documents are left
     out and counted in the log. Needs about twice the memory of the tokens.
     Raises DataError where a split is shorter than one sample.
@@ -42,21 +48,21 @@ def build_corpus(config: DataConfig, tokenizer: ByteTokenizer) -> Corpus:
     train: list[_Encoded] = []
     val: list[_Encoded] = []
     empty, by_hash = 0, True
-    for document in config.documents():
+    for document in documents:
         if not document.text:
             empty += 1
             continue
         share, by_hash = hash_share(document.name), document.validation is None
-        held_out = share < config.val_fraction if by_hash else document.validation
+        held_out = share < val_fraction if by_hash else document.validation
         (val if held_out else train).append(_Encoded(share, document.name, tokenizer.encode(document.text)))
-    for documents in (train, val):
-        documents.sort(key=lambda document: (document.share, document.name))
+    for encoded in (train, val):
+        encoded.sort(key=lambda document: (document.share, document.name))
     corpus = Corpus(_stream(train, tokenizer), _stream(val, tokenizer), _manifest(train, val))
     log.info(
         "data: %d documents with %d tokens to train on, %d with %d held out, %d empty ones left out; manifest %s",
         len(train), len(corpus.train), len(val), len(corpus.val), empty, corpus.manifest,
     )  # fmt: skip
-    sample = config.context + 1  # its last token is a label only
+    sample = context + 1  # its last token is a label only
     if len(corpus.train) < sample:
         raise DataError(
             f"training has {len(corpus.train)} tokens in {len(train)} documents, fewer than one sample of "

@@ -16,13 +16,15 @@ from typing import Any
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
-from lightsparse.data.documents import DataConfig, DataError, Document, column_text, utf8_text
+from lightsparse.data.documents import Document, column_text, utf8_text
+from lightsparse.data.source import DataError
+from lightsparse.data.text import TextConfig
 
 TABLE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # by suffix; every other file is text
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilesData(DataConfig):
+class FilesData(TextConfig):
     path: str = ""  # a file, a folder (all files below it but hidden ones) or a glob such as 'texts/**/*.txt'
     val_path: str | None = None  # the same, held out as a whole; null: hold out val_fraction of `path` by hash
     column: str = "text"  # column of jsonl and parquet files that holds the text

@@ -17,7 +17,9 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from lightsparse.data.documents import DataConfig, DataError, Document, column_text
+from lightsparse.data.documents import Document, column_text
+from lightsparse.data.source import DataError
+from lightsparse.data.text import TextConfig
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ CONNECT_SECONDS = 5  # `datasets` itself retries for 23 s before it gives up on 
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubData(DataConfig):
+class HubData(TextConfig):
     name: str = ""  # as on the hub, such as emozilla/pg19, or a local folder laid out like one
     config: str | None = None  # subset of a data set that has several
     revision: str | None = None  # branch, tag or commit; refs/convert/parquet for data sets that were scripts

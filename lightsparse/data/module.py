@@ -1,8 +1,7 @@
-"""The LightningDataModule: a source's documents as training and evaluation batches, resumable by one counter."""
+"""The LightningDataModule: a source's samples as training and validation batches, resumable by one counter."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -12,60 +11,55 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightsparse.data.corpus import Corpus, build_corpus
-from lightsparse.data.documents import DataConfig, DataError
-from lightsparse.data.packing import EvaluationSamples, PackedSamples
 from lightsparse.data.sampler import GlobalOrderSampler
+from lightsparse.data.source import DataConfig, DataError, Samples, SampleSet
 from lightsparse.data.tokens import ByteTokenizer
 
 Batch = dict[str, Tensor]
 
 
-class TextDataModule(LightningDataModule):
+class DataModule(LightningDataModule):
     """Batches are dicts: tokens, labels, positions int64 [B, N], documents int32 [B, N], sample_ids int64 [B].
 
     Both loaders already give each rank its share: the trainer needs use_distributed_sampler=False, and, since
     training never runs out of batches, max_steps.
     Who reads what is the strategy's `distributed_sampler_kwargs`.
     `consumed` counts training samples of all ranks together. The training module sets it before a checkpoint is
-    written (global steps · batch_size · accumulation · ranks that read different samples): the loader itself has drawn
-    a few batches ahead.
+    written: the loader itself has drawn a few batches ahead.
     """
 
     def __init__(self, config: DataConfig, seed: int, eval_tokens: int = 262_144):
         super().__init__()
         self.config, self.seed, self.eval_tokens = config, seed, eval_tokens
-        self.tokenizer = ByteTokenizer()
         self.consumed = 0
 
     @cached_property
-    def corpus(self) -> Corpus:
+    def samples(self) -> Samples:
         """Read on first use; DataError where that fails."""
-        return build_corpus(self.config, self.tokenizer)
+        return self.config.samples(self.seed, self.eval_tokens)
 
     def setup(self, stage: str | None = None) -> None:
-        _ = self.corpus
+        _ = self.samples
 
     @property
-    def num_train_tokens(self) -> int:
-        return len(self.corpus.train)
+    def tokenizer(self) -> ByteTokenizer:
+        return self.samples.tokenizer
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits over everything that decides which tokens sample i holds: documents, tokenizer, packing."""
-        parts = (self.corpus.manifest, self.tokenizer.name, self.config.context, self.config.pack)
-        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+        return self.samples.manifest
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless batches of this rank, from `consumed` on."""
-        samples = PackedSamples(self.corpus.train, **self._packing())
+        samples = self.samples.train
         rank, world = self._rank_and_world()
         order = GlobalOrderSampler(len(samples), self.seed, start=self.consumed, rank=rank, world=world)
         return self._loader(samples, order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The first eval_tokens validation tokens in hash order; every rank gets equally many samples."""
-        samples = EvaluationSamples(self.corpus.val, **self._packing(), limit=self.eval_tokens)
+        samples = self.samples.val
         rank, world = self._rank_and_world()
         per_rank = -(-len(samples) // world)
         return self._loader(samples, range(rank, per_rank * world, world))
@@ -84,17 +78,14 @@ class TextDataModule(LightningDataModule):
                 )
         self.consumed = state_dict["consumed"]
 
-    def _packing(self) -> dict[str, Any]:
-        return {"context": self.config.context, "bos": self.tokenizer.bos, "isolate": self.config.pack == "isolate"}
-
     def _rank_and_world(self) -> tuple[int, int]:
         """Of those that read different samples: ranks that hold one sequence together read the same."""
         share = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return (share["rank"], share["num_replicas"]) if share else (0, 1)
 
-    def _loader(self, samples: PackedSamples, order: Iterable[int]) -> DataLoader[Batch]:
+    def _loader(self, samples: SampleSet, order: Iterable[int]) -> DataLoader[Batch]:
         return DataLoader(
-            samples,
+            samples,  # type: ignore[arg-type]  # a Dataset is a class there, not a form
             batch_size=self.config.batch_size,
             sampler=order,
             num_workers=self.config.num_workers,

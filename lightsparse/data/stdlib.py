@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lightsparse.data.documents import DataConfig, DataError, Document, utf8_text
+from lightsparse.data.documents import Document, utf8_text
+from lightsparse.data.source import DataError
+from lightsparse.data.text import TextConfig
 
 # Not the library itself (installed packages), not typical source (tests, tables), or not UTF-8 (lib2to3's fixtures).
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3"}
@@ -23,7 +25,7 @@ MIN_BYTES = 8192  # shorter documents teach nothing about a long context
 
 
 @dataclass(frozen=True, kw_only=True)
-class StdlibData(DataConfig):
+class StdlibData(TextConfig):
     pack: Literal["isolate", "concat"] = "concat"  # one stream of source: a sixth less time a step
     unit: Literal["file", "package"] = "file"  # one document per file, or per top-level package (for > 32k contexts)
 

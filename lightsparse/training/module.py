@@ -240,7 +240,7 @@ class LanguageModel(LightningModule):
         positions_BN = batch["positions"]
         if self.shard is not None:
             tokens_BN, labels_BN, positions_BN = map(self.shard.take, (tokens_BN, labels_BN, positions_BN))
-        isolated = self.config.data.pack == "isolate"
+        isolated = self.config.data.isolated
         ctx = SequenceContext(
             positions=positions_BN if isolated else positions_BN[:1],
             documents=batch["documents"] if isolated else None,  # one document: cores build one layout for all samples

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightsparse.analysis import curves, pattern_picture
 from lightsparse.config import Config
-from lightsparse.data.module import TextDataModule
+from lightsparse.data.module import DataModule
 from lightsparse.patterns import BlockLayout
 from lightsparse.training.directory import RunDirectory
 from lightsparse.training.files import write_text
@@ -36,13 +36,13 @@ def draw_plots(
         pattern_picture.save(layout, directory.plots / "attention.png", config.name)
 
 
-def write_sample(config: Config, module: LanguageModel, data: TextDataModule, directory: RunDirectory) -> None:
+def write_sample(config: Config, module: LanguageModel, data: DataModule, directory: RunDirectory) -> None:
     """sample.txt, from the start of the validation text."""
     length, context = config.eval.sample_tokens, config.data.context
     if length == 0:
         return
     module.eval()
-    text = data.corpus.val[:context].tolist()
+    text = data.samples.val[0]["tokens"].tolist()
     if config.objective == "causal":
         sample = continuation(module.model, data.tokenizer, text, context=context, length=length, seed=config.seed)
     else:

@@ -17,7 +17,7 @@ from rich.console import Console
 from lightsparse.analysis.curves import count_text
 from lightsparse.bench.machine import current_rss, peak_rss
 from lightsparse.config import Config, layout_of
-from lightsparse.data.module import TextDataModule
+from lightsparse.data.module import DataModule
 from lightsparse.kernels import flash, set_backend
 from lightsparse.models.transformer import Transformer
 from lightsparse.parallel.errors import RankError, RankTimeoutError, ranks_named
@@ -70,7 +70,7 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
         MetricsFile(directory.metrics, watched.columns(config)).rewind(start.step if start.checkpoint else -1)
 
     seed_everything(config.seed, workers=True, verbose=False)
-    data = TextDataModule(config.data, config.seed, config.eval.tokens)
+    data = DataModule(config.data, config.seed, config.eval.tokens)
     data.setup()
     module = language_model(config, data.tokenizer)
     model = module.model
@@ -157,7 +157,7 @@ def _layout(config: Config) -> BlockLayout | None:
 def _opening(
     config: Config,
     model: Transformer,
-    data: TextDataModule,
+    data: DataModule,
     layout: BlockLayout | None,
     device: torch.device,
     peak: float,
@@ -170,7 +170,7 @@ def _opening(
     lines = [
         f"model    {config.attention.name} · {count_text(parameters)} parameters · "
         f"context {config.data.context}{density}",
-        f"text     {type(config.data).__name__} · {count_text(data.num_train_tokens)} training tokens · "
+        f"text     {type(config.data).__name__} · {count_text(data.samples.train_tokens)} training tokens · "
         f"fingerprint {data.fingerprint}",
         f"machine  {where} · {precision} · matmul {config.matmul_precision}: "
         f"{peak / 1e9:.0f} GFLOP/s, fp32 error {matmul_error(device):.0e}",

@@ -4,21 +4,27 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from lightsparse.data.corpus import build_corpus
-from lightsparse.data.documents import DataConfig, DataError, Document, hash_share
+from lightsparse.data.corpus import Corpus, build_corpus
+from lightsparse.data.documents import Document, hash_share
+from lightsparse.data.source import DataError
+from lightsparse.data.text import TextConfig
 from lightsparse.data.tokens import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListedData(DataConfig):
+class ListedData(TextConfig):
     listed: tuple[Document, ...]
     context: int = 8
     val_fraction: float = 0.3
 
     def documents(self) -> Iterator[Document]:
         yield from self.listed
+
+
+def corpus_of(config: TextConfig) -> Corpus:
+    return build_corpus(config.documents(), TOKENIZER, val_fraction=config.val_fraction, context=config.context)
 
 
 def numbered(count, length=20):
@@ -32,7 +38,7 @@ def texts(stream):
 
 
 def test_every_document_is_in_exactly_one_split_in_hash_order():
-    corpus = build_corpus(ListedData(listed=numbered(200)), TOKENIZER)
+    corpus = corpus_of(ListedData(listed=numbered(200)))
     by_hash = sorted(numbered(200), key=lambda document: hash_share(document.name))
     held_out = texts(corpus.val)
     assert held_out + texts(corpus.train) == [document.text for document in by_hash]
@@ -41,14 +47,14 @@ def test_every_document_is_in_exactly_one_split_in_hash_order():
 
 
 def test_more_documents_never_move_the_others():
-    few, many = (build_corpus(ListedData(listed=numbered(count)), TOKENIZER) for count in (50, 200))
+    few, many = (corpus_of(ListedData(listed=numbered(count))) for count in (50, 200))
     assert set(texts(few.val)) < set(texts(many.val))
     assert set(texts(few.train)) < set(texts(many.train))
 
 
 def test_the_order_of_the_source_changes_nothing():
     listed = numbered(50)
-    one, other = (build_corpus(ListedData(listed=docs), TOKENIZER) for docs in (listed, listed[::-1]))
+    one, other = (corpus_of(ListedData(listed=docs)) for docs in (listed, listed[::-1]))
     assert np.array_equal(one.train, other.train) and np.array_equal(one.val, other.val)
     assert one.manifest == other.manifest
 
@@ -63,12 +69,12 @@ def test_any_change_of_the_documents_changes_the_manifest(change):
         "split": listed,
     }[change]
     other = ListedData(listed=changed, val_fraction=0.5 if change == "split" else 0.3)
-    assert build_corpus(ListedData(listed=listed), TOKENIZER).manifest != build_corpus(other, TOKENIZER).manifest
+    assert corpus_of(ListedData(listed=listed)).manifest != corpus_of(other).manifest
 
 
 def test_a_source_that_names_its_validation_documents_is_obeyed():
     listed = tuple(Document(d.name, d.text, validation=i < 2) for i, d in enumerate(numbered(20)))
-    corpus = build_corpus(ListedData(listed=listed), TOKENIZER)
+    corpus = corpus_of(ListedData(listed=listed))
     assert set(texts(corpus.val)) == {listed[0].text, listed[1].text}
     assert len(texts(corpus.train)) == 18
 
@@ -76,18 +82,18 @@ def test_a_source_that_names_its_validation_documents_is_obeyed():
 def test_empty_documents_are_left_out_and_counted(caplog):
     caplog.set_level("INFO", logger="lightsparse.data")
     with_empty = (*numbered(50), Document("nothing", ""), Document("nil", ""))
-    corpus = build_corpus(ListedData(listed=with_empty), TOKENIZER)
-    assert corpus.manifest == build_corpus(ListedData(listed=numbered(50)), TOKENIZER).manifest
+    corpus = corpus_of(ListedData(listed=with_empty))
+    assert corpus.manifest == corpus_of(ListedData(listed=numbered(50))).manifest
     assert "2 empty ones left out" in caplog.text
 
 
 def test_too_little_to_train_on_is_refused_with_the_numbers():
     with pytest.raises(DataError, match=r"training has 0 tokens in 0 documents, .*data.context \+ 1 = 9;"):
-        build_corpus(ListedData(listed=()), TOKENIZER)
+        corpus_of(ListedData(listed=()))
     exactly = (Document("a", "x" * 8, False), Document("b", "y" * 8, True))
-    assert len(build_corpus(ListedData(listed=exactly), TOKENIZER).train) == 9
+    assert len(corpus_of(ListedData(listed=exactly)).train) == 9
     with pytest.raises(DataError, match=r"training has 9 tokens in 1 documents, .*data.context \+ 1 = 10;"):
-        build_corpus(ListedData(listed=exactly, context=9), TOKENIZER)
+        corpus_of(ListedData(listed=exactly, context=9))
 
 
 def test_too_little_held_out_is_answered_with_a_fraction_that_works():
@@ -95,9 +101,9 @@ def test_too_little_held_out_is_answered_with_a_fraction_that_works():
     with pytest.raises(
         DataError, match=r"validation has 0 tokens in 0 documents.*use data.val_fraction=0\.\d+$"
     ) as refusal:
-        build_corpus(ListedData(listed=listed, val_fraction=0.001, context=30), TOKENIZER)
+        corpus_of(ListedData(listed=listed, val_fraction=0.001, context=30))
     fraction = float(str(refusal.value).rpartition("=")[2])
-    corpus = build_corpus(ListedData(listed=listed, val_fraction=fraction, context=30), TOKENIZER)
+    corpus = corpus_of(ListedData(listed=listed, val_fraction=fraction, context=30))
     assert len(texts(corpus.val)) >= 2
 
 
@@ -110,4 +116,4 @@ def test_too_little_held_out_is_answered_with_a_fraction_that_works():
 )
 def test_no_fraction_is_named_where_none_would_help(listed):
     with pytest.raises(DataError, match=r"lower data.context or give more documents"):
-        build_corpus(ListedData(listed=listed), TOKENIZER)
+        corpus_of(ListedData(listed=listed))

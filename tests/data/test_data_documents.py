@@ -1,6 +1,8 @@
 import pytest
 
-from lightsparse.data.documents import DataConfig, DataError, column_text, hash_share, utf8_text
+from lightsparse.data.documents import column_text, hash_share, utf8_text
+from lightsparse.data.source import DataError
+from lightsparse.data.text import TextConfig
 
 WRONG = [
     ("context", 0, "data.context is 0; a context counts tokens and must be at least 1"),
@@ -15,7 +17,7 @@ WRONG = [
 @pytest.mark.parametrize("field, value, sentence", WRONG)
 def test_a_wrong_field_is_refused_by_name_in_one_line(field, value, sentence):
     with pytest.raises(ValueError) as refusal:
-        DataConfig(**{field: value})
+        TextConfig(**{field: value})
     assert sentence in str(refusal.value)
     assert "\n" not in str(refusal.value)
 

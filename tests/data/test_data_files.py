@@ -4,8 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightsparse.data.documents import DataError
 from lightsparse.data.files import FilesData, matching_files
+from lightsparse.data.source import DataError
 
 
 def texts(config):

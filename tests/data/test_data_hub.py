@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightsparse.data import hub
-from lightsparse.data.documents import DataError
 from lightsparse.data.hub import HubData
+from lightsparse.data.source import DataError
 
 
 @pytest.fixture

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightsparse.data.documents import DataError
 from lightsparse.data.files import FilesData
-from lightsparse.data.module import TextDataModule
-from lightsparse.data.packing import IGNORED
+from lightsparse.data.module import DataModule
+from lightsparse.data.source import IGNORED, DataError
 
 KEYS = {"tokens", "labels", "documents", "positions", "sample_ids"}
 
@@ -24,7 +23,7 @@ def folder(tmp_path):
 
 def module(folder, seed=0, eval_tokens=500, **fields):
     config = FilesData(path=str(folder), **{"context": 33, "batch_size": 3, "val_fraction": 0.4, **fields})
-    return TextDataModule(config, seed, eval_tokens)
+    return DataModule(config, seed, eval_tokens)
 
 
 def batches(data, count):
@@ -93,13 +92,13 @@ def test_ranks_count_the_first_validation_tokens_once_in_equally_many_batches(fo
     in_order = [batch["labels"][0] for step in zip(*per_rank, strict=True) for batch in step]
     counted = torch.cat(in_order)
     counted = counted[counted != IGNORED]
-    assert counted.tolist() == ranks[0].corpus.val[1:251].tolist()
+    assert counted.tolist() == ranks[0].samples.val.stream[1:251].tolist()
 
 
 def test_a_short_validation_stream_is_used_whole(folder):
     data = module(folder, eval_tokens=10**9)
     labels = torch.cat([batch["labels"].flatten() for batch in data.val_dataloader()])
-    assert (labels != IGNORED).sum() == len(data.corpus.val) - 1
+    assert (labels != IGNORED).sum() == len(data.samples.val.stream) - 1
 
 
 def test_loading_draws_nothing_from_the_global_generator(folder):

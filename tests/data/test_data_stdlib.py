@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lightsparse.data.documents import DataError
+from lightsparse.data.source import DataError
 from lightsparse.data.stdlib import MIN_BYTES, StdlibData
 
 

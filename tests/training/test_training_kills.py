@@ -159,5 +159,5 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(
     )
     for name, value in one["state_dict"].items():
         assert torch.equal(value, two["state_dict"][name]), name
-    for key in ("TextDataModule", "lr_schedulers", "global_step", "validation"):
+    for key in ("DataModule", "lr_schedulers", "global_step", "validation"):
         assert one[key] == two[key], key

@@ -123,7 +123,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(words: tuple[str, ...], tiny
     one, two = final_state(whole), final_state(parts)
     for name, value in one["state_dict"].items():
         assert torch.equal(value, two["state_dict"][name]), name
-    for key in ("TextDataModule", "lr_schedulers", "global_step", "validation"):
+    for key in ("DataModule", "lr_schedulers", "global_step", "validation"):
         assert one[key] == two[key], key
 
 
@@ -211,7 +211,7 @@ def test_checkpoints_have_lightnings_keys(tiny: Tiny) -> None:
     fit(config, raw)
     checkpoint = final_state(config)
     assert {"state_dict", "global_step", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(checkpoint)
-    assert checkpoint["TextDataModule"]["consumed"] == 12 * 2
+    assert checkpoint["DataModule"]["consumed"] == 12 * 2
 
 
 @pytest.mark.usefixtures("quick")
@@ -371,7 +371,7 @@ def test_two_ranks_train_like_one_that_reads_twice_as_much(
     for ours, theirs in zip(rows(one), rows(two), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     ours, theirs = final_state(one), final_state(two)
-    assert ours["TextDataModule"] == theirs["TextDataModule"]
+    assert ours["DataModule"] == theirs["DataModule"]
     for name, value in ours["state_dict"].items():
         torch.testing.assert_close(theirs["state_dict"][name], value, rtol=0, atol=1e-4)  # of about 1e-3
 
