@@ -48,6 +48,7 @@ FREE_KEYS = (
     "checkpoint",
     "eval.every_n_steps",
     "eval.sample_tokens",
+    "eval.stop_accuracy",
     "strategy._target_",
     "strategy.context",
     "strategy.split",

@@ -51,13 +51,16 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every_n_steps: int  # optimizer steps
-    tokens: int  # validation tokens, in hash order of the documents
+    tokens: int  # validation tokens, in hash order of the documents; of a task tokens // context examples
+    stop_accuracy: float | None  # share of right answers at which training ends; null = at trainer.max_steps
     sample_tokens: int  # tokens of sample.txt; 0 = no sample
 
     def __post_init__(self) -> None:
         _at_least(1, "eval.every_n_steps", self.every_n_steps)
         _at_least(1, "eval.tokens", self.tokens)
         _at_least(0, "eval.sample_tokens", self.sample_tokens)
+        if self.stop_accuracy is not None and not 0.0 < self.stop_accuracy <= 1.0:
+            raise ValueError(f"eval.stop_accuracy is {self.stop_accuracy}; it is a share and must lie in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,13 @@ class Config:
             raise ValueError(f"mlm_ratio is {self.mlm_ratio}; it is a share of tokens and must lie in (0, 1)")
         if self.threads is not None:
             _at_least(1, "threads", self.threads)
+        if self.data.asks and self.objective == "mlm":
+            raise ValueError("objective is mlm, but the data is a task whose answers follow; use objective=causal")
+        if self.eval.stop_accuracy is not None and not self.data.asks:
+            raise ValueError(
+                f"eval.stop_accuracy is {self.eval.stop_accuracy}, but the data asks nothing that could be right; "
+                "use it with a task, such as data=mqar"
+            )
         self.strategy.context_ranks(self.ranks)  # raises where they do not fit
         if isinstance(self.strategy, Replicas) and self.strategy.comm_hook == "bf16" and self.precision == "bf16-true":
             raise ValueError(

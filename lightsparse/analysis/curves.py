@@ -1,26 +1,30 @@
-"""The two curves of a run: loss against tokens read, and loss against position in the context."""
+"""The curves of a run: loss and accuracy against tokens read, and loss against position in the context."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+Unit = Literal["bits_per_byte", "loss"]  # of losses, as metrics.csv names them
+_UNITS = {"bits_per_byte": "bits per byte", "loss": "nats per token"}
 _TRAIN, _VALIDATION = "#9aa3c7", "#29337a"  # pale and dark blue, told apart in grey too
 _SOFT = "#b8bac6"  # spines and grid
 _BITS_TICKS = (0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16)
 
 
-def save_loss(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> Path:
-    """Bits per byte of training and validation against training tokens, to `path` (PNG); returns the path.
+def save_loss(rows: Sequence[Mapping[str, float]], path: Path, title: str, unit: Unit = "bits_per_byte") -> Path:
+    """Loss of training and validation against training tokens, to `path` (PNG); returns the path.
 
-    rows  rows of metrics.csv: `tokens` with `train_bits_per_byte`, `val_bits_per_byte` or both
+    rows  rows of metrics.csv: `tokens` with `train_<unit>`, `val_<unit>` or both
     """
-    train = [(row["tokens"], row["train_bits_per_byte"]) for row in rows if "train_bits_per_byte" in row]
-    validation = [(row["tokens"], row["val_bits_per_byte"]) for row in rows if "val_bits_per_byte" in row]
+    train, validation = (
+        [(row["tokens"], row[f"{part}_{unit}"]) for row in rows if f"{part}_{unit}" in row] for part in ("train", "val")
+    )
     axes = _axes(title)
     if train:
         axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=1.3, label="training")
@@ -37,7 +41,7 @@ def save_loss(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> Pa
         )
         _mark_last(axes, *validation[-1])
     axes.set_xlabel("training tokens")
-    axes.set_ylabel("loss (bits per byte)")
+    axes.set_ylabel(f"loss ({_UNITS[unit]})")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
     axes.set_xlim(0, 1.1 * max([1.0, *(tokens for tokens, _ in train + validation)]))  # room for the number
     _log_bits(axes, [value for _, value in train + validation])
@@ -46,10 +50,33 @@ def save_loss(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> Pa
     return _saved(axes, path)
 
 
-def save_loss_by_position(buckets: Sequence[tuple[int, int, float]], path: Path, title: str) -> Path:
-    """Validation bits per byte against the position of the token in its context, to `path` (PNG); returns the path.
+def save_accuracy(rows: Sequence[Mapping[str, float]], path: Path, title: str, goal: float | None = None) -> Path:
+    """Share of right answers against training tokens, to `path` (PNG); returns the path.
 
-    buckets  (first position, end position, bits per byte) of each bucket, in order
+    rows  rows of metrics.csv: `val_accuracy` and `val_exact_match` of those that have them
+    goal  drawn as a line
+    """
+    axes = _axes(title)
+    for name, label, style in (("val_accuracy", "answers", "-"), ("val_exact_match", "examples, all answers", ":")):
+        points = [(row["tokens"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=_VALIDATION, linewidth=1.6, label=label)
+    if goal is not None:
+        axes.axhline(goal, color=_TRAIN, linewidth=1.0, dashes=(6, 3), label=f"goal {goal:g}")
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("share right (validation)")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
+    axes.set_ylim(0, 1.02)
+    axes.legend(frameon=False, loc="upper left")
+    return _saved(axes, path)
+
+
+def save_loss_by_position(
+    buckets: Sequence[tuple[int, int, float]], path: Path, title: str, unit: Unit = "bits_per_byte"
+) -> Path:
+    """Validation loss against the position of the token in its context, to `path` (PNG); returns the path.
+
+    buckets  (first position, end position, loss) of each bucket, in order
     """
     axes = _axes(title)
     centres = [(max(start, end / 4) * end) ** 0.5 for start, end, _ in buckets]  # of the bucket, on a log axis
@@ -64,7 +91,7 @@ def save_loss_by_position(buckets: Sequence[tuple[int, int, float]], path: Path,
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _binary(value)))
     axes.set_xlabel("tokens of context before the predicted one")
-    axes.set_ylabel("validation loss (bits per byte)")
+    axes.set_ylabel(f"validation loss ({_UNITS[unit]})")
     axes.margins(y=0.15)
     return _saved(axes, path)
 

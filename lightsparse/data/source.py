@@ -71,6 +71,11 @@ class DataConfig:
         """Whether a sample may hold several documents that must not see each other."""
         return False
 
+    @property
+    def asks(self) -> bool:
+        """Whether validation labels are answers to questions, right or wrong, each sample all of them or not."""
+        return False
+
     def samples(self, seed: int, eval_tokens: int) -> Samples:
         """Both sets. Reads what has to be read; DataError where that fails.
 

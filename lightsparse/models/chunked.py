@@ -49,6 +49,9 @@ def cross_entropy_sum(hidden_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, ch
     """
     if not torch.is_grad_enabled():
         return token_cross_entropy(hidden_TE, weight_VE, labels_T, chunk).sum()
+    rows = _few_asked(labels_T)
+    if rows is not None:
+        hidden_TE, labels_T = hidden_TE[rows], labels_T[rows]
     hidden_TE, weight_VE = _autocast(hidden_TE), _autocast(weight_VE)
     with torch.autocast(hidden_TE.device.type, enabled=False):
         return _CrossEntropySum.apply(hidden_TE, weight_VE, labels_T, chunk)
@@ -57,11 +60,24 @@ def cross_entropy_sum(hidden_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, ch
 @torch.no_grad()
 def token_cross_entropy(hidden_TE: Tensor, weight_VE: Tensor, labels_T: Tensor, chunk: int) -> Tensor:
     """−log softmax(hidden · weightᵀ)[label] of every token in nats, 0 where it is −100: fp32 [T], no gradient."""
+    rows = _few_asked(labels_T)
+    if rows is not None:
+        few = token_cross_entropy(hidden_TE[rows], weight_VE, labels_T[rows], chunk)
+        return few.new_zeros(len(labels_T)).index_put((rows,), few)
     losses = [
         F.cross_entropy(F.linear(piece_TE, weight_VE).float(), piece_T, ignore_index=IGNORED, reduction="none")
         for piece_TE, piece_T in zip(hidden_TE.split(chunk), labels_T.split(chunk), strict=True)
     ]
     return torch.cat(losses)
+
+
+def _few_asked(labels_T: Tensor) -> Tensor | None:
+    """The tokens with a label, where they are less than half of all (masked tokens, a task's answers), else None.
+
+    The others need no logits, which are most of the work of a small model with a large vocabulary.
+    """
+    rows = (labels_T != IGNORED).nonzero().squeeze(1)
+    return rows if 2 * len(rows) < len(labels_T) else None
 
 
 class _CrossEntropySum(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""One layer of the decoder: attention and a gated MLP, each on a normed copy of the residual stream (Llama).
+"""One layer of the decoder: attention and an MLP, each on a normed copy of the residual stream (Llama).
 
 Parameter names are those of Hugging Face's Llama and Qwen3, so that weights pass both ways by name.
 
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lightsparse.attention.core import AttentionCore, AttentionResult, SequenceContext
 from lightsparse.models.cache import KVCache
 from lightsparse.models.chunked import map_chunks
+from lightsparse.models.dropout import dropped
 from lightsparse.models.rope import Rotation
 
 INIT_STD = 0.02  # GPT-2's; matrices that write to the residual stream take INIT_STD / √(2 · depth)
@@ -63,14 +64,16 @@ class SelfAttention(nn.Module):
         self.core = core
 
     def forward(
-        self, x_BNE: Tensor, rotation: Rotation, ctx: SequenceContext, cache: KVCache | None
+        self, x_BNE: Tensor, rotation: Rotation | None, ctx: SequenceContext, cache: KVCache | None
     ) -> tuple[Tensor, AttentionResult]:
-        """The attended tokens [B, N, E] and what the core reports."""
+        """The attended tokens [B, N, E] and what the core reports; rotation is None where positions are learned."""
         q_BNHD = self.q_proj(x_BNE).unflatten(-1, (-1, self.head_dim))
         k_BNHD = self.k_proj(x_BNE).unflatten(-1, (-1, self.head_dim))
         v_BNHD = self.v_proj(x_BNE).unflatten(-1, (-1, self.head_dim))
-        q = rotation.apply(self.q_norm(q_BNHD)).transpose(1, 2)
-        k = rotation.apply(self.k_norm(k_BNHD)).transpose(1, 2)
+        q_BNHD, k_BNHD = self.q_norm(q_BNHD), self.k_norm(k_BNHD)
+        if rotation is not None:
+            q_BNHD, k_BNHD = rotation.apply(q_BNHD), rotation.apply(k_BNHD)
+        q, k = q_BNHD.transpose(1, 2), k_BNHD.transpose(1, 2)
         v = v_BNHD.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -110,6 +113,21 @@ class _GatedSilu(torch.autograd.Function):
         return grad_gate, F.silu(gate).mul_(grad)
 
 
+class Gelu(nn.Module):
+    """down(gelu(up(x))): GPT-2's MLP, without its biases."""
+
+    def __init__(self, embed_dim: int, mlp_dim: int, out_std: float):
+        super().__init__()
+        self.up_proj = matrix(embed_dim, mlp_dim)
+        self.down_proj = matrix(mlp_dim, embed_dim, out_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+MLPS: dict[str, type[nn.Module] | None] = {"swiglu": SwiGLU, "gelu": Gelu, "none": None}
+
+
 class LayerOutput(NamedTuple):
     x: Tensor  # [B, N, E] the residual stream
     aux_loss: Tensor | None
@@ -121,6 +139,8 @@ class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     depth       layers of the model: the more write to the stream, the smaller each starts
+    mlp         swiglu, gelu, or none: attention alone
+    dropout     share of what each half adds that is dropped in training
     checkpoint  keep only the residual stream before each half and recompute the rest in the backward pass
     chunk       tokens the MLP takes at a time
     """
@@ -130,7 +150,9 @@ class Layer(nn.Module):
         core: AttentionCore,
         *,
         depth: int,
+        mlp: str,
         mlp_dim: int,
+        dropout: float,
         qk_norm: bool,
         eps: float,
         checkpoint: bool,
@@ -138,14 +160,18 @@ class Layer(nn.Module):
     ):
         super().__init__()
         embed_dim, out_std = core.shape.embed_dim, INIT_STD / math.sqrt(2 * depth)
-        self.checkpoint, self.chunk = checkpoint, chunk
+        self.checkpoint, self.chunk, self.dropout = checkpoint, chunk, dropout
+        self.site = 2 * core.shape.layer + 1
         self.input_layernorm = RMSNorm(embed_dim, eps)
         self.self_attn = SelfAttention(core, qk_norm=qk_norm, eps=eps, out_std=out_std)
-        self.post_attention_layernorm = RMSNorm(embed_dim, eps)
-        self.mlp = SwiGLU(embed_dim, mlp_dim, out_std)
+        make_mlp = MLPS[mlp]
+        self.mlp = None
+        if make_mlp is not None:
+            self.post_attention_layernorm = RMSNorm(embed_dim, eps)
+            self.mlp = make_mlp(embed_dim, mlp_dim, out_std)
 
     def forward(
-        self, x_BNE: Tensor, rotation: Rotation, ctx: SequenceContext, cache: KVCache | None = None
+        self, x_BNE: Tensor, rotation: Rotation | None, ctx: SequenceContext, cache: KVCache | None = None
     ) -> LayerOutput:
         recompute = self.checkpoint and torch.is_grad_enabled()
         # The halves are recomputed apart: around both, the MLP's chunks would be computed three times. The generator
@@ -156,12 +182,25 @@ class Layer(nn.Module):
             )
         else:
             attended = self._attend(x_BNE, rotation, ctx, cache)
-        x_BNE = map_chunks(self._feed_forward, attended.x, self.chunk, recompute=recompute)
+        if self.mlp is None:
+            return attended
+        if self.training and self.dropout:  # outside of the chunks: it must know which tokens it has
+            added_BNE = map_chunks(self._feed_forward, attended.x, self.chunk, recompute=recompute)
+            return attended._replace(x=attended.x + dropped(added_BNE, self.dropout, self.site + 1, ctx))
+        x_BNE = map_chunks(self._with_feed_forward, attended.x, self.chunk, recompute=recompute)
         return attended._replace(x=x_BNE)
 
-    def _attend(self, x_BNE: Tensor, rotation: Rotation, ctx: SequenceContext, cache: KVCache | None) -> LayerOutput:
+    def _attend(
+        self, x_BNE: Tensor, rotation: Rotation | None, ctx: SequenceContext, cache: KVCache | None
+    ) -> LayerOutput:
         out_BNE, result = self.self_attn(self.input_layernorm(x_BNE), rotation, ctx, cache)
+        if self.training and self.dropout:
+            out_BNE = dropped(out_BNE, self.dropout, self.site, ctx)
         return LayerOutput(x_BNE + out_BNE, result.aux_loss, result.stats, result.choice)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.post_attention_layernorm(x))
+        assert self.mlp is not None
+        return self.mlp(self.post_attention_layernorm(x))
+
+    def _with_feed_forward(self, x: Tensor) -> Tensor:
+        return x + self._feed_forward(x)

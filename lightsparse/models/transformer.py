@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from lightsparse.attention.core import AttentionCore, AttentionShape, SequenceCo
 from lightsparse.attention.dense import DenseAttention, DenseConfig
 from lightsparse.models.cache import KVCache
 from lightsparse.models.chunked import cross_entropy_sum, token_cross_entropy
-from lightsparse.models.layers import INIT_STD, Layer, RMSNorm, matrix
+from lightsparse.models.dropout import dropped
+from lightsparse.models.layers import INIT_STD, MLPS, Layer, RMSNorm, matrix
 from lightsparse.models.rope import RopeConfig, RotaryEmbedding
 from lightsparse.patterns.mask import document_starts
 
@@ -43,9 +44,12 @@ class ModelConfig:
     kv_heads: int | None = None  # key/value heads, divides heads; null: heads
     head_dim: int | None = None  # null: embed_dim / heads where heads is given, else 64
     mlp_dim: int | None = None  # null: 8/3 · embed_dim, rounded up to a multiple of 64
+    mlp: Literal["swiglu", "gelu", "none"] = "swiglu"
+    positions: Literal["rope", "learned"] = "rope"  # learned: a vector per position of data.context, added once
     rope: RopeConfig = field(default_factory=RopeConfig)
     qk_norm: bool = False  # RMSNorm on each head's query and key
     tie_embeddings: bool = False  # the output matrix is the embedding
+    dropout: float = 0.0  # share dropped in training of the embeddings and of what attention and MLP add
     layer_pattern: str = "S"  # repeated over the depth: S the chosen attention, D dense
     norm_eps: float = 1e-6
     checkpoint: bool = False  # keep only the residual stream, recompute the layers in the backward pass
@@ -56,6 +60,15 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"model.{name} is {value}; it must be at least 1")
+        for name, choices in (("mlp", tuple(MLPS)), ("positions", ("rope", "learned"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        if self.positions == "learned" and self.rope != RopeConfig():
+            raise ValueError("model.positions is learned, which does not read model.rope; leave that at its defaults")
+        if self.mlp == "none" and self.mlp_dim is not None:
+            raise ValueError(f"model.mlp_dim is {self.mlp_dim} and model.mlp is none; leave mlp_dim out")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"model.dropout is {self.dropout}; it is a share and must lie in [0, 1)")
         if not self.norm_eps > 0:
             raise ValueError(f"model.norm_eps is {self.norm_eps}; it must be above 0 (Llama uses 1e-6)")
         if not self.layer_pattern or set(self.layer_pattern) - set("SD"):
@@ -75,7 +88,7 @@ class ModelConfig:
             raise ValueError(
                 f"model.embed_dim is {embed_dim}, no multiple of head_dim {head_dim}; set model.heads or model.head_dim"
             )
-        if head_dim % 2:
+        if head_dim % 2 and self.positions == "rope":
             raise ValueError(f"head_dim is {head_dim}; RoPE rotates pairs, so it must be even: set model.head_dim")
         if self.rope.scaling == "ntk" and head_dim == 2:
             raise ValueError("model.rope.scaling is ntk with head_dim 2; ntk needs a head_dim of at least 4")
@@ -129,6 +142,7 @@ class Transformer(nn.Module):
 
     build_core makes the attention of one S layer from its AttentionShape. causal=False reads both ways (objective=mlm).
     context is the length of a training sample in tokens, to which a density target refers; None = each length alone.
+    Raises ValueError for learned positions without a context: they are as many as it has tokens.
     """
 
     def __init__(
@@ -146,6 +160,12 @@ class Transformer(nn.Module):
         self.rotary = RotaryEmbedding(config.rope, head_dim)
         self.embed_tokens = nn.Embedding(vocab_size, embed_dim)
         nn.init.normal_(self.embed_tokens.weight, std=INIT_STD)
+        self.embed_positions: nn.Embedding | None = None
+        if config.positions == "learned":
+            if context is None:
+                raise ValueError("model.positions is learned and no context is given; give the number of positions")
+            self.embed_positions = nn.Embedding(context, embed_dim)
+            nn.init.normal_(self.embed_positions.weight, std=INIT_STD)
         self.layers = nn.ModuleList()
         for index, letter in enumerate(config.layers):
             shape = AttentionShape(heads, kv_heads, head_dim, embed_dim, layer=index, causal=causal, context=context)
@@ -154,7 +174,9 @@ class Transformer(nn.Module):
                 Layer(
                     core,
                     depth=config.depth,
+                    mlp=config.mlp,
                     mlp_dim=mlp_dim,
+                    dropout=config.dropout,
                     qk_norm=config.qk_norm,
                     eps=config.norm_eps,
                     checkpoint=config.checkpoint,
@@ -172,7 +194,7 @@ class Transformer(nn.Module):
     def forward(self, tokens_BN: Tensor, ctx: SequenceContext, caches: list[KVCache] | None = None) -> ModelOutput:
         """Hidden states of int64 tokens [B, N]; with caches (one per layer), N new tokens after ctx.q_start old ones.
 
-        Raises ValueError where caches do not hold ctx.q_start tokens.
+        Raises ValueError where caches do not hold ctx.q_start tokens, or more positions are read than were learned.
         """
         if caches is not None and any(cache.length != ctx.q_start for cache in caches):
             raise ValueError(
@@ -182,7 +204,13 @@ class Transformer(nn.Module):
         if caches is not None:
             ctx = replace(ctx, states={index: cache.state for index, cache in enumerate(caches)})
         x_BNE = self.embed_tokens(tokens_BN)
-        rotation = self.rotary(ctx.positions)
+        rotation = None
+        if self.embed_positions is None:
+            rotation = self.rotary(ctx.positions)
+        else:
+            x_BNE = x_BNE + self._learned(ctx)
+        if self.training and self.config.dropout:
+            x_BNE = dropped(x_BNE, self.config.dropout, 0, ctx)
         aux_losses: list[Tensor] = []
         stats: dict[str, list[Tensor]] = {}
         choices: list[Tensor] = []
@@ -201,6 +229,18 @@ class Transformer(nn.Module):
             stats={name: torch.stack(values).mean(0) for name, values in stats.items()},
             choices=choices,
         )
+
+    def _learned(self, ctx: SequenceContext) -> Tensor:
+        """The vectors of the positions, [B|1, N, E]."""
+        assert self.embed_positions is not None
+        known = self.embed_positions.num_embeddings
+        length = ctx.q_start + ctx.positions.shape[1] if ctx.shard is None else ctx.shard.length
+        if length > known and (ctx.documents is None or int(ctx.positions.max()) >= known):
+            raise ValueError(
+                f"the text has {length} tokens, and this model has learned {known} positions; train with "
+                f"data.context={length}, or with model.positions=rope"
+            )
+        return self.embed_positions(ctx.positions)
 
     def set_step(self, step: int, max_steps: int) -> None:
         """To be called before the optimizer step after `step` finished ones: schedules inside the attention follow."""

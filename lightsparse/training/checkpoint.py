@@ -128,7 +128,7 @@ class StepCheckpoint(Checkpoint):
             return
         self._done_step = step
         stops = self._preemption.is_asked(trainer) and step < self.max_steps
-        if stops or step % self.every_n_steps == 0 or step >= self.max_steps:
+        if stops or step % self.every_n_steps == 0 or step >= self.max_steps or trainer.should_stop:
             self._save(trainer, step)
         if stops:
             log.info("stopped by %s; the same command continues from step %d", self._preemption.reason, step)

@@ -76,7 +76,7 @@ class RunDirectory:
         if is_first:
             self._check(resume, start, raw)
         summary = self._summary()
-        if summary is not None and summary["finished"] and summary["steps"] >= max_steps:
+        if summary is not None and is_finished(summary, raw, max_steps):
             return replace(start, summary=summary)
         if is_first:
             self._prepare(raw)
@@ -117,3 +117,10 @@ class RunDirectory:
             return json.loads(self.summary.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+
+
+def is_finished(summary: Mapping[str, Any], raw: Mapping[str, Any], max_steps: int) -> bool:
+    """Whether a finished run has come as far as it is asked to now: to max_steps, or to eval.stop_accuracy."""
+    goal, accuracy = raw.get("eval", {}).get("stop_accuracy"), summary.get("val_accuracy")
+    reached = goal is not None and accuracy is not None and accuracy >= goal
+    return summary["finished"] and (summary["steps"] >= max_steps or reached)

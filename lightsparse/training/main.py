@@ -23,16 +23,17 @@ from lightsparse.parallel.errors import EXIT_CODE, RankError
 from lightsparse.targets import ConfigError
 from lightsparse.training.ranks import is_first_rank
 from lightsparse.training.run import fit
+from lightsparse.training.summary import objective
 
 
 @hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name="config")
 def train(composed: DictConfig) -> float:
-    """One run; returns its validation bits per byte."""
+    """One run; returns what sweepers minimise: bits per byte, or the share of wrong answers where the data asks."""
     with refusals_as_one_sentence():
         raw = with_launched_ranks(plain(composed))
         config = parse(raw)
         check(config)
-        return float(fit(config, raw)["val_bits_per_byte"])
+        return objective(fit(config, raw))
 
 
 def main() -> None:

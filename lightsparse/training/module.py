@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from lightsparse.training.memory import release_freed
 from lightsparse.training.objectives import IGNORED, Objective
 from lightsparse.training.optimizers import parameter_groups
 from lightsparse.training.ranks import data_ranks, of_all_ranks
+from lightsparse.training.scores import Scores, score_sums
 from lightsparse.training.sharding import context_split
 
 FIRST_BUCKET = 16  # tokens; loss by position is kept for positions 0…15, 16…31, 32…63, …
@@ -90,7 +91,7 @@ class LanguageModel(LightningModule):
     mask_id      the token that hides others under objective=mlm
     shard        this rank's part of every sequence, from the strategy; None where one rank holds a whole one
     After each step `step_result`, after each validation `validation` (and `by_position`, from the start of the context
-    to its end) hold the numbers; who writes them where is not this module's matter.
+    to its end, and `scores` where the data asks) hold the numbers; who writes them where is not this module's matter.
     """
 
     token_bytes: Tensor
@@ -107,6 +108,7 @@ class LanguageModel(LightningModule):
         self.step_result: StepResult | None = None
         self.validation: Totals | None = None
         self.by_position: list[Totals] = []
+        self.scores: Scores | None = None
         self.watched_columns = watched.step_columns(config)
         self.choice_churn: float | None = None  # since the validation before
         self._choices: list[Tensor] = []  # what each layer chose in the first validation batch
@@ -130,6 +132,7 @@ class LanguageModel(LightningModule):
     # ---- training -----------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
+        self._stop_at_goal()  # where it had been reached and the run was killed before it could say so
         # nats, targets, bytes, density, and what the attention reports of itself
         self._sums = torch.zeros(4 + len(self.watched_columns), device=self.device, dtype=torch.float32)
 
@@ -188,6 +191,7 @@ class LanguageModel(LightningModule):
         # Fp64 on the CPU: sums over a whole validation set are too long for fp32, and not every device has fp64.
         self._overlaps: Tensor | None = None
         self._buckets = torch.zeros(len(self.bucket_edges) + 1, 3, dtype=torch.float64)
+        self._score_sums = torch.zeros(4, dtype=torch.float64)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         labels_BN, positions_BN, output = self._forward(batch, self.objective.validation_key())
@@ -202,6 +206,8 @@ class LanguageModel(LightningModule):
             sums = torch.zeros(len(self._buckets), device=self.device, dtype=torch.float32)
             sums.index_add_(0, bucket_BN.flatten(), value_BN.flatten().float())
             self._buckets[:, column] += sums.cpu()
+        if self.config.data.asks:
+            self._score_sums += score_sums(self.model, output.hidden, labels_BN, self.shard).cpu()
 
     def on_validation_epoch_end(self) -> None:
         release_freed()
@@ -211,10 +217,22 @@ class LanguageModel(LightningModule):
         self.validation = Totals(*buckets.sum(0).tolist())
         # For a user's callbacks (EarlyStopping, ModelCheckpoint); equal on all ranks already.
         values = {"val_loss": self.validation.loss, "val_bits_per_byte": self.validation.bits_per_byte}
+        if self.config.data.asks:
+            sums = self._over_ranks(self._score_sums.to(self.device, torch.float32))
+            self.scores = Scores(*sums.tolist())
+            values |= self.scores.row
+            self._stop_at_goal()
         self.log_dict(values, logger=False, sync_dist=True)
+
+    def _stop_at_goal(self) -> None:
+        """End the training at the accuracy that is enough; the checkpoint callback saves this step as the last."""
+        goal = self.config.eval.stop_accuracy
+        if goal is not None and self.scores is not None and self.scores.accuracy >= goal and self.global_step > 0:
+            self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["validation"] = [[part.nats, part.targets, part.bytes] for part in self.by_position]
+        checkpoint["scores"] = None if self.scores is None else list(astuple(self.scores))
         if self.config.attention.core.chooses:  # the next validation compares its choices with these
             checkpoint["choices"] = of_all_ranks([table.cpu() for table in self._choices])
         strategy = self.trainer.strategy
@@ -225,6 +243,8 @@ class LanguageModel(LightningModule):
         self.by_position = [Totals(*part) for part in checkpoint["validation"]]
         sums = [sum(column) for column in zip(*checkpoint["validation"], strict=True)]
         self.validation = Totals(*sums) if sums else None
+        scores = checkpoint.get("scores")
+        self.scores = None if scores is None else Scores(*scores)
         choices = checkpoint.get("choices", [])
         if len(choices) == self.trainer.world_size:  # else the ranks held other rows: nothing to compare with
             self._choices = [table.to(self.device) for table in choices[self.global_rank]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -78,10 +79,7 @@ class TrainingProgress(ProgressBar):
         row = self.recorder.row
         if self._bar is not None:
             self._bar.update(self._task, description="train")
-        self._print(
-            f"step {trainer.global_step:>6}  validation loss {row['val_loss']:.4f}  "
-            f"{row['val_bits_per_byte']:.4f} bits/byte"
-        )
+        self._print(f"step {trainer.global_step:>6}  validation loss {row['val_loss']:.4f}  {_verdict(row)}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -116,7 +114,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def _verdict(row: dict[str, float]) -> str:
+    """The validation in its own unit: share of right answers where the data asks, else bits per byte."""
+    if "val_accuracy" in row:
+        return f"accuracy {row['val_accuracy']:.4f}  exact {row['val_exact_match']:.4f}"
+    return f"{row['val_bits_per_byte']:.4f} bits/byte"
+
+
 def _numbers(row: dict[str, float]) -> str:
-    return (
-        f"loss {row['train_loss']:.3f}  {row['train_bits_per_byte']:.3f} bits/byte  {row['tokens_per_s']:,.0f} tokens/s"
-    )
+    bits = row["train_bits_per_byte"]  # nan where tokens are symbols
+    per_byte = "" if math.isnan(bits) else f"  {bits:.3f} bits/byte"
+    return f"loss {row['train_loss']:.3f}{per_byte}  {row['tokens_per_s']:,.0f} tokens/s"

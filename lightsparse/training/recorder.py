@@ -79,6 +79,8 @@ class Recorder(Callback):
             "val_bits_per_byte": validation.bits_per_byte,
             "val_perplexity": validation.perplexity,
         }
+        if pl_module.scores is not None:
+            self.row |= pl_module.scores.row
         if pl_module.choice_churn is not None:
             self.row[CHURN] = pl_module.choice_churn
         self._send(trainer)
@@ -121,7 +123,8 @@ class Recorder(Callback):
 
     def _send(self, trainer: Trainer) -> None:
         self.row.setdefault("tokens", self.tokens(trainer))
+        measured = {name: value for name, value in self.row.items() if not math.isnan(value)}
         for logger in trainer.loggers:
-            logger.log_metrics(self.row, step=trainer.global_step)
+            logger.log_metrics(measured, step=trainer.global_step)
         self._sent_tokens, self._sent_s = self.tokens(trainer), self.train_s
         self._steps = []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightsparse.data.source import IGNORED, SampleSet
 from lightsparse.data.tokens import ByteTokenizer
 from lightsparse.models.generation import generate
 from lightsparse.models.transformer import Transformer, context_for
@@ -54,6 +55,26 @@ def infilling(
         ("validation text with hidden bytes", with_gaps.replace(tokenizer.decode([tokenizer.bos]), "")),
         ("filled in by the model", _text(tokenizer, torch.where(hidden, guesses, tokens)[0])),
     )
+
+
+@torch.no_grad()
+def answers(model: Transformer, tokenizer: ByteTokenizer, samples: SampleSet, length: int) -> str:
+    """The first three examples: the last `length` tokens up to the first question, what is right, what the model says.
+
+    Answers of several tokens are given one by one, each after the right ones before it.
+    """
+    sections = []
+    for index in range(min(3, len(samples))):
+        tokens_N, labels_N = (samples[index][name].to(model.head_weight.device) for name in ("tokens", "labels"))
+        asked_N = (labels_N != IGNORED).nonzero().squeeze(1)
+        hidden = model(tokens_N[None], context_for(tokens_N[None])).hidden[0]
+        first = int(asked_N[0]) + 1
+        sections += [
+            (f"example {index + 1}", tokenizer.decode(tokens_N[max(0, first - length) : first].cpu())),
+            ("right", tokenizer.decode(labels_N[asked_N].cpu())),
+            ("the model", tokenizer.decode(model.logits(hidden[asked_N]).argmax(-1).cpu())),
+        ]
+    return _sections(*sections)
 
 
 def _sections(*parts: tuple[str, str]) -> str:

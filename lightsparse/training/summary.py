@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from lightsparse.training.module import LanguageModel, Totals
 from lightsparse.training.progress import duration
 from lightsparse.training.recorder import Recorder
 
+WRONG = "1 - val_accuracy"
+
 
 def summarize(
     config: Config, module: LanguageModel, recorder: Recorder, rows: list[dict[str, float]], *, steps: int, tokens: int
@@ -26,6 +29,7 @@ def summarize(
 
     rows  of metrics.csv
     """
+    scores = module.scores
     validation, strategy = module.validation or Totals(0.0, 0.0, 0.0), config.strategy
     return {
         "finished": True,
@@ -38,9 +42,12 @@ def summarize(
         "tokens": tokens,
         "tokens_per_s": tokens / recorder.train_s if recorder.train_s else None,
         "val_loss": validation.loss,
-        "val_bits_per_byte": validation.bits_per_byte,
+        "val_bits_per_byte": _number(validation.bits_per_byte),
         "val_perplexity": validation.perplexity,
         "val_tokens": int(validation.targets),
+        "val_accuracy": None if scores is None else _number(scores.accuracy),
+        "val_exact_match": None if scores is None else _number(scores.exact_match),
+        "minimised": "val_bits_per_byte" if scores is None else WRONG,  # by a sweep
         "attention_density": _mean(rows, "attention_density"),
         "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
         "flops_per_s": _mean(rows, "flops_per_s"),
@@ -67,7 +74,7 @@ def summarize(
 def show(console: Console, summary: Mapping[str, Any], directory: Path) -> None:
     """Print the summary, a line each, the run directory last."""
     lines = {
-        "validation": f"{summary['val_bits_per_byte']:.4f} bits per byte, loss {summary['val_loss']:.4f}, "
+        "validation": f"{_verdict(summary)}, loss {summary['val_loss']:.4f}, "
         f"perplexity {summary['val_perplexity']:.2f}",
         "trained": f"{summary['steps']:,} steps, {count_text(summary['tokens'])} tokens "
         f"in {duration(summary['wall_s'])}",
@@ -82,6 +89,22 @@ def show(console: Console, summary: Mapping[str, Any], directory: Path) -> None:
     lines["run directory"] = str(directory)
     for name, text in lines.items():
         console.print(f"{name:<13}  {text}")
+
+
+def objective(summary: Mapping[str, Any]) -> float:
+    """What a sweep minimises: summary["minimised"] names it."""
+    return 1.0 - summary["val_accuracy"] if summary["minimised"] == WRONG else summary["val_bits_per_byte"]
+
+
+def _verdict(summary: Mapping[str, Any]) -> str:
+    if summary["val_accuracy"] is not None:
+        return f"accuracy {summary['val_accuracy']:.4f}, examples all right {summary['val_exact_match']:.4f}"
+    return f"{summary['val_bits_per_byte']:.4f} bits per byte"
+
+
+def _number(value: float) -> float | None:
+    """JSON has no nan."""
+    return None if math.isnan(value) else value
 
 
 def _mean(rows: list[dict[str, float]], name: str) -> float | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightsparse.attention.router import index_churn
 from lightsparse.config import Config
+from lightsparse.training.scores import COLUMNS as SCORES
 
 CHURN = "choice_churn"  # share of the chosen blocks that changed since the last validation, on the same text
 
@@ -24,7 +25,8 @@ def step_columns(config: Config) -> tuple[str, ...]:
 
 def columns(config: Config) -> tuple[str, ...]:
     """All columns beside metrics.COLUMNS."""
-    return (*step_columns(config), *([CHURN] if config.attention.core.chooses else []))
+    scores = SCORES if config.data.asks else ()
+    return (*scores, *step_columns(config), *([CHURN] if config.attention.core.chooses else []))
 
 
 def step_values(config: Config, stats: Mapping[str, Tensor], device: torch.device) -> Tensor:
