@@ -12,6 +12,7 @@ from torch import nn
 from lightsparse.analysis.tile_map import TileMap, of_core
 from lightsparse.attention.core import AttentionCore
 from lightsparse.config import Config, parse
+from lightsparse.data.kept import tokenizer_of
 from lightsparse.data.module import DataModule
 from lightsparse.targets import ConfigError
 from lightsparse.training.checkpoint import newest_checkpoint
@@ -37,7 +38,8 @@ def of_run(path: Path, layer: str | None) -> tuple[str, TileMap]:
     if newest is None:
         raise ConfigError(f"run is {path}, which holds no checkpoint; train it to checkpoint.every_n_steps first")
     step, file = newest
-    data = DataModule(config.data, config.seed, config.eval.tokens)
+    tokenized = config.data.with_tokenizer(tokenizer_of(config.data, path))
+    data = DataModule(tokenized, config.seed, config.eval.tokens)
     data.setup()
     module = language_model(config, data.tokenizer)
     module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])

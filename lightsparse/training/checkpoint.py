@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lightsparse.training.files import atomic_write
+from lightsparse.files import atomic_write
 from lightsparse.training.preemption import EXIT_CODE, Preemption
 
 log = logging.getLogger(__name__)

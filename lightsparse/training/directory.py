@@ -11,9 +11,9 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from lightsparse.config import differences
+from lightsparse.files import remove_partial_files, write_text
 from lightsparse.targets import ConfigError
 from lightsparse.training.checkpoint import newest_checkpoint
-from lightsparse.training.files import remove_partial_files, write_text
 from lightsparse.training.lock import lock
 from lightsparse.training.ranks import is_first_rank
 
