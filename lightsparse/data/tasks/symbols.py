@@ -21,7 +21,13 @@ class SymbolTokenizer:
     names: tuple[str, ...] = ()  # of the first ids
     bos: int = -1
     mask: int = -1
-    name: str = "symbols"
+
+    @property
+    def fingerprint(self) -> str:
+        return f"symbols-{self.vocab_size}"
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(piece) for piece in pieces]
 
     def encode(self, text: str) -> np.ndarray:
         """int64 [symbols]. Raises ValueError for a word that is no symbol."""

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from lightsparse.data.source import IGNORED, DataConfig, Samples
 from lightsparse.data.tasks.draws import Draws
 from lightsparse.data.tasks.symbols import SymbolTokenizer
-from lightsparse.data.tokens import ByteTokenizer
+from lightsparse.data.tokens import Tokenizer
 
 TRAIN, VAL = 0, 1  # splits: streams of draws that never meet
 _KEPT = 1 << 28  # bytes of examples that a set keeps once drawn
@@ -52,9 +52,7 @@ class TaskConfig(DataConfig):
     def asks(self) -> bool:
         return True
 
-    @property
-    def tokenizer(self) -> ByteTokenizer | SymbolTokenizer:
-        """The words of the task."""
+    def build_tokenizer(self) -> Tokenizer:
         return SymbolTokenizer(self.vocab_size)
 
     def example(self, draws: Draws) -> Example:
@@ -65,10 +63,13 @@ class TaskConfig(DataConfig):
         """`examples` to train on, eval_tokens // context others to score."""
         named = replace(self, batch_size=1, num_workers=0)
         manifest = hashlib.blake2b(repr((type(self).__name__, named, seed)).encode(), digest_size=8).hexdigest()
+        train = TaskSamples(self, seed, TRAIN, self.examples)
+        val = TaskSamples(self, seed, VAL, max(1, eval_tokens // self.context))
+        train.at(0), val.at(0)  # what does not fit into the context is said now
         return Samples(
-            TaskSamples(self, seed, TRAIN, self.examples),
-            TaskSamples(self, seed, VAL, max(1, eval_tokens // self.context)),
-            self.tokenizer,
+            train,
+            val,
+            self.build_tokenizer(),
             manifest,
             self.examples * self.context,
         )
