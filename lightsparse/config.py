@@ -49,6 +49,7 @@ FREE_KEYS = (
     "eval.every_n_steps",
     "eval.sample_tokens",
     "eval.stop_accuracy",
+    "eval.tasks",
     "strategy._target_",
     "strategy.context",
     "strategy.split",

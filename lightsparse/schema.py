@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lightsparse.build import AttentionChoice, OptimizerChoice
 from lightsparse.data import DataConfig, TokenizerConfig
+from lightsparse.evaluation.plan import TrainingTasks
 from lightsparse.models.transformer import ModelConfig
 from lightsparse.parallel.kinds import Replicas, StrategyConfig
 from lightsparse.parallel.mesh import RankGrid
@@ -54,6 +55,7 @@ class EvalConfig:
     tokens: int  # validation tokens, in hash order of the documents; of a task tokens // context examples
     stop_accuracy: float | None  # share of right answers at which training ends; null = at trainer.max_steps
     sample_tokens: int  # tokens of sample.txt; 0 = no sample
+    tasks: TrainingTasks  # long-range tasks during the training
 
     def __post_init__(self) -> None:
         _at_least(1, "eval.every_n_steps", self.every_n_steps)
@@ -114,6 +116,14 @@ class Config:
                 f"eval.stop_accuracy is {self.eval.stop_accuracy}, but the data asks nothing that could be right; "
                 "use it with a task, such as data=mqar"
             )
+        if self.eval.tasks.names and self.strategy.sharded:
+            raise ValueError(
+                f"eval.tasks.names is {list(self.eval.tasks.names)}, which no rank can answer under "
+                f"strategy={self.strategy.kind}, where each holds a part of the model; use "
+                "python -m lightsparse.evaluate run=… afterwards"
+            )
+        if self.eval.tasks.names and self.objective == "mlm":
+            raise ValueError("eval.tasks.names is given and objective is mlm; tasks are answered by objective=causal")
         self.strategy.context_ranks(self.ranks)  # raises where they do not fit
         if isinstance(self.strategy, Replicas) and self.strategy.comm_hook == "bf16" and self.precision == "bf16-true":
             raise ValueError(

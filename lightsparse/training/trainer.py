@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lightsparse.build import build, check_buildable
 from lightsparse.config import Config
+from lightsparse.evaluation.callback import TaskEvaluation
 from lightsparse.parallel.strategies import strategy_for
 from lightsparse.training import watched
 from lightsparse.training.checkpoint import AtomicCheckpointIO, StepCheckpoint
@@ -31,6 +32,8 @@ def build_trainer(config: Config, directory: RunDirectory, recorder: Recorder, c
     callbacks: list[Callback] = [recorder]
     if config.trainer.progress:
         callbacks.append(TrainingProgress(recorder, console))
+    if config.eval.tasks.names:
+        callbacks.append(TaskEvaluation(config, directory.path / "evaluation"))
     for name, node in config.callbacks.items():
         if node is not None:
             callbacks.append(build(node, f"callbacks.{name}", kind=Callback, allow=config.allow_targets))

@@ -79,7 +79,7 @@ class CommonWords(_Counting):
 
 @dataclass(frozen=True, kw_only=True)
 class FrequentWords(_Counting):
-    """A text of coded words whose counts fall as rank^−alpha (Zipf); the first rank is noise, asked are the next three."""
+    """Coded words whose counts fall as rank^−alpha (Zipf); the first rank is noise, asked are the next three."""
 
     alpha: float = 2.0
 

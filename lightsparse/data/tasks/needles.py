@@ -1,6 +1,6 @@
 """RULER's needles in a haystack: magic values of keys, hidden in a repeated sentence, in real text or among their like.
 
-Hsieh et al. 2024, arXiv 2404.06654, section 3.1 and appendix B: single 1, 2, 3; multikey 1, 2, 3; multivalue; multiquery.
+Hsieh et al. 2024, arXiv 2404.06654, section 3.1: single 1, 2, 3; multikey 1, 2, 3; multivalue; multiquery.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Needles(TextTask):
         while len(found) < self.keys:
             found.setdefault(self._key(draws), [self._value(draws) for _ in range(self.values)])
         asked = list(found)[: self.queries]
-        needles = []
+        needles: list[Needle] = []
         for key, values in found.items():
             for value in values:
                 first = not needles  # this one stands at the depth that was asked for
@@ -62,8 +62,8 @@ class Needles(TextTask):
         named = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
         one = "A special magic" if not several else "Some special magic"
         return Problem(
-            head=f"{one} {kind} {'are' if several else 'is'} hidden within the following text. Make sure to memorize it. "
-            f"I will quiz you about the {kind} afterwards.\n",
+            head=f"{one} {kind} {'are' if several else 'is'} hidden within the following text. "
+            f"Make sure to memorize it. I will quiz you about the {kind} afterwards.\n",
             filler=self._filler(draws, found),
             needles=needles,
             question=f"What {'are all' if several else 'is'} the special magic {kind} for {named} mentioned in the "

@@ -17,7 +17,7 @@ _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. T
 
 @dataclass(frozen=True, kw_only=True)
 class VariableTracking(TextTask):
-    """`chains` chains of `hops` + 1 variables, one of which is asked for; data.depth is that of its first assignment."""
+    """`chains` chains of `hops` + 1 variables, one of them asked for; data.depth is that of its first assignment."""
 
     chains: int = 1
     hops: int = 4

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from lightsparse.data.tasks.draws import Draws
 
-_ADJECTIVES = (
+_ADJECTIVES_TEXT = (
     "able amber ancient bitter bold brave bright brisk calm clever coarse cold crisp curious dark deep distant dry "
     "eager early faint fair fierce firm fresh gentle golden grand grave green happy heavy hollow honest humble icy "
     "keen kind large late lively lonely lucky mellow mild narrow noble odd old pale patient plain polite proud quick "
     "quiet rapid rare rough round royal sharp shy silent silver simple sleepy slow smooth soft solid sour steady stern "
     "sweet swift tall tame tender thin tidy tiny vast warm weary wild wise young"
-).split()
-_NOUNS = (
+)
+_NOUNS_TEXT = (
     "acorn anchor apple arrow badge basket beacon bell bench bird boat bottle branch bridge brook bucket button cabin "
     "candle canyon castle cellar chair cherry clock cloud coin comet copper corner cradle crown desert door dragon "
     "eagle engine falcon feather fence field flame forest fountain garden gate glove harbor hammer helmet hill island "
     "jacket kettle ladder lantern lemon letter lizard lodge market meadow mirror mountain needle oak orchard otter "
     "paper pebble pencil pepper pillow pocket pond prairie quarry rabbit river rocket saddle shadow shell spoon "
     "temple thunder ticket tunnel valley violin wagon whistle window winter"
-).split()
+)
+_ADJECTIVES, _NOUNS = _ADJECTIVES_TEXT.split(), _NOUNS_TEXT.split()
 _CONSONANTS, _VOWELS, _LETTERS = "bdfghjklmnprstvz", "aeiou", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 

@@ -1,0 +1,164 @@
+"""Evaluate a trained run, or a model of transformers, on tasks and by position; results as JSON, CSV and PNG.
+
+  python -m lightsparse.evaluate run=runs/<name> tasks=[passkey,niah_single_1] lengths=[1024,4096]
+  python -m lightsparse.evaluate run=runs/<name> positions=true
+  python -m lightsparse.evaluate run=runs/<name> distances=true reach=128
+  python -m lightsparse.evaluate model=<folder or name on the hub> tasks=[passkey] lengths=[2048]
+
+tasks=[…]        of conf/data/; own = the task the run was trained on
+lengths=[…]      tokens of context (default: that of the training)
+depths=[…]       shares of the text before what is asked (default 0, 0.25, 0.5, 0.75, 1)
+examples=N       per length and depth (default 10); seed=N draws others
+generate=false   leaves out generated text and each task's own metric on it: faster
+positions=true   loss by position on the run's validation data
+distances=true   accuracy by distance to the evidence, on the validation data of a run trained on a task;
+                 reach=N cuts the distances there besides
+step=N           of the checkpoint (default: the newest)
+out=FOLDER       for the results (default: <run>/evaluation)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from lightsparse.build import typed
+from lightsparse.data import DataError
+from lightsparse.data.tokenizer import HuggingFace
+from lightsparse.evaluation.plan import Plan
+from lightsparse.evaluation.run import Evaluation, drawn_column
+from lightsparse.evaluation.subject import HuggingFaceModel, OwnModel
+from lightsparse.targets import ConfigError
+from lightsparse.training.quiet import quiet_lightning
+from lightsparse.training.trained import load_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words(Plan):
+    """The command line."""
+
+    run: str | None = None
+    model: str | None = None
+    step: int | None = None
+    out: str | None = None
+    positions: bool = False
+    distances: bool = False
+    reach: int | None = None  # tokens
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.run is None) == (self.model is None):
+            raise ValueError("name one model: run=<run directory> or model=<folder or name on the hub>")
+        if not (self.tasks or self.positions or self.distances):
+            raise ValueError("nothing is asked for; add tasks=[…], positions=true or distances=true")
+        if self.model is not None and (self.positions or self.distances or self.step is not None):
+            raise ValueError("positions, distances and step belong to a run; model=… takes tasks=[…]")
+        if self.model is not None and (self.out is None or not self.lengths):
+            raise ValueError("model=… needs out=<folder> for the results and lengths=[…] in tokens")
+        if self.reach is not None and not self.distances:
+            raise ValueError(f"reach is {self.reach}, which only distances=true reads")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate and print; returns the exit code: 0, or 2 after the one sentence that says what is wrong."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    if not given or {"-h", "--help"} & set(given):
+        console.print(__doc__, markup=False, highlight=False)
+        return 0
+    quiet_lightning()
+    try:
+        evaluate(_words(given), console)
+    except (ConfigError, DataError) as error:
+        errors.print(str(error), markup=False, highlight=False)
+        return 2
+    return 0
+
+
+def evaluate(words: Words, console: Console) -> None:
+    """All that the command line asks for, printed and written."""
+    evaluation, samples = _of_run(words) if words.run is not None else (_of_model(words), None)
+    plan = Plan(**{field.name: getattr(words, field.name) for field in fields(Plan)})
+    try:
+        for name, rows in evaluation.tasks(plan).items():
+            console.print(_grid(name, rows))
+    except ValueError as error:  # a length that a task cannot have: the task's own sentence
+        raise ConfigError(str(error)) from error
+    if words.positions:
+        assert samples is not None
+        console.print(_table("loss by position", evaluation.positions(samples.val)))
+    if words.distances:
+        assert samples is not None
+        if evaluation.data is None or not evaluation.data.asks:
+            raise ConfigError("distances is true, but the run was not trained on a task; use tasks=[…]")
+        console.print(_table("answers by distance to the evidence", evaluation.distances(samples.val, words.reach)))
+    console.print(f"written to {evaluation.folder}", markup=False, highlight=False)
+
+
+def _of_run(words: Words) -> tuple[Evaluation, Any]:
+    assert words.run is not None
+    run = load_run(words.run, words.step)
+    data = run.config.data.with_tokenizer(run.tokenizer)
+    folder = Path(words.out or Path(words.run) / "evaluation")
+    about = {"name": run.config.name, "step": run.step, "attention": run.config.attention.name}
+    evaluation = Evaluation(OwnModel(run.model), run.tokenizer, data, folder, about)
+    needs_samples = words.positions or words.distances
+    return evaluation, data.samples(run.config.seed, run.config.eval.tokens) if needs_samples else None
+
+
+def _of_model(words: Words) -> Evaluation:
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise ConfigError("model=… needs transformers, which is not installed; pip install transformers") from error
+    assert words.model is not None and words.out is not None
+    tokenizer = HuggingFace(path=words.model).build(lambda characters: iter(()))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(words.model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model is {words.model}, which cannot be loaded: {str(error).splitlines()[0]}") from error
+    return Evaluation(HuggingFaceModel(model), tokenizer, None, Path(words.out), {"name": words.model})
+
+
+def _words(given: Sequence[str]) -> Words:
+    unknown = [word for word in given if "=" not in word]
+    if unknown:
+        raise ConfigError(f"{unknown[0]} is no key=value; python -m lightsparse.evaluate --help lists the keys")
+    return typed(Words, OmegaConf.to_container(OmegaConf.from_dotlist(list(given))), "")
+
+
+def _grid(name: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Depth down, length across, as the heat map."""
+    value = drawn_column(rows)
+    lengths, depths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("length", "depth"))
+    table = Table(title=f"{name}: {value.replace('_', ' ')}", title_justify="left", box=None, pad_edge=False)
+    table.add_column("depth")
+    for length in lengths:
+        table.add_column(f"{length}", justify="right")
+    cells = {(row["depth"], row["length"]): row[value] for row in rows}
+    for depth in depths:
+        shares = (f"{cells[depth, length]:.3f}" for length in lengths)
+        table.add_row("all" if depth is None else f"{depth:.0%}", *shares)
+    return table
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("tokens")
+    for name in list(rows[0])[2:]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        shown = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in list(row.values())[2:])
+        table.add_row(f"{row['start']} … {row['end'] - 1}", *shown)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

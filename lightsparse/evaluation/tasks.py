@@ -1,0 +1,51 @@
+"""The tasks of conf/data/, fitted to a model: in its tokens, within what it can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lightsparse.config import compose
+from lightsparse.data.source import DataConfig
+from lightsparse.data.tasks.needles import Needles
+from lightsparse.data.tasks.task import TaskConfig
+from lightsparse.data.text import TextConfig
+from lightsparse.data.tokenizer import Bytes
+from lightsparse.data.tokens import Tokenizer
+from lightsparse.evaluation.subject import Subject
+from lightsparse.targets import ConfigError
+
+OWN = "own"  # the task that a model was trained on
+
+
+def task_named(name: str, tokenizer: Tokenizer, data: DataConfig | None) -> TaskConfig:
+    """The task of conf/data/<name>.yaml in these tokens, or `own`.
+
+    data  what the model was trained on: needles hide in its validation text. None = unknown
+    Raises ConfigError for a name that is no task.
+    """
+    if name == OWN:
+        if not isinstance(data, TaskConfig):
+            raise ConfigError("tasks names own, but the run was not trained on a task; name tasks of conf/data/")
+        return data
+    found = compose([f"data={name}"]).data
+    if not isinstance(found, TaskConfig):
+        raise ConfigError(f"tasks names {name}, which asks nothing; name a task, such as passkey or mqar")
+    if isinstance(found, Needles) and found.haystack == "essay" and isinstance(data, TextConfig):
+        found = replace(found, essays=replace(data, tokenizer=Bytes()))
+    fitted = found.with_tokenizer(tokenizer)
+    assert isinstance(fitted, TaskConfig)  # the same task
+    return fitted
+
+
+def check_fit(task: TaskConfig, name: str, lengths: Sequence[int], subject: Subject) -> None:
+    """Raises ConfigError where the model lacks the task's ids, or cannot read as many tokens."""
+    if task.vocab_size > subject.vocab_size:
+        raise ConfigError(
+            f"tasks names {name}, whose {task.vocab_size} ids the model does not have ({subject.vocab_size}); "
+            "evaluate it on a model trained on that task"
+        )
+    if subject.longest is not None and max(lengths) > subject.longest:
+        raise ConfigError(
+            f"lengths has {max(lengths)}, but the model has learned {subject.longest} positions; leave it out"
+        )
