@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lightsparse.config import compose
+from omegaconf import OmegaConf
+
+from lightsparse.build import chosen
 from lightsparse.data.source import DataConfig
 from lightsparse.data.tasks.needles import Needles
 from lightsparse.data.tasks.task import TaskConfig
@@ -13,9 +15,11 @@ from lightsparse.data.text import TextConfig
 from lightsparse.data.tokenizer import Bytes
 from lightsparse.data.tokens import Tokenizer
 from lightsparse.evaluation.subject import Subject
+from lightsparse.overrides import conf_dir
 from lightsparse.targets import ConfigError
 
 OWN = "own"  # the task that a model was trained on
+_FOLDER = "lightsparse.data.tasks."
 
 
 def task_named(name: str, tokenizer: Tokenizer, data: DataConfig | None) -> TaskConfig:
@@ -28,14 +32,21 @@ def task_named(name: str, tokenizer: Tokenizer, data: DataConfig | None) -> Task
         if not isinstance(data, TaskConfig):
             raise ConfigError("tasks names own, but the run was not trained on a task; name tasks of conf/data/")
         return data
-    found = compose([f"data={name}"]).data
-    if not isinstance(found, TaskConfig):
-        raise ConfigError(f"tasks names {name}, which asks nothing; name a task, such as passkey or mqar")
+    found = _stored(name)
     if isinstance(found, Needles) and found.haystack == "essay" and isinstance(data, TextConfig):
         found = replace(found, essays=replace(data, tokenizer=Bytes()))
     fitted = found.with_tokenizer(tokenizer)
     assert isinstance(fitted, TaskConfig)  # the same task
     return fitted
+
+
+def _stored(name: str) -> TaskConfig:
+    """As conf/data/<name>.yaml has it: read by itself, since Hydra composes one config at a time."""
+    nodes = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in conf_dir().glob("data/*.yaml")}
+    tasks = {stem: node for stem, node in nodes.items() if isinstance(node, dict) and _FOLDER in node["_target_"]}
+    if name not in tasks:
+        raise ConfigError(f"tasks names {name}, which is none; there are {OWN}, {', '.join(sorted(tasks))}")
+    return chosen(TaskConfig, tasks[name], "data")
 
 
 def check_fit(task: TaskConfig, name: str, lengths: Sequence[int], subject: Subject) -> None:

@@ -11,15 +11,31 @@ from lightsparse.models import ModelConfig, Transformer
 
 @pytest.fixture
 def make_model() -> Callable[..., Transformer]:
-    """make_model(vocab_size=…, causal=…, dropout=…, seed=…, **ModelConfig fields): a small dense model."""
+    """make_model(vocab_size=…, causal=…, dropout=…, seed=…, **ModelConfig fields): a small dense model.
+
+    dropout is that of the attention, stream_dropout that of the residual stream; context as of Transformer.
+    """
 
     def make(
-        *, vocab_size: int = 37, causal: bool = True, dropout: float = 0.0, seed: int = 0, **fields
+        *,
+        vocab_size: int = 37,
+        causal: bool = True,
+        dropout: float = 0.0,
+        stream_dropout: float = 0.0,
+        context: int | None = None,
+        seed: int = 0,
+        **fields,
     ) -> Transformer:
         torch.manual_seed(seed)
-        config = ModelConfig(**{"depth": 2, "embed_dim": 32, "heads": 4, "kv_heads": 2, "mlp_dim": 48} | fields)
-        dense = DenseConfig(dropout=dropout)
-        return Transformer(config, lambda shape: DenseAttention(dense, shape), vocab_size=vocab_size, causal=causal)
+        sizes = {"depth": 2, "embed_dim": 32, "heads": 4, "kv_heads": 2, "mlp_dim": 48} | fields
+        config, dense = ModelConfig(**sizes, dropout=stream_dropout), DenseConfig(dropout=dropout)
+        return Transformer(
+            config,
+            lambda shape: DenseAttention(dense, shape),
+            vocab_size=vocab_size,
+            causal=causal,
+            context=context,
+        )
 
     return make
 

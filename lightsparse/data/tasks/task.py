@@ -94,10 +94,10 @@ class TaskSamples(Dataset[dict[str, Tensor]]):
             labels = np.full_like(labels, IGNORED)
         elif self.split == VAL or self.task.loss == "answer":
             labels = np.where(example.evidence >= 0, labels, IGNORED)
-        return {
-            "tokens": torch.from_numpy(example.tokens),
-            "labels": torch.from_numpy(labels),
-            "evidence": torch.from_numpy(example.evidence),
+        return {  # copies: a kept example must stay as it is
+            "tokens": torch.tensor(example.tokens),
+            "labels": torch.tensor(labels),
+            "evidence": torch.tensor(example.evidence),
             "documents": torch.zeros(len(labels), dtype=torch.int32),
             "positions": torch.arange(len(labels)),
             "sample_ids": torch.tensor(sample_id),
