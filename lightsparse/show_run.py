@@ -14,7 +14,7 @@ from lightsparse.attention.core import AttentionCore
 from lightsparse.config import Config, parse
 from lightsparse.data.module import DataModule
 from lightsparse.targets import ConfigError
-from lightsparse.training.checkpoint import newest_checkpoint
+from lightsparse.training.checkpoint_files import newest_checkpoint, read_checkpoint
 from lightsparse.training.directory import RunDirectory
 from lightsparse.training.module import language_model
 
@@ -40,7 +40,7 @@ def of_run(path: Path, layer: str | None) -> tuple[str, TileMap]:
     data = DataModule(config.data, config.seed, config.eval.tokens)
     data.setup()
     module = language_model(config, data.tokenizer)
-    module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
+    module.load_state_dict(read_checkpoint(file)["state_dict"])
     module.eval()
     core = module.model.layers[number].self_attn.core  # type: ignore[union-attr]
     assert isinstance(core, AttentionCore)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from lightsparse.config import differences
 from lightsparse.targets import ConfigError
-from lightsparse.training.checkpoint import newest_checkpoint
+from lightsparse.training.checkpoint_files import newest_checkpoint
 from lightsparse.training.files import remove_partial_files, write_text
 from lightsparse.training.lock import lock
 from lightsparse.training.ranks import is_first_rank

@@ -117,6 +117,7 @@ def duration(seconds: float) -> str:
 
 
 def _numbers(row: dict[str, float]) -> str:
-    return (
-        f"loss {row['train_loss']:.3f}  {row['train_bits_per_byte']:.3f} bits/byte  {row['tokens_per_s']:,.0f} tokens/s"
-    )
+    loss = "step not taken"
+    if "train_loss" in row:
+        loss = f"loss {row['train_loss']:.3f}  {row['train_bits_per_byte']:.3f} bits/byte"
+    return f"{loss}  {row['tokens_per_s']:,.0f} tokens/s"

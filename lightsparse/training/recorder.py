@@ -7,11 +7,11 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 
 from lightsparse.config import Config
 from lightsparse.training.checkpoint import validation_follows
 from lightsparse.training.module import LanguageModel, Totals
-from lightsparse.training.ranks import data_ranks
 from lightsparse.training.watched import CHURN
 
 
@@ -21,6 +21,9 @@ class Recorder(Callback):
     A row is sent when its step is complete, validation included, so that a killed run leaves no half rows and a
     resumed one repeats none. Training losses are means over all tokens since the row before: one step's tokens are too
     few for a curve. Sums and clocks travel in the checkpoint, so that rows, wall_s and rates cover all restarts.
+
+    Our own file takes a row at once, and drops those of steps that are trained again; other loggers cannot take a row
+    back, and get it once a checkpoint holds its step.
 
     started  time.perf_counter() when this process began the run
     """
@@ -36,6 +39,8 @@ class Recorder(Callback):
         self._sent_tokens, self._sent_s = 0, 0.0  # at the row before
         self._steps: list[list[float]] = []  # nats, targets, bytes, density of each step since the row before
         self._step = 0
+        self._others: list[Logger] = []  # loggers beside ours
+        self._held: list[tuple[int, dict[str, float]]] = []  # rows that no checkpoint stands behind yet
 
     @property
     def wall_s(self) -> float:
@@ -44,9 +49,7 @@ class Recorder(Callback):
 
     def tokens(self, trainer: Trainer) -> int:
         """Training tokens read up to now, by all ranks; a sequence that several ranks hold is counted once."""
-        data = self.config.data
-        samples = trainer.global_step * self.config.trainer.accumulate * data.batch_size * data_ranks(trainer)
-        return samples * data.context
+        return trainer.global_step * self.config.samples_per_step * self.config.data.context
 
     # ---- hooks --------------------------------------------------------------------------------------------------
 
@@ -91,19 +94,28 @@ class Recorder(Callback):
         self._wall_before, self.train_s = state_dict["wall_s"], state_dict["train_s"]
         self._steps = [list(step) for step in state_dict["steps"]]
 
+    def release(self, step: int) -> None:
+        """A checkpoint of `step` is on disk: the rows up to it are final."""
+        for row_step, row in self._held:
+            if row_step <= step:
+                for logger in self._others:
+                    logger.log_metrics(row, step=row_step)
+        self._held = [(row_step, row) for row_step, row in self._held if row_step > step]
+
     # ---- rows ---------------------------------------------------------------------------------------------------
 
     def _training_row(self, trainer: Trainer, module: LanguageModel) -> dict[str, float]:
         result = module.step_result
         assert result is not None  # an optimizer step has just been taken
         step = result.totals
-        self._steps.append([step.nats, step.targets, step.bytes, result.density])
-        nats, targets, text_bytes, density = (sum(column) for column in zip(*self._steps, strict=True))
-        totals, density = Totals(nats, targets, text_bytes), density / len(self._steps)
+        if result.taken:
+            self._steps.append([step.nats, step.targets, step.bytes, result.density])
+        nats, targets, text_bytes, density = (sum(column) for column in zip([0.0] * 4, *self._steps, strict=True))
+        totals, density = Totals(nats, targets, text_bytes), density / max(len(self._steps), 1)
         tokens = self.tokens(trainer)
         tokens_per_s = (tokens - self._sent_tokens) / max(self.train_s - self._sent_s, 1e-9)
         actual, dense = module.model.flops_per_token(self.config.data.context, density)
-        return {
+        values = {
             "tokens": tokens,
             "wall_s": self.wall_s,
             "train_loss": totals.loss,
@@ -116,12 +128,15 @@ class Recorder(Callback):
             "flops_per_s": actual * tokens_per_s,
             "dense_flops_per_s": dense * tokens_per_s,
             "mfu": actual * tokens_per_s / (self.peak * trainer.world_size),
-            **{name: value for name, value in result.watched.items() if not math.isnan(value)},
+            "skipped_steps": module.health.skipped,
+            **result.watched,
         }
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def _send(self, trainer: Trainer) -> None:
         self.row.setdefault("tokens", self.tokens(trainer))
-        for logger in trainer.loggers:
-            logger.log_metrics(self.row, step=trainer.global_step)
+        trainer.loggers[0].log_metrics(self.row, step=trainer.global_step)  # ours
+        self._held.append((trainer.global_step, dict(self.row)))
+        self._others = trainer.loggers[1:]
         self._sent_tokens, self._sent_s = self.tokens(trainer), self.train_s
         self._steps = []
