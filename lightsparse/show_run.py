@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from lightsparse.analysis.tile_map import TileMap, of_core
 from lightsparse.attention.core import AttentionCore
-from lightsparse.config import Config, parse
+from lightsparse.config import Config
 from lightsparse.data.module import DataModule
 from lightsparse.targets import ConfigError
-from lightsparse.training.checkpoint_files import newest_checkpoint, read_checkpoint
-from lightsparse.training.directory import RunDirectory
-from lightsparse.training.module import language_model
+from lightsparse.training.module import LanguageModel
+from lightsparse.training.trained import load_run, stored_config
 
 
 def of_run(path: Path, layer: str | None) -> tuple[str, TileMap]:
@@ -26,22 +24,14 @@ def of_run(path: Path, layer: str | None) -> tuple[str, TileMap]:
     Raises ConfigError for a folder that holds no run or no checkpoint, and a layer that the model does not have;
     DataError where the run's text is gone.
     """
-    directory = RunDirectory(path)
-    if not directory.config.is_file():
-        raise ConfigError(f"run is {path}, where there is no config.yaml; name a run directory such as runs/<name>")
-    stored = OmegaConf.to_container(OmegaConf.load(directory.config))
-    assert isinstance(stored, dict)  # as the run wrote it
-    config = parse({str(key): value for key, value in stored.items()})
-    number = _layer(config, layer)
-    newest = newest_checkpoint(directory.checkpoints)
-    if newest is None:
-        raise ConfigError(f"run is {path}, which holds no checkpoint; train it to checkpoint.every_n_steps first")
-    step, file = newest
+    number = _layer(stored_config(path), layer)
+    run = load_run(path)
+    config = run.config
     data = DataModule(config.data, config.seed, config.eval.tokens)
     data.setup()
-    module = language_model(config, data.tokenizer)
-    module.load_state_dict(read_checkpoint(file)["state_dict"])
-    module.eval()
+    module = LanguageModel(
+        run.model, config, token_bytes=run.tokenizer.token_bytes(), mask_id=run.tokenizer.mask
+    ).eval()
     core = module.model.layers[number].self_attn.core  # type: ignore[union-attr]
     assert isinstance(core, AttentionCore)
     seen: dict[str, Any] = {}
@@ -54,7 +44,9 @@ def of_run(path: Path, layer: str | None) -> tuple[str, TileMap]:
     with torch.no_grad():
         module.on_validation_epoch_start()
         module.validation_step(batch, 0)
-    name = f"{config.attention.name if config.model.layers[number] == 'S' else 'dense'} · layer {number} · step {step}"
+    name = (
+        f"{config.attention.name if config.model.layers[number] == 'S' else 'dense'} · layer {number} · step {run.step}"
+    )
     return name, of_core(core, seen["k"].shape[2], seen["ctx"], (seen["q"], seen["k"], seen["x"]))
 
 

@@ -89,7 +89,7 @@ def test_what_is_wrong_with_a_run_is_said_in_one_line(run, capsys):
     (run / "empty" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     wrong = {
         (f"run={run / 'nowhere'}",): "no config.yaml",
-        (f"run={run / 'empty'}",): "no checkpoint",
+        (f"run={run / 'empty'}",): "no whole checkpoint",
         (f"run={run}", "layer=2"): "layers 0 … 1",
         (f"run={run}", "layer=-1"): "layers 0 … 1",
         (f"run={run}", "seed=3"): "seed=3",

@@ -69,4 +69,5 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint of either kind, whole tensors on the CPU; nothing of it is run."""
     if path.is_dir():
         return sharded_files.read(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    # Mapped, not read: what the caller has no use for is left where it is.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
