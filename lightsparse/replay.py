@@ -18,12 +18,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightsparse.config import parse
-from lightsparse.data import DataError
+from lightsparse.data import ByteTokenizer, DataError
 from lightsparse.targets import ConfigError
-from lightsparse.training.directory import RunDirectory, stored_config
 from lightsparse.training.health import replay_file
 from lightsparse.training.module import LanguageModel, language_model
+from lightsparse.training.trained import stored_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +51,7 @@ def replay(file: Path) -> list[str]:
     if not file.is_file() or file.parent.name != "replay":
         raise ConfigError(f"file is {file}; it must be a file of a run's replay folder, where a run left one")
     folder, content = file.parents[1], torch.load(file, map_location="cpu", weights_only=True)
-    config = parse(stored_config(RunDirectory(folder).config))
-    module = language_model(config, config.data.tokenizer)
+    module = language_model(stored_config(folder), ByteTokenizer())
     weights = torch.load(replay_file(folder, content["step"], 0), map_location="cpu", weights_only=True)["state_dict"]
     module.load_state_dict(weights)
     lines = [f"step {content['step']}: {content['reason']}; {len(content['batches'])} micro-batches of {file.name}"]
@@ -91,7 +89,7 @@ def _taken(module: LanguageModel, batch: dict[str, Tensor], step: int) -> str:
             hook.remove()
     targets = int(module._targets_and_bytes(labels_BN)[0])
     gradients = [name for name, p in module.model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
-    parts = [f"loss {float(nats) / max(targets, 1):.6g} over {targets} targets", *found]
+    parts = [f"loss {float(nats.detach()) / max(targets, 1):.6g} over {targets} targets", *found]
     if gradients:
         parts.append(f"gradients not finite: {', '.join(gradients[:8])}{', …' if len(gradients) > 8 else ''}")
     if not found and not gradients:
