@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightsparse.config import Config
 from lightsparse.training.checkpoint import validation_follows
 from lightsparse.training.module import LanguageModel, Totals
+from lightsparse.training.version import code_version
 from lightsparse.training.watched import CHURN
 
 
@@ -25,11 +27,12 @@ class Recorder(Callback):
     Our own file takes a row at once, and drops those of steps that are trained again; other loggers cannot take a row
     back, and get it once a checkpoint holds its step.
 
+    raw      the composed config, for loggers that show it
     started  time.perf_counter() when this process began the run
     """
 
-    def __init__(self, config: Config, *, started: float) -> None:
-        self.config, self.started = config, started
+    def __init__(self, config: Config, raw: Mapping[str, Any], *, started: float) -> None:
+        self.config, self.raw, self.started = config, dict(raw), started
         self.peak_memory = 0  # bytes that training took on the busiest rank; set at the end
         self.peak = float("nan")  # FLOP/s that one device reaches in a matrix product; set once the device is known
         self.row: dict[str, float] = {}  # the newest numbers, sent or not
@@ -52,6 +55,11 @@ class Recorder(Callback):
         return trainer.global_step * self.config.samples_per_step * self.config.data.context
 
     # ---- hooks --------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        self._others = trainer.loggers[1:]
+        for logger in self._others:
+            logger.log_hyperparams({**self.raw, "code": code_version()})
 
     def on_train_start(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self._step = trainer.global_step
@@ -137,6 +145,5 @@ class Recorder(Callback):
         self.row.setdefault("tokens", self.tokens(trainer))
         trainer.loggers[0].log_metrics(self.row, step=trainer.global_step)  # ours
         self._held.append((trainer.global_step, dict(self.row)))
-        self._others = trainer.loggers[1:]
         self._sent_tokens, self._sent_s = self.tokens(trainer), self.train_s
         self._steps = []

@@ -18,6 +18,7 @@ from lightsparse.training.checkpoint import StepCheckpoint
 from lightsparse.training.directory import RunDirectory
 from lightsparse.training.metrics import MetricsFile
 from lightsparse.training.progress import TrainingProgress
+from lightsparse.training.ranks import is_first_rank
 from lightsparse.training.recorder import Recorder
 from lightsparse.training.writer import CheckpointWriter
 
@@ -30,8 +31,11 @@ def build_trainer(
     for name, node in config.logger.items():
         if node is not None:
             target = check_buildable(node, f"logger.{name}", kind=Logger, allow=config.allow_targets)
-            takes_folder = "save_dir" in inspect.signature(target).parameters and "save_dir" not in node
-            given = {"save_dir": str(directory.path)} if takes_folder else {}
+            ours = {"save_dir": str(directory.path)}
+            if is_first_rank():  # the others may be here before it, and do not log
+                ours["id"] = directory.run_id
+            takes = inspect.signature(target).parameters
+            given = {key: value for key, value in ours.items() if key in takes and key not in node}
             loggers.append(build(node, f"logger.{name}", kind=Logger, allow=config.allow_targets, **given))
     callbacks: list[Callback] = [recorder]
     if config.trainer.progress:
