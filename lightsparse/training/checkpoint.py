@@ -79,10 +79,10 @@ class StepCheckpoint(Checkpoint):
         if not validation_follows(trainer.global_step, self.validation_every, self.max_steps):
             self._save_if_due(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
-        loss = float(trainer.callback_metrics["val_loss"])
+        loss = pl_module.validation.loss  # equal on all ranks
         is_best = self.keep_best and loss < self.best_loss
         if is_best:
             self.best_step, self.best_loss = trainer.global_step, loss
@@ -113,6 +113,7 @@ class StepCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint["random"]
+        _count_batches_anew(checkpoint, trainer.accumulate_grad_batches)
         there, here = checkpoint["code"], code_version()
         changed = [f"{name} {there.get(name)} → {here[name]}" for name in here if here[name] != there.get(name)]
         if changed:
@@ -159,6 +160,18 @@ class StepCheckpoint(Checkpoint):
         if self._on_disk > self._told:
             self._told = self._on_disk
             self.saved(self._told)
+
+
+def _count_batches_anew(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Lightning counts micro-batches, and tells by them when a step is complete and a validation due.
+
+    Another number of ranks that read different samples makes other micro-batches of the same steps.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    batches = checkpoint["global_step"] * accumulate
+    for counts in (progress["total"], progress["current"]):
+        under_way = counts["ready"] - counts["completed"]  # the last one, during whose end the checkpoint was made
+        counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - under_way}
 
 
 def validation_follows(step: int, every_n_steps: int, max_steps: int) -> bool:

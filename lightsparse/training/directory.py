@@ -64,6 +64,11 @@ class RunDirectory:
         return self.identity.read_text(encoding="utf-8").strip()
 
     @property
+    def sent(self) -> Path:
+        """The step up to which loggers beside metrics.csv have all rows."""
+        return self.path / ".sent"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 

@@ -12,6 +12,9 @@ from lightning.pytorch.loggers import Logger
 
 from lightsparse.config import Config
 from lightsparse.training.checkpoint import validation_follows
+from lightsparse.training.directory import RunDirectory
+from lightsparse.training.files import write_text
+from lightsparse.training.metrics import read_metrics
 from lightsparse.training.module import LanguageModel, Totals
 from lightsparse.training.version import code_version
 from lightsparse.training.watched import CHURN
@@ -24,15 +27,15 @@ class Recorder(Callback):
     resumed one repeats none. Training losses are means over all tokens since the row before: one step's tokens are too
     few for a curve. Sums and clocks travel in the checkpoint, so that rows, wall_s and rates cover all restarts.
 
-    Our own file takes a row at once, and drops those of steps that are trained again; other loggers cannot take a row
-    back, and get it once a checkpoint holds its step.
+    Our own file takes a row at once, and drops those of steps that are trained again. Other loggers cannot take a row
+    back: they get it from there once a checkpoint holds its step, and `sent` tells the next start what they have.
 
     raw      the composed config, for loggers that show it
     started  time.perf_counter() when this process began the run
     """
 
-    def __init__(self, config: Config, raw: Mapping[str, Any], *, started: float) -> None:
-        self.config, self.raw, self.started = config, dict(raw), started
+    def __init__(self, config: Config, raw: Mapping[str, Any], directory: RunDirectory, *, started: float) -> None:
+        self.config, self.raw, self.directory, self.started = config, dict(raw), directory, started
         self.peak_memory = 0  # bytes that training took on the busiest rank; set at the end
         self.peak = float("nan")  # FLOP/s that one device reaches in a matrix product; set once the device is known
         self.row: dict[str, float] = {}  # the newest numbers, sent or not
@@ -42,8 +45,7 @@ class Recorder(Callback):
         self._sent_tokens, self._sent_s = 0, 0.0  # at the row before
         self._steps: list[list[float]] = []  # nats, targets, bytes, density of each step since the row before
         self._step = 0
-        self._others: list[Logger] = []  # loggers beside ours
-        self._held: list[tuple[int, dict[str, float]]] = []  # rows that no checkpoint stands behind yet
+        self._others: list[Logger] = []  # loggers beside ours; on the first rank only
 
     @property
     def wall_s(self) -> float:
@@ -57,7 +59,7 @@ class Recorder(Callback):
     # ---- hooks --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        self._others = trainer.loggers[1:]
+        self._others = trainer.loggers[1:] if trainer.is_global_zero else []
         for logger in self._others:
             logger.log_hyperparams({**self.raw, "code": code_version()})
 
@@ -65,6 +67,8 @@ class Recorder(Callback):
         self._step = trainer.global_step
         self._sent_tokens, self._sent_s = self.tokens(trainer), self.train_s
         self._mark = time.perf_counter()
+        if trainer.global_step:
+            self.release(trainer.global_step)  # what a start before this one had no time to send
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
@@ -104,11 +108,15 @@ class Recorder(Callback):
 
     def release(self, step: int) -> None:
         """A checkpoint of `step` is on disk: the rows up to it are final."""
-        for row_step, row in self._held:
-            if row_step <= step:
+        if not self._others:
+            return
+        sent = int(self.directory.sent.read_text()) if self.directory.sent.exists() else -1
+        for row in read_metrics(self.directory.metrics):
+            row_step = int(row.pop("step"))
+            if sent < row_step <= step:
                 for logger in self._others:
                     logger.log_metrics(row, step=row_step)
-        self._held = [(row_step, row) for row_step, row in self._held if row_step > step]
+        write_text(self.directory.sent, f"{step}\n")
 
     # ---- rows ---------------------------------------------------------------------------------------------------
 
@@ -144,6 +152,5 @@ class Recorder(Callback):
     def _send(self, trainer: Trainer) -> None:
         self.row.setdefault("tokens", self.tokens(trainer))
         trainer.loggers[0].log_metrics(self.row, step=trainer.global_step)  # ours
-        self._held.append((trainer.global_step, dict(self.row)))
         self._sent_tokens, self._sent_s = self.tokens(trainer), self.train_s
         self._steps = []

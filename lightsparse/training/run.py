@@ -77,7 +77,7 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
     model = module.model
     if config.compile:
         model.compile()  # in place: the names in the checkpoint stay as they are
-    recorder = Recorder(config, raw, started=started)
+    recorder = Recorder(config, raw, directory, started=started)
     trainer = build_trainer(config, raw, directory, recorder, console)
     device = trainer.strategy.root_device
     layout = _layout(config)
