@@ -9,9 +9,11 @@ COMMANDS = {
     "python -m lightsparse.evaluate": "tasks and loss by position of a trained model",
     "python -m lightsparse.show": "draw an attention pattern as PNG",
     "python -m lightsparse.analysis": "how far back an attention reaches",
+    "python -m lightsparse.replay": "take the step again that ended a run",
     "python -m lightsparse.bench kernels": "speed of sparse attention against dense",
     "python -m lightsparse.bench memory": "peak memory as the sequence grows",
     "python -m lightsparse.bench train": "tokens per second of training steps",
+    "python -m lightsparse.bench checkpoint": "what saving costs a training step",
     "python -m lightsparse.bench table": "saved measurements as Markdown",
 }
 
@@ -19,7 +21,7 @@ COMMANDS = {
 def main() -> None:
     console = Console(soft_wrap=True)
     for command, purpose in COMMANDS.items():
-        console.print(f"{command:<37}{purpose}", markup=False, highlight=False)
+        console.print(f"{command:<40}{purpose}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

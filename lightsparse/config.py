@@ -36,7 +36,7 @@ from lightsparse.training.schedules import Schedule
 from lightsparse.training.sharding import context_split
 
 # Keys that may change between the parts of one run: they say how long, where and how watched, not what is trained.
-# Of the ranks only the number that read different samples counts, as part of the batch; `_fixed_values` adds it.
+# Of ranks and batches only their product counts, the samples of an optimizer step; `_fixed_values` adds it.
 FREE_KEYS = (
     "name",
     "resume",
@@ -46,6 +46,7 @@ FREE_KEYS = (
     "logger",
     "callbacks",
     "checkpoint",
+    "health",
     "eval.every_n_steps",
     "eval.sample_tokens",
     "eval.stop_accuracy",
@@ -55,12 +56,15 @@ FREE_KEYS = (
     "strategy.split",
     "strategy.exchange",
     "strategy.timeout",
+    "trainer.accumulate",
+    "trainer.global_batch",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.max_steps",
     "trainer.max_time",
     "trainer.progress",
     "trainer.log_every_n_steps",
+    "data.batch_size",
     "data.num_workers",
 )
 
@@ -259,11 +263,15 @@ def _fixed_values(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             values[dotted] = value
     if not prefix:
-        values["ranks that read different samples"] = _data_ranks(node)
+        values["samples per optimizer step"] = _samples_per_step(node)
     return values
 
 
-def _data_ranks(raw: Mapping[str, Any]) -> int:
-    trainer, strategy = raw.get("trainer", {}), raw.get("strategy", {})  # a stored config may lack what is newer
+def _samples_per_step(raw: Mapping[str, Any]) -> int:
+    """`Config.samples_per_step` of a raw config; a stored one may lack what is newer."""
+    trainer, strategy, data = (raw.get(group, {}) for group in ("trainer", "strategy", "data"))
+    if trainer.get("global_batch"):
+        return trainer["global_batch"]
     ranks = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
-    return ranks // (strategy["context"] or ranks) if "context" in strategy else ranks
+    readers = ranks // (strategy["context"] or ranks) if "context" in strategy else ranks
+    return data.get("batch_size", 1) * (trainer.get("accumulate") or 1) * readers

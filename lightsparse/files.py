@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     The bytes and the rename are on disk when this returns: neither SIGKILL nor a power cut leaves half a file. The
     folder must exist. An error inside the block leaves `path` as it was and removes the partial file.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+    partial = path.with_name(partial_name(path.name, str(os.getpid())))
     try:
         with partial.open("wb") as file:
             yield file
@@ -27,7 +28,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,13 +37,21 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def partial_name(name: str, writer: str) -> str:
+    """Under which `writer` writes what will be called `name`."""
+    return f".{name}.{writer}{_SUFFIX}"
+
+
 def remove_partial_files(folder: Path) -> None:
     """Remove what killed processes left half-written in `folder`. Only the folder's one writer may call this."""
     for partial in folder.glob(f".*{_SUFFIX}"):
-        partial.unlink(missing_ok=True)
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` durable; a no-op where folders cannot be opened (Windows)."""
     if not hasattr(os, "O_DIRECTORY"):
         return

@@ -23,7 +23,8 @@ from lightsparse.training.schedules import Schedule
 class TrainerConfig:
     max_steps: int  # optimizer steps
     max_time: float | None  # seconds that this start may take; null = no limit
-    accumulate: int  # micro-batches per optimizer step
+    accumulate: int | None  # micro-batches per optimizer step; null = what global_batch takes, or 1
+    global_batch: int | None  # samples per optimizer step, over all ranks; null = as batch_size and accumulate give
     grad_clip: float | None  # largest norm of the gradient; null = off
     devices: int  # ranks on each machine, those of torchrun or SLURM where they started them
     num_nodes: int  # machines, likewise
@@ -31,8 +32,14 @@ class TrainerConfig:
     log_every_n_steps: int  # optimizer steps between rows of metrics.csv
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "accumulate", "devices", "num_nodes", "log_every_n_steps"):
-            _at_least(1, f"trainer.{name}", getattr(self, name))
+        for name in ("max_steps", "accumulate", "global_batch", "devices", "num_nodes", "log_every_n_steps"):
+            if getattr(self, name) is not None:
+                _at_least(1, f"trainer.{name}", getattr(self, name))
+        if self.accumulate is not None and self.global_batch is not None:
+            raise ValueError(
+                f"trainer.global_batch is {self.global_batch}, from which trainer.accumulate follows; leave out "
+                f"trainer.accumulate={self.accumulate}"
+            )
         if self.max_time is not None and not self.max_time > 0:
             raise ValueError(f"trainer.max_time is {self.max_time:g}; it counts seconds and must be above 0")
         if self.grad_clip is not None and self.grad_clip <= 0:
@@ -43,10 +50,28 @@ class TrainerConfig:
 class CheckpointConfig:
     every_n_steps: int  # optimizer steps
     keep: int  # newest checkpoints that stay on disk
+    keep_best: bool  # the one with the lowest validation loss stays, too
+    background: bool  # written beside training, from a copy of the state in main memory
+    timeout: float  # seconds that the end of a run waits for the one under way
 
     def __post_init__(self) -> None:
         _at_least(1, "checkpoint.every_n_steps", self.every_n_steps)
         _at_least(1, "checkpoint.keep", self.keep)
+        if not self.timeout > 0:
+            raise ValueError(f"checkpoint.timeout is {self.timeout:g}; it counts seconds and must be above 0")
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    skip_steps: int  # steps in a row that are not taken as they would do harm; one more ends the run
+    spike: float | None  # a loss above so many times the mean of the last spike_window steps does harm; null = off
+    spike_window: int  # optimizer steps
+
+    def __post_init__(self) -> None:
+        _at_least(0, "health.skip_steps", self.skip_steps)
+        _at_least(1, "health.spike_window", self.spike_window)
+        if self.spike is not None and not self.spike > 1:
+            raise ValueError(f"health.spike is {self.spike:g}; it is a multiple of the usual loss and must be above 1")
 
 
 @dataclass(frozen=True)
@@ -98,6 +123,7 @@ class Config:
     callbacks: dict[str, Any]  # name → node of a Lightning callback, or null
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
+    health: HealthConfig
     eval: EvalConfig
 
     def __post_init__(self) -> None:
@@ -125,6 +151,12 @@ class Config:
         if self.eval.tasks.names and self.objective == "mlm":
             raise ValueError("eval.tasks.names is given and objective is mlm; tasks are answered by objective=causal")
         self.strategy.context_ranks(self.ranks)  # raises where they do not fit
+        whole, micro = self.trainer.global_batch, self.data.batch_size * self.grid.data
+        if whole is not None and whole % micro:
+            raise ValueError(
+                f"trainer.global_batch is {whole}, no multiple of data.batch_size={self.data.batch_size} times the "
+                f"{self.grid.data} ranks that read different samples; change one of them"
+            )
         if isinstance(self.strategy, Replicas) and self.strategy.comm_hook == "bf16" and self.precision == "bf16-true":
             raise ValueError(
                 "strategy.comm_hook is bf16 and precision is bf16-true, whose gradients are bf16 already; "
@@ -135,6 +167,19 @@ class Config:
     def ranks(self) -> int:
         """Processes of the whole job."""
         return self.trainer.devices * self.trainer.num_nodes
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches of a rank per optimizer step."""
+        whole = self.trainer.global_batch
+        if whole is not None:
+            return whole // (self.data.batch_size * self.grid.data)
+        return self.trainer.accumulate or 1
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples per optimizer step, over all ranks."""
+        return self.data.batch_size * self.accumulate * self.grid.data
 
     @property
     def grid(self) -> RankGrid:

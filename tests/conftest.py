@@ -1,28 +1,43 @@
-"""The battery's table, printed at the end: variant × property, each passed, FAILED, or the capability it lacks."""
+"""How the tests run: on all cores where all of them run, and with the table of variant × property at the end."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
+import torch
 
 _RESULTS: dict[tuple[str, str], list[str]] = {}
-_OF_TEST: dict[str, tuple[str, str]] = {}
+_BATTERY = "battery"  # the name under which a report carries its variant and property from a worker
+_MOST_WORKERS = 8
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the others have the other cores
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker per core for the whole suite; for named files or tests none: it would start later than they end."""
+    if config.invocation_params.args and any(not arg.startswith("-") for arg in config.invocation_params.args):
+        return 0
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _MOST_WORKERS)
 
 
 @pytest.fixture
-def battery_result(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+def battery_result(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
     """Called with (variant, property), puts this test's outcome into the table."""
 
     def note(variant: str, property: str) -> None:
-        _OF_TEST[request.node.nodeid] = (variant, property)
+        record_property(_BATTERY, (variant, property))
 
     return note
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" and report.nodeid in _OF_TEST:
-        _RESULTS.setdefault(_OF_TEST[report.nodeid], []).append(report.outcome)
+    if report.when == "call":
+        for name, cell in report.user_properties:
+            if name == _BATTERY:
+                _RESULTS.setdefault(tuple(cell), []).append(report.outcome)  # type: ignore[arg-type]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -44,7 +44,7 @@ class SequenceContext:
     positions  int64 [B|1, Nq]: position of each query token from its document's start (RoPE's angle)
     documents  int32 [B, Nkv] or None: document id of every key token, non-decreasing; None = one document
     q_start    index of the first query among the keys: Nq = Nkv − q_start (decoding with a cache)
-    seed       one integer of (run seed, global step, micro-batch): all randomness of the pass is a function of it
+    seed       one integer of (run seed, global step): with sample ids, all randomness of the pass is a function of it
     sample_ids int64 [B] or None: global ids of the samples, so that randomness does not depend on the batch's split
     states     per layer, what a core keeps between decoding steps beside keys and values; None = no decoding
     held       int64 [n] or None: ids, ascending, of the key blocks that k and v consist of where the layer's cache has

@@ -1,4 +1,4 @@
-"""`python -m lightsparse.bench`: kernels, memory, train, comm, and table."""
+"""`python -m lightsparse.bench`: kernels, memory, train, checkpoint, comm, and table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lightsparse.bench import comm, kernels, memory, train
+from lightsparse.bench import checkpoint, comm, kernels, memory, train
 from lightsparse.bench.report import Report, load
 from lightsparse.bench.verify import VerificationError
 
@@ -21,6 +21,7 @@ MEASUREMENTS = {
     "kernels": (kernels, "block-sparse attention against dense SDPA and FlexAttention; verified, then timed"),
     "memory": (memory, "peak memory of attention forward + backward as the sequence grows"),
     "train": (train, "tokens/s and peak memory of whole training steps: ours sparse, ours dense, transformers"),
+    "checkpoint": (checkpoint, "what saving costs a training step, in the step's way and beside it"),
     "comm": (comm, "bytes that context parallelism sends per rank and layer; counted, predicted, and on paper"),
 }
 

@@ -38,12 +38,14 @@ SETTINGS = {
         *("pattern", "seq", "ranks", "exchange", "heads", "kv_heads", "head_dim", "block", "window", "sinks", "dtype"),
     ),
     "train": ("context", "dtype", "threads", "matmul_precision", "optimizer"),
+    "checkpoint": ("context", "threads", "state_mib"),
 }
 RESULTS = {
     "kernels": ("density", "ms", "dense_ms", "speedup", "cpu_speedup", "flop_ratio", "efficiency"),
     "memory": ("seq", "increase_mib", "bytes_per_token", "growth", "peak_rss_mib"),
     "comm": ("predicted_mib", "counted_mib", "of_ring"),
     "train": ("model", "density", "ms_per_step", "tokens_per_s", "vs_transformers", "peak_rss_mib", "loss"),
+    "checkpoint": ("saving", "ms_per_step", "cost", "cpu_cost", "stall_ms"),
 }
 
 
@@ -51,7 +53,7 @@ RESULTS = {
 class Report:
     """One run of one benchmark."""
 
-    kind: str  # kernels, memory, train or comm
+    kind: str  # kernels, memory, train, checkpoint or comm
     command: str  # what to type to run it again
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was compared, and what was left out and why

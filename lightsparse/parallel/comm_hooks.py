@@ -84,6 +84,9 @@ class HookState:
         self._restore(residuals)
         self.steps = state["steps"]
 
+    def forget_non_finite(self) -> None:
+        """After a step that was not taken: what is kept for later ones must hold nothing but numbers."""
+
     def _residuals(self) -> dict[Tensor, Tensor]:
         return {}
 
@@ -168,6 +171,12 @@ class PowerSGD(HookState):
         for bucket, error in self.inner.error_dict.items():
             kept.update({p: error[place] for p, place in self._places[bucket]})
         return kept
+
+    def forget_non_finite(self) -> None:
+        for error in self.inner.error_dict.values():
+            error.nan_to_num_(0.0, 0.0, 0.0)
+        self.inner.p_memory_dict.clear()  # the factors it would start from; drawn again
+        self.inner.q_memory_dict.clear()
 
     def load_residual_state(self, state: dict[str, Any], parameters: NamedParameters) -> None:
         super().load_residual_state(state, parameters)

@@ -5,7 +5,7 @@ Both average gradients over all ranks, those of a sequence included: the sum ove
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lightsparse.parallel.comm_hooks import gradient_hook
 from lightsparse.parallel.kinds import Replicas, SeveralRanks, StrategyConfig
 from lightsparse.parallel.launcher import RankLauncher
 from lightsparse.parallel.mesh import RankGrid
+from lightsparse.parallel.sharded_files import read, separated
 
 _START = 300.0  # seconds that a rank waits at least for the others to appear; machines do not start at once
 
@@ -116,10 +117,12 @@ class ReplicatedStrategy(GridStrategy, DDPStrategy):
 class ShardedStrategy(GridStrategy, ModelParallelStrategy):
     """Every rank holds a shard of each parameter, of its gradient and of its optimizer state (FSDP2).
 
-    Checkpoints are those of every other strategy: whole tensors, gathered one by one and written by rank 0; a rank
-    that loads one takes its shard of each. Lightning's own would number the optimizer's state by another order of
-    parameters than the optimizer's.
+    A checkpoint is a folder into which each rank writes its shards (sharded_files.py). Its content is that of every
+    other strategy, so that any number of ranks under any strategy goes on from it, and this one from a plain file.
+    Lightning's own would number the optimizer's state by another order of parameters than the optimizer's.
     """
+
+    save_group: dist.ProcessGroup  # of all ranks, on the CPU, for writing beside training
 
     def __init__(self, config: SeveralRanks, grid: RankGrid) -> None:
         self.grid, self.timeout_s = grid, config.timeout
@@ -129,6 +132,9 @@ class ShardedStrategy(GridStrategy, ModelParallelStrategy):
         self._setup_distributed()
         self._joined()
         self._device_mesh = self.grid.flat_mesh(self.root_device.type)
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+        assert isinstance(group, dist.ProcessGroup)  # of all ranks
+        self.save_group = group
 
     def shard(self, module: LightningModule, parts: Iterable[nn.Module]) -> None:
         """Shard the parameters of each part, and the rest as one; to be called in configure_model, once."""
@@ -146,13 +152,22 @@ class ShardedStrategy(GridStrategy, ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return self._gathered(self.lightning_module.state_dict())
+        return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return self._gathered(inner.state_dict())
+        return inner.state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """All ranks call this. storage_options goes to the writer, as in every strategy."""
+        rest, shards = separated(checkpoint, self._owner_of(checkpoint))
+        writer: Any = self.checkpoint_io  # training's own, which alone can write shards
+        writer.save_shards(rest, shards, Path(filepath), self.save_group, self.is_global_zero, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        if Path(checkpoint_path).is_dir():
+            return read(Path(checkpoint_path), self.lightning_module.state_dict())
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -172,18 +187,40 @@ class ShardedStrategy(GridStrategy, ModelParallelStrategy):
             }
             optimizer.load_state_dict({**saved, "state": state})
 
-    def _gathered(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """The same with whole tensors in place of shards, on the CPU of rank 0; of no use on the others."""
+    def _owner_of(self, checkpoint: Mapping[str, Any]) -> Callable[[tuple[Any, ...]], str | None]:
+        """Which parameter a tensor of a checkpoint belongs to, by its path of keys."""
+        assert self.lightning_module is not None
+        names = {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
+        of_number: list[dict[int, str]] = []  # for each optimizer
+        for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            of_number.append({n: names[id(p)] for n, p in zip(numbers, parameters, strict=True)})
+
+        def owner(path: tuple[Any, ...]) -> str | None:
+            if path[0] == "state_dict":
+                return path[1]
+            if path[0] == "optimizer_states" and path[2] == "state":
+                return of_number[path[1]].get(path[3])
+            return None
+
+        return owner
+
+    def gathered_weights(self) -> dict[str, Any]:
+        """The module's state with whole tensors, on the CPU of rank 0; of no use on the others. All ranks call this."""
+        assert self.lightning_module is not None
 
         def whole(shard: DTensor) -> Tensor:
             tensor = shard.full_tensor()  # a collective: on every rank, in the same order
             return tensor.cpu() if self.is_global_zero else tensor.new_empty(0)
 
-        return tree_map_only(DTensor, whole, tree)
+        return tree_map_only(DTensor, whole, self.lightning_module.state_dict())
 
 
 def _shard_like(own: Any, value: Any) -> Any:
     """This rank's shard of a whole tensor, where its own one is sharded and has the same shape; else the value."""
     if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
+        return value
+    if isinstance(value, DTensor):  # of a folder: read as a shard
         return value
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)

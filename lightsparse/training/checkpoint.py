@@ -1,82 +1,37 @@
-"""Checkpoints that a killed run can trust: written whole or not at all, the newest one never deleted."""
+"""When a run saves, and what it keeps: the newest checkpoints and the best one, each written whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import logging
-import pickle
-import re
-import struct
-import zipfile
-import zlib
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lightsparse.files import atomic_write
+from lightsparse.files import write_text
+from lightsparse.training.checkpoint_files import checkpoint_path, checkpoint_steps
 from lightsparse.training.preemption import EXIT_CODE, Preemption
+from lightsparse.training.random_state import random_state, set_random_state
+from lightsparse.training.ranks import of_all_ranks
+from lightsparse.training.version import code_version
+from lightsparse.training.writer import CheckpointWriter, remove
 
 log = logging.getLogger(__name__)
 
-# What the readers of an archive raise where its bytes make no sense.
-_DAMAGE = (
-    *(zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError),
-    *(EOFError, LookupError, NotImplementedError, RuntimeError, ValueError),
-)
-_NAME = re.compile(r"step-(\d+)\.ckpt")
-
-
-def checkpoint_steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder by step, oldest first. Other files, half-written ones among them, are not listed."""
-    names = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*.ckpt"))
-    return dict(sorted((int(match[1]), path) for match, path in names if match))
-
-
-def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """Step and path of the newest whole checkpoint, or None. Damaged ones are passed over, with a warning each."""
-    for step, path in reversed(checkpoint_steps(folder).items()):
-        damage = damage_of(path)
-        if damage is None:
-            return step, path
-        log.warning("%s IS DAMAGED (%s) and is passed over for an older checkpoint", path, damage)
-    return None
-
-
-def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None: torch.save writes a zip archive with a checksum of each part.
-
-    Reads the whole file.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()
-        if part is None:
-            torch.load(path, map_location="meta", weights_only=True)  # torch reads the archive's frame more strictly
-    except _DAMAGE as error:
-        return f"no whole archive: {str(error).splitlines()[0]}"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return None if part is None else f"the checksum of {part} differs"
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint file, on disk in whole when `save_checkpoint` returns."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        if storage_options is not None:
-            raise TypeError("checkpoints are written to a local path and take no storage_options")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            torch.save(checkpoint, file)
+BEST = "best.json"  # beside the checkpoints: which of them has the lowest validation loss
 
 
 class StepCheckpoint(Checkpoint):
-    """Save `folder/step-<n>.ckpt` every `every_n_steps` optimizer steps and at the last one; keep the newest `keep`.
+    """Save `folder/step-<n>.ckpt` every `every_n_steps` optimizer steps, at the last one and at the best validation.
 
+    keep       newest checkpoints that stay on disk, and beside them the one with the lowest validation loss
+    keep_best  save after a validation that is better than all before, and keep it
+    raw        the composed config, which goes into every checkpoint
+    saved      called in the training thread with the step of each checkpoint that has come to be on disk
     Where a validation belongs to the step it comes first, so that a checkpoint of step n stands for everything that
     step n does: a run resumed from it neither repeats nor misses a validation.
     Asked to stop (preemption.py: a signal to any rank, or the time is up), all ranks finish the step under way, save
@@ -86,27 +41,37 @@ class StepCheckpoint(Checkpoint):
     def __init__(
         self,
         folder: Path,
+        writer: CheckpointWriter,
+        *,
         every_n_steps: int,
         keep: int,
+        keep_best: bool,
         max_steps: int,
         validation_every: int,
         max_time: float | None = None,
+        raw: Mapping[str, Any] | None = None,
+        saved: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self.folder, self.every_n_steps, self.keep = folder, every_n_steps, keep
-        self.max_steps, self.validation_every = max_steps, validation_every
-        self._last_step = 0  # of the last checkpoint saved or loaded
+        self.folder, self.writer, self.every_n_steps, self.keep = folder, writer, every_n_steps, keep
+        self.keep_best, self.max_steps, self.validation_every = keep_best, max_steps, validation_every
+        self.raw, self.saved = dict(raw or {}), saved
+        self.best_step, self.best_loss = 0, math.inf  # 0: none yet
+        self._last_step = 0  # of the last checkpoint that was begun, or loaded
+        self._on_disk = self._told = 0  # of the newest that is written, and of the newest that `saved` knows
         self._done_step = 0  # the last step that went through `_save_if_due`
+        self._random_states: list[dict[str, Any]] = []  # of the ranks, from the checkpoint that was loaded
         self._preemption = Preemption(max_time)
+
+    # ---- hooks --------------------------------------------------------------------------------------------------
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._preemption.listen()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = self._done_step = trainer.global_step
+        self._last_step = self._done_step = self._on_disk = self._told = trainer.global_step
+        if len(self._random_states) == trainer.world_size:  # else the ranks are others: none can go on where one was
+            set_random_state(self._random_states[trainer.global_rank])
         self._preemption.listen()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._preemption.stop_listening()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,35 +79,100 @@ class StepCheckpoint(Checkpoint):
         if not validation_follows(trainer.global_step, self.validation_every, self.max_steps):
             self._save_if_due(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._save_if_due(trainer)
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        loss = pl_module.validation.loss  # equal on all ranks
+        is_best = self.keep_best and loss < self.best_loss
+        if is_best:
+            self.best_step, self.best_loss = trainer.global_step, loss
+        self._save_if_due(trainer, is_best=is_best)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.writer.finish()
+        self._tell()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt):
-            log.info("stopped; the same command continues from step %d", self._last_step)
+        if isinstance(exception, KeyboardInterrupt):  # the second Ctrl-C: at once
+            log.info("stopped; the same command continues from step %d", self._on_disk)
 
-    def _save_if_due(self, trainer: Trainer) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._preemption.stop_listening()
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_step": self.best_step, "best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_step, self.best_loss = state_dict["best_step"], state_dict["best_loss"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random"] = of_all_ranks(random_state())
+        checkpoint["config"], checkpoint["code"] = self.raw, code_version()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._random_states = checkpoint["random"]
+        _count_batches_anew(checkpoint, trainer.accumulate_grad_batches)
+        there, here = checkpoint["code"], code_version()
+        changed = [f"{name} {there.get(name)} → {here[name]}" for name in here if here[name] != there.get(name)]
+        if changed:
+            log.warning("the run was begun with other code: %s; its numbers may change from here", ", ".join(changed))
+
+    # ---- saving -------------------------------------------------------------------------------------------------
+
+    def _save_if_due(self, trainer: Trainer, is_best: bool = False) -> None:
+        self.writer.check()
+        self._tell()
         step = trainer.global_step
         if step == self._done_step:  # a micro-batch inside a step leaves the step as it was
             return
         self._done_step = step
         stops = self._preemption.is_asked(trainer) and step < self.max_steps
-        if stops or step % self.every_n_steps == 0 or step >= self.max_steps or trainer.should_stop:
+        ends = step >= self.max_steps or trainer.should_stop
+        if stops or is_best or ends or step % self.every_n_steps == 0:
             self._save(trainer, step)
         if stops:
+            self.writer.finish()
+            self._tell()
             log.info("stopped by %s; the same command continues from step %d", self._preemption.reason, step)
             if trainer.is_global_zero:
                 self._preemption.requeue()
             raise SystemExit(EXIT_CODE)
 
     def _save(self, trainer: Trainer, step: int) -> None:
-        trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
+        best_step, best_loss, is_first = self.best_step, self.best_loss, trainer.is_global_zero
+
+        def on_disk() -> None:  # on the first rank, in the writer's thread
+            if best_step:
+                write_text(self.folder / BEST, json.dumps({"step": best_step, "val_loss": best_loss}) + "\n")
+            older = [saved for saved in checkpoint_steps(self.folder) if saved <= step]
+            for outdated in older[: -self.keep]:
+                if outdated != best_step:
+                    remove(checkpoint_path(self.folder, outdated))
+            self._on_disk = step
+
+        trainer.save_checkpoint(checkpoint_path(self.folder, step), storage_options=on_disk)
         self._last_step = step
-        if trainer.is_global_zero:
-            older = [path for saved, path in checkpoint_steps(self.folder).items() if saved <= step]
-            for path in older[: -self.keep]:
-                path.unlink()
+        if not is_first:
+            self._on_disk = step
+
+    def _tell(self) -> None:
+        if self._on_disk > self._told:
+            self._told = self._on_disk
+            self.saved(self._told)
+
+
+def _count_batches_anew(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Lightning counts micro-batches, and tells by them when a step is complete and a validation due.
+
+    Another number of ranks that read different samples makes other micro-batches of the same steps.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    batches = checkpoint["global_step"] * accumulate
+    for counts in (progress["total"], progress["current"]):
+        under_way = counts["ready"] - counts["completed"]  # the last one, during whose end the checkpoint was made
+        counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - under_way}
 
 
 def validation_follows(step: int, every_n_steps: int, max_steps: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from lightsparse.config import differences
 from lightsparse.files import remove_partial_files, write_text
 from lightsparse.targets import ConfigError
-from lightsparse.training.checkpoint import newest_checkpoint
+from lightsparse.training.checkpoint_files import newest_checkpoint
 from lightsparse.training.lock import lock
 from lightsparse.training.ranks import is_first_rank
 
@@ -52,6 +53,20 @@ class RunDirectory:
     @property
     def sample(self) -> Path:
         return self.path / "sample.txt"
+
+    @property
+    def identity(self) -> Path:
+        return self.path / "run_id"
+
+    @property
+    def run_id(self) -> str:
+        """What loggers call this run, the same at every start: made on the first rank when the directory is."""
+        return self.identity.read_text(encoding="utf-8").strip()
+
+    @property
+    def sent(self) -> Path:
+        """The step up to which loggers beside metrics.csv have all rows."""
+        return self.path / ".sent"
 
     @property
     def summary(self) -> Path:
@@ -109,6 +124,8 @@ class RunDirectory:
         lock(self.path)
         for folder in (self.path, self.checkpoints):
             remove_partial_files(folder)
+        if not self.identity.exists():
+            write_text(self.identity, secrets.token_hex(4) + "\n")
         self.summary.unlink(missing_ok=True)  # of fewer steps: the run is not finished any more
         write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(raw))))
 

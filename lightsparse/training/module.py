@@ -7,9 +7,11 @@ to no number whether ranks hold different samples or different tokens of one.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,18 +27,17 @@ from lightsparse.parallel.kinds import ContextRanks
 from lightsparse.parallel.shard import ContextShard
 from lightsparse.parallel.strategies import GridStrategy, ReplicatedStrategy, ShardedStrategy
 from lightsparse.training import watched
+from lightsparse.training.health import Health, NonFiniteError, replay_file, save_for_replay
 from lightsparse.training.memory import release_freed
 from lightsparse.training.objectives import IGNORED, Objective
 from lightsparse.training.optimizers import parameter_groups
-from lightsparse.training.ranks import data_ranks, of_all_ranks
+from lightsparse.training.ranks import of_all_ranks
 from lightsparse.training.scores import Scores, score_sums
 from lightsparse.training.sharding import context_split
 
+log = logging.getLogger(__name__)
+
 FIRST_BUCKET = 16  # tokens; loss by position is kept for positions 0…15, 16…31, 32…63, …
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient is no longer a number. Raised before the weights or a checkpoint take it in."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Totals:
 class StepResult:
     """One optimizer step over all its micro-batches and ranks."""
 
+    taken: bool  # False where it would have done harm (health.py)
     totals: Totals
     density: float  # achieved by attention, mean over layers and micro-batches
     grad_norm: float  # before clipping
@@ -109,6 +111,8 @@ class LanguageModel(LightningModule):
         self.validation: Totals | None = None
         self.by_position: list[Totals] = []
         self.scores: Scores | None = None
+        self.health = Health(config.health)
+        self._batches: list[Mapping[str, Tensor]] = []  # of the step under way
         self.watched_columns = watched.step_columns(config)
         self.choice_churn: float | None = None  # since the validation before
         self._choices: list[Tensor] = []  # what each layer chose in the first validation batch
@@ -138,8 +142,9 @@ class LanguageModel(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The sum of nats over this rank's targets in a micro-batch; `on_before_optimizer_step` divides, once."""
+        self._batches.append(batch)
         self.model.set_step(self.global_step, self.config.trainer.max_steps)
-        key = self.objective.training_key(self.global_step, batch_idx % self.config.trainer.accumulate)
+        key = self.objective.training_key(self.global_step)
         labels_BN, _, output = self._forward(batch, key)
         nats = self.model.loss_sum(output.hidden, labels_BN)
         targets, text_bytes = self._targets_and_bytes(labels_BN)
@@ -154,25 +159,52 @@ class LanguageModel(LightningModule):
         Lightning has divided each micro-batch's loss by `accumulate`, DDP and FSDP2 the gradients by the number of
         ranks, whether those hold different samples or parts of one.
         """
-        micro_batches = self.config.trainer.accumulate * self.trainer.world_size
+        micro_batches = self.config.accumulate * self.trainer.world_size
         nats, targets, text_bytes, density, *reports = self._over_ranks(self._sums).tolist()
         self._sums.zero_()
-        self._check_finite("loss", nats)
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, micro_batches / max(targets, 1.0))
         total = torch.nn.utils.get_total_norm(gradients)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)  # of shards: over all ranks
-        self._check_finite("gradient's norm", norm)
+        totals = Totals(nats, targets, text_bytes)
+        objection = self.health.objection(totals.loss if targets else 0.0, norm)
+        if objection is not None:
+            self._leave_out(objection)
+        self._batches.clear()
         self.step_result = StepResult(
-            Totals(nats, targets, text_bytes),
+            objection is None,
+            totals,
             density / micro_batches,
             norm,
             optimizer.param_groups[0]["lr"],
             {name: value / micro_batches for name, value in zip(self.watched_columns, reports, strict=True)},
         )
         # All samples up to here are in these gradients: whoever saves a checkpoint from now on saves that number.
-        samples = self.config.data.batch_size * self.config.trainer.accumulate * data_ranks(self.trainer)
-        self.trainer.datamodule.consumed = (self.global_step + 1) * samples  # type: ignore[attr-defined]
+        samples = (self.global_step + 1) * self.config.samples_per_step
+        self.trainer.datamodule.consumed = samples  # type: ignore[attr-defined]
+
+    def _leave_out(self, objection: str) -> None:
+        """Without gradients the optimizer changes nothing. Raises NonFiniteError when that is once too often."""
+        step, strategy = self.global_step + 1, self.trainer.strategy
+        for parameter in self.parameters():
+            parameter.grad = None
+        if isinstance(strategy, ReplicatedStrategy) and strategy.hook is not None:
+            strategy.hook[0].forget_non_finite()
+        if not self.health.is_over:
+            log.warning("step %d is not taken: %s", step, objection)
+            return
+        weights = strategy.gathered_weights() if isinstance(strategy, ShardedStrategy) else self.state_dict()
+        batches = [dict(batch) for batch in self._batches]
+        content = {"step": step, "reason": objection, "batches": batches}
+        if self.global_rank == 0:
+            content["state_dict"] = weights
+        path = replay_file(Path(self.trainer.default_root_dir), step, self.global_rank)
+        save_for_replay(path, content)
+        raise NonFiniteError(
+            f"{objection} at step {step}, and health.skip_steps={self.config.health.skip_steps} steps in a row may be "
+            f"left out; lower optimizer.lr, lengthen schedule.warmup_steps or set trainer.grad_clip "
+            f"(python -m lightsparse.replay file={path} shows where it arises)"
+        )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.global_step >= self.config.trainer.max_steps:
@@ -231,6 +263,7 @@ class LanguageModel(LightningModule):
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["health"] = self.health.state_dict()
         checkpoint["validation"] = [[part.nats, part.targets, part.bytes] for part in self.by_position]
         checkpoint["scores"] = None if self.scores is None else list(astuple(self.scores))
         if self.config.attention.core.chooses:  # the next validation compares its choices with these
@@ -240,6 +273,7 @@ class LanguageModel(LightningModule):
             checkpoint["residuals"] = strategy.residuals(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.health.load_state_dict(checkpoint["health"])
         self.by_position = [Totals(*part) for part in checkpoint["validation"]]
         sums = [sum(column) for column in zip(*checkpoint["validation"], strict=True)]
         self.validation = Totals(*sums) if sums else None
@@ -276,10 +310,3 @@ class LanguageModel(LightningModule):
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
-
-    def _check_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"the {what} is {value} at step {self.global_step + 1}, which was not taken; lower optimizer.lr, "
-                f"lengthen schedule.warmup_steps or set trainer.grad_clip"
-            )

@@ -45,9 +45,12 @@ class Objective:
         asked_BN = hidden_BN & (batch["labels"] != IGNORED)  # a validation token scored in another sample
         return tokens_BN.masked_fill(hidden_BN, self.mask_id), tokens_BN.masked_fill(~asked_BN, IGNORED)
 
-    def training_key(self, step: int, micro_batch: int) -> int:
-        """The randomness key of one micro-batch: a function of (run seed, global step, micro-batch)."""
-        return mixed(self.seed, 0, step, micro_batch)
+    def training_key(self, step: int) -> int:
+        """The randomness key of an optimizer step: a function of (run seed, global step).
+
+        Not of the micro-batch: sample ids are unique in a run, and a sample keeps its randomness wherever it is put.
+        """
+        return mixed(self.seed, 0, step)
 
     def validation_key(self) -> int:
         """The same key for every validation, so that its losses can be compared."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -122,6 +121,8 @@ def _verdict(row: dict[str, float]) -> str:
 
 
 def _numbers(row: dict[str, float]) -> str:
-    bits = row["train_bits_per_byte"]  # nan where tokens are symbols
-    per_byte = "" if math.isnan(bits) else f"  {bits:.3f} bits/byte"
-    return f"loss {row['train_loss']:.3f}{per_byte}  {row['tokens_per_s']:,.0f} tokens/s"
+    loss = "step not taken"
+    if "train_loss" in row:
+        bits = row.get("train_bits_per_byte")  # symbols have none
+        loss = f"loss {row['train_loss']:.3f}" + ("" if bits is None else f"  {bits:.3f} bits/byte")
+    return f"{loss}  {row['tokens_per_s']:,.0f} tokens/s"

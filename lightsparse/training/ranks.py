@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 # What torchrun, Lightning's launcher, SLURM and jsrun say about a process; Lightning by itself sets no RANK, and on
@@ -37,9 +36,3 @@ def of_all_ranks(value: Any) -> list[Any]:
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, gathered)
     return gathered or []
-
-
-def data_ranks(trainer: Trainer) -> int:
-    """Groups of ranks that read different samples; the ranks of one sequence are one such group."""
-    share = trainer.distributed_sampler_kwargs
-    return share["num_replicas"] if share else 1

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 
 from lightsparse.config import Config
+from lightsparse.files import write_text
 from lightsparse.training.checkpoint import validation_follows
+from lightsparse.training.directory import RunDirectory
+from lightsparse.training.metrics import read_metrics
 from lightsparse.training.module import LanguageModel, Totals
-from lightsparse.training.ranks import data_ranks
+from lightsparse.training.version import code_version
 from lightsparse.training.watched import CHURN
 
 
@@ -22,11 +27,15 @@ class Recorder(Callback):
     resumed one repeats none. Training losses are means over all tokens since the row before: one step's tokens are too
     few for a curve. Sums and clocks travel in the checkpoint, so that rows, wall_s and rates cover all restarts.
 
+    Our own file takes a row at once, and drops those of steps that are trained again. Other loggers cannot take a row
+    back: they get it from there once a checkpoint holds its step, and `sent` tells the next start what they have.
+
+    raw      the composed config, for loggers that show it
     started  time.perf_counter() when this process began the run
     """
 
-    def __init__(self, config: Config, *, started: float) -> None:
-        self.config, self.started = config, started
+    def __init__(self, config: Config, raw: Mapping[str, Any], directory: RunDirectory, *, started: float) -> None:
+        self.config, self.raw, self.directory, self.started = config, dict(raw), directory, started
         self.peak_memory = 0  # bytes that training took on the busiest rank; set at the end
         self.peak = float("nan")  # FLOP/s that one device reaches in a matrix product; set once the device is known
         self.row: dict[str, float] = {}  # the newest numbers, sent or not
@@ -36,6 +45,7 @@ class Recorder(Callback):
         self._sent_tokens, self._sent_s = 0, 0.0  # at the row before
         self._steps: list[list[float]] = []  # nats, targets, bytes, density of each step since the row before
         self._step = 0
+        self._others: list[Logger] = []  # loggers beside ours; on the first rank only
 
     @property
     def wall_s(self) -> float:
@@ -44,16 +54,21 @@ class Recorder(Callback):
 
     def tokens(self, trainer: Trainer) -> int:
         """Training tokens read up to now, by all ranks; a sequence that several ranks hold is counted once."""
-        data = self.config.data
-        samples = trainer.global_step * self.config.trainer.accumulate * data.batch_size * data_ranks(trainer)
-        return samples * data.context
+        return trainer.global_step * self.config.samples_per_step * self.config.data.context
 
     # ---- hooks --------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        self._others = trainer.loggers[1:] if trainer.is_global_zero else []
+        for logger in self._others:
+            logger.log_hyperparams({**self.raw, "code": code_version()})
 
     def on_train_start(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self._step = trainer.global_step
         self._sent_tokens, self._sent_s = self.tokens(trainer), self.train_s
         self._mark = time.perf_counter()
+        if trainer.global_step:
+            self.release(trainer.global_step)  # what a start before this one had no time to send
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
@@ -93,19 +108,32 @@ class Recorder(Callback):
         self._wall_before, self.train_s = state_dict["wall_s"], state_dict["train_s"]
         self._steps = [list(step) for step in state_dict["steps"]]
 
+    def release(self, step: int) -> None:
+        """A checkpoint of `step` is on disk: the rows up to it are final."""
+        if not self._others:
+            return
+        sent = int(self.directory.sent.read_text()) if self.directory.sent.exists() else -1
+        for row in read_metrics(self.directory.metrics):
+            row_step = int(row.pop("step"))
+            if sent < row_step <= step:
+                for logger in self._others:
+                    logger.log_metrics(row, step=row_step)
+        write_text(self.directory.sent, f"{step}\n")
+
     # ---- rows ---------------------------------------------------------------------------------------------------
 
     def _training_row(self, trainer: Trainer, module: LanguageModel) -> dict[str, float]:
         result = module.step_result
         assert result is not None  # an optimizer step has just been taken
         step = result.totals
-        self._steps.append([step.nats, step.targets, step.bytes, result.density])
-        nats, targets, text_bytes, density = (sum(column) for column in zip(*self._steps, strict=True))
-        totals, density = Totals(nats, targets, text_bytes), density / len(self._steps)
+        if result.taken:
+            self._steps.append([step.nats, step.targets, step.bytes, result.density])
+        nats, targets, text_bytes, density = (sum(column) for column in zip([0.0] * 4, *self._steps, strict=True))
+        totals, density = Totals(nats, targets, text_bytes), density / max(len(self._steps), 1)
         tokens = self.tokens(trainer)
         tokens_per_s = (tokens - self._sent_tokens) / max(self.train_s - self._sent_s, 1e-9)
         actual, dense = module.model.flops_per_token(self.config.data.context, density)
-        return {
+        values = {
             "tokens": tokens,
             "wall_s": self.wall_s,
             "train_loss": totals.loss,
@@ -118,13 +146,14 @@ class Recorder(Callback):
             "flops_per_s": actual * tokens_per_s,
             "dense_flops_per_s": dense * tokens_per_s,
             "mfu": actual * tokens_per_s / (self.peak * trainer.world_size),
-            **{name: value for name, value in result.watched.items() if not math.isnan(value)},
+            "skipped_steps": module.health.skipped,
+            **result.watched,
         }
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def _send(self, trainer: Trainer) -> None:
         self.row.setdefault("tokens", self.tokens(trainer))
         measured = {name: value for name, value in self.row.items() if not math.isnan(value)}
-        for logger in trainer.loggers:
-            logger.log_metrics(measured, step=trainer.global_step)
+        trainer.loggers[0].log_metrics(measured, step=trainer.global_step)  # ours
         self._sent_tokens, self._sent_s = self.tokens(trainer), self.train_s
         self._steps = []

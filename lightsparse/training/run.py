@@ -24,10 +24,11 @@ from lightsparse.kernels import flash, set_backend
 from lightsparse.models.transformer import Transformer
 from lightsparse.parallel.errors import RankError, RankTimeoutError, ranks_named
 from lightsparse.parallel.kinds import ContextRanks, SeveralRanks
+from lightsparse.parallel.strategies import ShardedStrategy
 from lightsparse.patterns import BlockLayout
 from lightsparse.targets import ConfigError
 from lightsparse.training import watched
-from lightsparse.training.checkpoint import checkpoint_steps
+from lightsparse.training.checkpoint_files import checkpoint_steps
 from lightsparse.training.directory import RunDirectory, Start
 from lightsparse.training.flops import matmul_error, matmul_peak
 from lightsparse.training.lock import unlock
@@ -78,8 +79,8 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
     model = module.model
     if config.compile:
         model.compile()  # in place: the names in the checkpoint stay as they are
-    recorder = Recorder(config, started=started)
-    trainer = build_trainer(config, directory, recorder, console)
+    recorder = Recorder(config, raw, directory, started=started)
+    trainer = build_trainer(config, raw, directory, recorder, console)
     device = trainer.strategy.root_device
     layout = _layout(config)
     if is_first:
@@ -91,7 +92,8 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
     with _ranks_together(config, directory):
         trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
         recorder.peak_memory = max(of_all_ranks(_peak_memory(device, imported)), default=0)
-        weights = trainer.strategy.lightning_module_state_dict() if config.strategy.sharded else None
+        strategy = trainer.strategy
+        weights = strategy.gathered_weights() if isinstance(strategy, ShardedStrategy) else None
     if is_first:
         draw_plots(config, module, directory, layout, read_metrics(directory.metrics))
         writer = module

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 
 from lightsparse.config import Config, parse
@@ -13,7 +12,7 @@ from lightsparse.data.kept import tokenizer_of
 from lightsparse.data.tokens import Tokenizer
 from lightsparse.models.transformer import Transformer
 from lightsparse.targets import ConfigError
-from lightsparse.training.checkpoint import checkpoint_steps, damage_of, newest_checkpoint
+from lightsparse.training.checkpoint_files import checkpoint_steps, damage_of, newest_checkpoint, read_checkpoint
 from lightsparse.training.directory import RunDirectory
 from lightsparse.training.module import language_model
 
@@ -36,9 +35,7 @@ def load_run(directory: Path | str, step: int | None = None) -> TrainedRun:
     found, file = _checkpoint(RunDirectory(Path(directory)), step)
     tokenizer = tokenizer_of(config.data, Path(directory))
     module = language_model(config, tokenizer)
-    # Mapped, not read: the optimizer's part of the file is left where it is.
-    stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    module.load_state_dict(stored["state_dict"])
+    module.load_state_dict(read_checkpoint(file)["state_dict"])
     return TrainedRun(config, module.model.eval(), tokenizer, found)
 
 

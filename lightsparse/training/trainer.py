@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
@@ -13,21 +15,28 @@ from lightsparse.config import Config
 from lightsparse.evaluation.callback import TaskEvaluation
 from lightsparse.parallel.strategies import strategy_for
 from lightsparse.training import watched
-from lightsparse.training.checkpoint import AtomicCheckpointIO, StepCheckpoint
+from lightsparse.training.checkpoint import StepCheckpoint
 from lightsparse.training.directory import RunDirectory
 from lightsparse.training.metrics import MetricsFile
 from lightsparse.training.progress import TrainingProgress
+from lightsparse.training.ranks import is_first_rank
 from lightsparse.training.recorder import Recorder
+from lightsparse.training.writer import CheckpointWriter
 
 
-def build_trainer(config: Config, directory: RunDirectory, recorder: Recorder, console: Console) -> Trainer:
+def build_trainer(
+    config: Config, raw: Mapping[str, Any], directory: RunDirectory, recorder: Recorder, console: Console
+) -> Trainer:
     """Lightning's trainer with our files and clocks; validation before the first step and after the last one."""
     loggers: list[Logger] = [MetricsFile(directory.metrics, watched.columns(config))]
     for name, node in config.logger.items():
         if node is not None:
             target = check_buildable(node, f"logger.{name}", kind=Logger, allow=config.allow_targets)
-            takes_folder = "save_dir" in inspect.signature(target).parameters and "save_dir" not in node
-            given = {"save_dir": str(directory.path)} if takes_folder else {}
+            ours = {"save_dir": str(directory.path)}
+            if is_first_rank():  # the others may be here before it, and do not log
+                ours["id"] = directory.run_id
+            takes = inspect.signature(target).parameters
+            given = {key: value for key, value in ours.items() if key in takes and key not in node}
             loggers.append(build(node, f"logger.{name}", kind=Logger, allow=config.allow_targets, **given))
     callbacks: list[Callback] = [recorder]
     if config.trainer.progress:
@@ -37,14 +46,19 @@ def build_trainer(config: Config, directory: RunDirectory, recorder: Recorder, c
     for name, node in config.callbacks.items():
         if node is not None:
             callbacks.append(build(node, f"callbacks.{name}", kind=Callback, allow=config.allow_targets))
+    writer = CheckpointWriter(config.checkpoint.background, config.checkpoint.timeout)
     callbacks.append(
         StepCheckpoint(
             directory.checkpoints,
-            config.checkpoint.every_n_steps,
-            config.checkpoint.keep,
-            config.trainer.max_steps,
-            config.eval.every_n_steps,
-            config.trainer.max_time,
+            writer,
+            every_n_steps=config.checkpoint.every_n_steps,
+            keep=config.checkpoint.keep,
+            keep_best=config.checkpoint.keep_best,
+            max_steps=config.trainer.max_steps,
+            validation_every=config.eval.every_n_steps,
+            max_time=config.trainer.max_time,
+            raw=raw,
+            saved=recorder.release,
         )
     )
     return Trainer(
@@ -54,17 +68,17 @@ def build_trainer(config: Config, directory: RunDirectory, recorder: Recorder, c
         precision=config.precision,
         max_steps=config.trainer.max_steps,
         max_epochs=-1,
-        accumulate_grad_batches=config.trainer.accumulate,
+        accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.trainer.grad_clip,
         num_sanity_val_steps=-1,  # the whole validation before step 1, unless the run resumes
         check_val_every_n_epoch=None,
-        val_check_interval=config.eval.every_n_steps * config.trainer.accumulate,
+        val_check_interval=config.eval.every_n_steps * config.accumulate,
         log_every_n_steps=config.trainer.log_every_n_steps,
         use_distributed_sampler=False,  # the data module shards by itself
         enable_model_summary=False,
         enable_progress_bar=config.trainer.progress,
         logger=loggers,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[writer],
         default_root_dir=directory.path,
     )

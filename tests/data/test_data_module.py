@@ -82,6 +82,23 @@ def test_the_samples_of_a_step_do_not_depend_on_ranks_or_micro_batches(folder):
     assert [set(step.tolist()) for step in together] == [set(step.tolist()) for step in alone.split(4)]
 
 
+def test_two_one_four_and_two_ranks_in_turn_keep_the_global_order(folder):
+    """Three steps of four samples on each number of ranks, continued from the state before."""
+    alone = torch.cat([batch["sample_ids"] for batch in batches(module(folder, batch_size=4), 12)]).split(4)
+    state, seen = module(folder).state_dict(), []
+    for world in (2, 1, 4, 2):
+        per_rank = []
+        for rank in range(world):
+            data = module(folder, batch_size=1)
+            data.trainer = Ranked(rank, world)
+            data.load_state_dict(state)
+            per_rank.append(torch.cat([batch["sample_ids"] for batch in batches(data, 3 * 4 // world)]))
+        steps = [torch.cat(parts) for parts in zip(*(ids.split(4 // world) for ids in per_rank), strict=True)]
+        seen += steps
+        state = {**state, "consumed": state["consumed"] + 12}
+    assert [set(step.tolist()) for step in seen] == [set(step.tolist()) for step in alone]
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_count_the_first_validation_tokens_once_in_equally_many_batches(folder, world):
     ranks = [module(folder, eval_tokens=250, batch_size=1) for _ in range(world)]

@@ -18,7 +18,7 @@ from rank_runs import command, environment, free_port, ranks_of, torchrun, words
 
 from lightsparse.config import parse
 from lightsparse.overrides import compose_raw
-from lightsparse.training.checkpoint import checkpoint_steps
+from lightsparse.training.checkpoint_files import checkpoint_steps
 from lightsparse.training.metrics import read_metrics
 from lightsparse.training.run import fit
 

@@ -90,7 +90,7 @@ def test_what_is_trained_does_not_depend_on_who_holds_it() -> None:
 
 def test_the_global_batch_and_the_hook_do_count() -> None:
     two = compose_raw(["strategy=ddp", "trainer.devices=2"])
-    assert differences(compose_raw([]), two) == ["ranks that read different samples: 1 there, 2 here"]
+    assert differences(compose_raw([]), two) == ["samples per optimizer step: 1 there, 2 here"]
     hooked = compose_raw(["strategy=ddp", "trainer.devices=2", "strategy.comm_hook=topk"])
     assert differences(two, hooked) == ["strategy.comm_hook: absent there, topk here"]
 

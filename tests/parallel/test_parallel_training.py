@@ -12,6 +12,8 @@ import torch
 from rank_processes import RankPool, pool_fixture
 from rank_runs import fitted, words
 
+from lightsparse.training.checkpoint_files import checkpoint_path, read_checkpoint
+
 two, four = pool_fixture(2, timeout=120.0), pool_fixture(4, timeout=120.0)
 
 TIMED = {"wall_s", "tokens_per_s", "flops_per_s", "dense_flops_per_s", "mfu"}
@@ -138,7 +140,7 @@ def test_a_router_learns_and_reports_the_same_on_a_split_sequence(one: RankPool,
 
 
 def checkpoint(folder: Path, name: str, step: int) -> dict[str, Any]:
-    return torch.load(folder / "runs" / name / "checkpoints" / f"step-{step}.ckpt", weights_only=True)
+    return read_checkpoint(checkpoint_path(folder / "runs" / name / "checkpoints", step))
 
 
 @pytest.mark.multiprocess

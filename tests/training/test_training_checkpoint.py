@@ -7,17 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightsparse.training.checkpoint import (
-    AtomicCheckpointIO,
-    checkpoint_steps,
-    newest_checkpoint,
-    validation_follows,
-)
+from lightsparse.training.checkpoint import validation_follows
+from lightsparse.training.checkpoint_files import checkpoint_steps, newest_checkpoint
+from lightsparse.training.writer import CheckpointWriter
 
 
 def saved(folder: Path, *steps: int) -> Path:
     for step in steps:
-        AtomicCheckpointIO().save_checkpoint({"global_step": step}, folder / f"step-{step}.ckpt")
+        CheckpointWriter(False, 60).save_checkpoint({"global_step": step}, folder / f"step-{step}.ckpt")
     return folder
 
 
@@ -41,7 +38,7 @@ def test_no_flipped_bit_is_loaded(tmp_path: Path) -> None:
     saved(tmp_path, 5)
     content = {"weights": torch.arange(300.0), "global_step": 6}
     path = tmp_path / "step-6.ckpt"
-    AtomicCheckpointIO().save_checkpoint(content, path)
+    CheckpointWriter(False, 60).save_checkpoint(content, path)
     whole = path.read_bytes()
     passed_over = 0
     for place in range(0, len(whole), 7):
@@ -74,7 +71,7 @@ def test_no_folder_and_no_checkpoint_are_none(tmp_path: Path) -> None:
 def test_a_failed_save_keeps_the_checkpoint_of_that_name(tmp_path: Path) -> None:
     saved(tmp_path, 5)
     with pytest.raises(AttributeError):
-        AtomicCheckpointIO().save_checkpoint({"local": lambda: None}, tmp_path / "step-5.ckpt")
+        CheckpointWriter(False, 60).save_checkpoint({"local": lambda: None}, tmp_path / "step-5.ckpt")
     assert torch.load(tmp_path / "step-5.ckpt", weights_only=True) == {"global_step": 5}
     assert [path.name for path in tmp_path.iterdir()] == ["step-5.ckpt"]
 

@@ -9,8 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightsparse.targets import ConfigError
-from lightsparse.training.checkpoint import AtomicCheckpointIO
 from lightsparse.training.directory import RunDirectory, Start
+from lightsparse.training.writer import CheckpointWriter
 
 RAW = {"seed": 0, "optimizer": {"lr": 1e-3}, "trainer": {"max_steps": 10}}
 
@@ -18,7 +18,7 @@ RAW = {"seed": 0, "optimizer": {"lr": 1e-3}, "trainer": {"max_steps": 10}}
 def run_at(path: Path, step: int, *, summary: bool = False) -> RunDirectory:
     directory = RunDirectory(path)
     directory.open("auto", RAW, 10)
-    AtomicCheckpointIO().save_checkpoint({}, directory.checkpoints / f"step-{step}.ckpt")
+    CheckpointWriter(False, 60).save_checkpoint({}, directory.checkpoints / f"step-{step}.ckpt")
     if summary:
         directory.summary.write_text(json.dumps({"finished": True, "steps": step}))
     return directory

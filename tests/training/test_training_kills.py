@@ -19,7 +19,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightsparse.schema import Config
-from lightsparse.training import checkpoint, run
+from lightsparse.training import run
+from lightsparse.training.checkpoint_files import checkpoint_path, read_checkpoint
 from lightsparse.training.metrics import read_metrics
 from lightsparse.training.module import LanguageModel
 
@@ -151,12 +152,7 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(
     assert done >= kills / 2  # a run that had finished can be killed no more
     assert not _run(config, raw)
     assert _rows(config) == _rows(whole)
-    one, two = (
-        checkpoint.AtomicCheckpointIO().load_checkpoint(
-            Path(c.runs_dir, c.name, "checkpoints", "step-14.ckpt"), weights_only=True
-        )
-        for c in (whole, config)
-    )
+    one, two = (read_checkpoint(checkpoint_path(Path(c.runs_dir, c.name, "checkpoints"), 14)) for c in (whole, config))
     for name, value in one["state_dict"].items():
         assert torch.equal(value, two["state_dict"][name]), name
     for key in ("DataModule", "lr_schedulers", "global_step", "validation"):

@@ -55,7 +55,7 @@ def test_rewinding_before_the_first_row_leaves_the_header_once(tmp_path: Path) -
     metrics = written(tmp_path / "metrics.csv", range(3))
     metrics.rewind(-1)
     metrics.log_metrics({"train_loss": 0.5}, step=1)
-    assert metrics.path.read_text().count("step") == 1
+    assert metrics.path.read_text().count("train_loss") == 1
     assert len(read_metrics(metrics.path)) == 1
 
 

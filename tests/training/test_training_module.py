@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightsparse.data import ByteTokenizer
 from lightsparse.models.transformer import Transformer
 from lightsparse.schema import Config
-from lightsparse.training.module import LanguageModel, NonFiniteError, Totals
+from lightsparse.training.health import NonFiniteError
+from lightsparse.training.module import LanguageModel, Totals
 
 Tiny = Callable[..., tuple[Config, dict[str, Any]]]
 
@@ -83,7 +84,7 @@ def trainer_for(config: Config, *callbacks: Callback, validate: bool = False) ->
         accelerator="cpu",
         max_steps=config.trainer.max_steps,
         max_epochs=-1,
-        accumulate_grad_batches=config.trainer.accumulate,
+        accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.trainer.grad_clip,
         precision=config.precision,
         num_sanity_val_steps=-1 if validate else 0,
@@ -181,23 +182,25 @@ def test_the_special_tokens_stand_for_no_bytes(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("poisoned", ["loss", "gradient"])
-def test_a_loss_that_is_not_a_number_stops_before_the_weights_take_it_in(poisoned: str, tiny: Tiny) -> None:
-    config, _ = tiny("trainer.max_steps=5")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_with_what_is_not_a_number_is_not_taken(poisoned: str, optimizer: str, tiny: Tiny) -> None:
+    config, _ = tiny("trainer.max_steps=5", "health.skip_steps=1", f"optimizer={optimizer}")
     module, data = module_for(config), Ragged(2)
     seen: dict[str, Tensor] = {}
 
     class Poison(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-            if trainer.global_step == 2:
+            if trainer.global_step in (2, 3):
                 seen.update({name: p.detach().clone() for name, p in pl_module.named_parameters()})
                 if poisoned == "loss":
                     pl_module._sums[0] = math.nan
                 else:
                     pl_module.model.norm.weight.grad[0] = math.inf
 
-    with pytest.raises(NonFiniteError, match=r"at step 3, which was not taken; lower optimizer\.lr"):
+    with pytest.raises(NonFiniteError, match=r"at step 4, and health.skip_steps=1 .*; lower optimizer\.lr"):
         trainer_for(config, Poison()).fit(module, datamodule=data)
     assert all(torch.equal(value, dict(module.named_parameters())[name]) for name, value in seen.items())
+    assert module.health.skipped == 2
 
 
 def test_masked_tokens_are_learned_and_every_validation_hides_the_same(tiny: Tiny) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import time
@@ -11,15 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import wandb
 
 from lightsparse.schema import Config
 from lightsparse.targets import ConfigError
-from lightsparse.training import run
-from lightsparse.training.checkpoint import checkpoint_steps
+from lightsparse.training import checkpoint, run
+from lightsparse.training.checkpoint_files import checkpoint_steps, read_checkpoint
+from lightsparse.training.health import NonFiniteError
 from lightsparse.training.metrics import COLUMNS, read_metrics
-from lightsparse.training.module import LanguageModel, NonFiniteError
+from lightsparse.training.module import LanguageModel, Totals
 from lightsparse.training.run import fit
 
 Tiny = Callable[..., tuple[Config, dict[str, Any]]]
@@ -234,12 +238,12 @@ def test_a_run_that_diverges_stops_with_a_sentence_and_a_sound_checkpoint(
     training_step = LanguageModel.training_step
 
     def diverging(self: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
-        return training_step(self, batch, batch_idx) * (float("nan") if self.global_step == 7 else 1.0)
+        return training_step(self, batch, batch_idx) * (float("nan") if self.global_step >= 5 else 1.0)
 
     monkeypatch.setattr(LanguageModel, "training_step", diverging)
-    with pytest.raises(NonFiniteError, match="at step 8"):
+    with pytest.raises(NonFiniteError, match=r"at step 9, and health\.skip_steps=3 steps in a row may be left out"):
         fit(config, raw)
-    (path,) = checkpoint_steps(folder(config) / "checkpoints").values()
+    *_, path = checkpoint_steps(folder(config) / "checkpoints").values()
     assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["state_dict"].values())
 
 
@@ -258,6 +262,86 @@ def test_extra_loggers_get_the_same_rows_in_the_run_directory(tiny: Tiny) -> Non
     fit(config, raw)
     (extra,) = folder(config).rglob("lightning_logs/*/metrics.csv")
     assert extra.read_text().count("\n") == 1 + 5
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("step", [5, 7])
+def test_loggers_that_take_nothing_back_get_each_step_once_over_restarts(step: int, tiny: Tiny) -> None:
+    """Killed after a checkpoint of step 5: before or after its rows were sent, and with rows of later steps."""
+    config, raw = tiny("+logger.also._target_=lightning.pytorch.loggers.CSVLogger")
+    killed("training_step", step, config, raw)
+    fit(config, raw)
+    tables = [read_metrics(path) for path in sorted(folder(config).rglob("lightning_logs/*/metrics.csv"))]
+    assert [int(row["step"]) for table in tables for row in table] == list(range(13))
+    assert [row["train_loss"] for table in tables for row in table if row["step"] > 0] == pytest.approx(
+        [row["train_loss"] for row in rows(config)[1:]]
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_best_checkpoint_stays_beside_the_newest(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validations after steps 2, 4, … give 5, 3, 4, 6, 7, 8: that of step 4 is the best."""
+    config, raw = tiny("eval.every_n_steps=2", "checkpoint.every_n_steps=5")
+    losses = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
+    whole = LanguageModel.on_validation_epoch_end
+
+    def told(self: LanguageModel) -> None:
+        whole(self)
+        self.validation = Totals(next(losses), 1.0, 1.0)
+
+    monkeypatch.setattr(LanguageModel, "on_validation_epoch_end", told)
+    fit(config, raw)
+    checkpoints = folder(config) / "checkpoints"
+    assert list(checkpoint_steps(checkpoints)) == [4, 10, 12]
+    assert json.loads((checkpoints / "best.json").read_text()) == {"step": 4, "val_loss": 3.0}
+
+
+@pytest.mark.usefixtures("quick")
+def test_generators_that_a_callback_draws_from_go_on_where_they_were(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, float, float, float]] = []
+    begun = LanguageModel.training_step
+
+    def drawing(self: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
+        drawn.append((self.global_step, random.random(), float(np.random.rand()), float(torch.rand(()))))
+        return begun(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", drawing)
+    fit(*tiny("name=whole"))
+    whole, config_and_raw = list(drawn), tiny("name=parts")
+    drawn.clear()
+    killed("training_step", 7, *config_and_raw)
+    before = [numbers for numbers in drawn if numbers[0] < 5]
+    drawn.clear()
+    fit(*config_and_raw)
+    assert before + drawn == whole
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_checkpoint_tells_config_and_code(tiny: Tiny, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    config, raw = tiny("trainer.max_steps=5", "schedule=constant")
+    fit(config, raw)
+    stored = read_checkpoint(folder(config) / "checkpoints" / "step-5.ckpt")
+    assert stored["config"] == raw and stored["code"]["torch"] == torch.__version__
+    monkeypatch.setattr(checkpoint, "code_version", lambda: {**stored["code"], "torch": "9.9"})
+    with caplog.at_level("WARNING"):
+        fit(*tiny("trainer.max_steps=6", "schedule=constant"))
+    assert f"begun with other code: torch {torch.__version__} → 9.9" in caplog.text
+
+
+@pytest.mark.multiprocess
+@pytest.mark.usefixtures("quick")
+def test_wandb_knows_a_run_by_one_id_over_restarts(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    fit(*tiny("logger=wandb", "trainer.max_steps=2", "schedule=constant"))
+    wandb.finish()
+    config, raw = tiny("logger=wandb", "trainer.max_steps=4", "schedule=constant")
+    fit(config, raw)
+    wandb.finish()
+    identity = (folder(config) / "run_id").read_text().strip()
+    starts = list(folder(config).glob("wandb/offline-run-*"))
+    assert starts and {path.name.rpartition("-")[2] for path in starts} == {identity}
 
 
 @pytest.mark.usefixtures("quick")
