@@ -37,11 +37,15 @@ class RankLauncher(_SubprocessScriptLauncher):
             os.environ[_PARENT] = str(os.getpid())
             self._call_children_scripts()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        watch = _Watch(self.procs)
-        watch.start()
+        self._watch = _Watch(self.procs)
+        self._watch.start()
         result = function(*args, **kwargs)
-        watch.stop()  # not after an error: that must end, too
+        self._watch.stop()  # not after an error: that must end, too
         return result
+
+    def expect_end(self) -> None:
+        """The ranks have agreed to end: that one has done so before this one has written everything is no loss."""
+        self._watch.expected = EXIT_CODE
 
     def end_family(self) -> None:
         """After an error that ends this rank: end what it started, and a stopped process that started it."""
@@ -61,6 +65,7 @@ class _Watch(threading.Thread):
         if self._parent is None and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent
             self._parent = os.getppid()
         self._stopped = threading.Event()
+        self.expected = 0  # the code, beside 0, with which a rank may end
 
     def stop(self) -> None:
         self._stopped.set()
@@ -76,7 +81,7 @@ class _Watch(threading.Thread):
 
     def _lost(self) -> str | None:
         for local_rank, child in enumerate(self._children, start=1):
-            if child.poll() not in (None, 0):
+            if child.poll() not in (None, 0, self.expected):
                 return f"rank {local_rank} of this machine has ended with code {child.returncode}"
         if self._parent is not None and os.getppid() != self._parent:
             return f"process {self._parent}, which started this rank, has ended"

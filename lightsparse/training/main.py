@@ -1,8 +1,8 @@
 """The command `python train.py …` or `lightsparse-train …`: compose → parse and check → build and fit.
 
 A wrong config is one sentence on stderr and exit code 2. Exit code 75 means that the same command continues the run: it
-was stopped by SIGTERM and has saved its step, or another rank of the job was lost or did not come in time, which is one
-sentence on stderr, too. With `-m`, sweepers minimise what `train` returns.
+was stopped by a signal and has saved its step, or another rank of the job was lost or did not come in time, which is
+one sentence on stderr, too (all codes: parallel/errors.py). With `-m`, sweepers minimise what `train` returns.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lightsparse.data import DataError
 from lightsparse.overrides import HYDRA_VERSION, conf_dir, plain, raised_by_hydra
 from lightsparse.parallel.errors import EXIT_CODE, RankError
 from lightsparse.targets import ConfigError
+from lightsparse.training.preemption import leave_when_asked
 from lightsparse.training.ranks import is_first_rank
 from lightsparse.training.run import fit
 
@@ -40,6 +41,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lightsparse").setLevel(logging.INFO if is_first_rank() else logging.WARNING)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them in its own way
+    leave_when_asked()
     with refusals_as_one_sentence():
         train()
 
