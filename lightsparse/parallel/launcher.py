@@ -47,9 +47,9 @@ class RankLauncher(_SubprocessScriptLauncher):
         """The ranks have agreed to end: that one has done so before this one has written everything is no loss."""
         self._watch.expected = EXIT_CODE
 
-    def end_family(self) -> None:
+    def end_family(self, at_once: bool = False) -> None:
         """After an error that ends this rank: end what it started, and a stopped process that started it."""
-        _end(self.procs)
+        _end(self.procs, 0.0 if at_once else _GRACE)
         parent = _launching_parent()
         if parent is not None and os.getppid() == parent and psutil.Process(parent).status() == psutil.STATUS_STOPPED:
             os.kill(parent, signal.SIGKILL)  # nobody else could; it has lost this rank already
@@ -94,11 +94,11 @@ def _launching_parent() -> int | None:
     return parent if parent not in (0, os.getpid()) else None
 
 
-def _end(children: list[subprocess.Popen]) -> None:
-    """Wait a while for them, then kill those that are left: a stopped process takes no other signal."""
+def _end(children: list[subprocess.Popen], seconds: float = _GRACE) -> None:
+    """Wait so long for each, then kill those that are left: a stopped process takes no other signal."""
     for child in children:
         try:
-            child.wait(_GRACE)
+            child.wait(seconds)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

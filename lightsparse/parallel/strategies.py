@@ -62,7 +62,7 @@ class GridStrategy(ParallelStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if isinstance(self._launcher, RankLauncher):
-            self._launcher.end_family()
+            self._launcher.end_family(at_once=isinstance(exception, KeyboardInterrupt))
 
     def _start_timeout(self) -> timedelta:
         return timedelta(seconds=max(self.timeout_s, _START))

@@ -228,19 +228,19 @@ def _rank(arguments: list[str], events: list[Event]) -> None:
 
 def _arm(event: Event) -> None:
     """Change the program so that the event happens in its moment."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import DDPStrategy
     from torch.utils.data import DataLoader
 
     from lightsparse.data.module import TextDataModule
     from lightsparse.parallel.strategies import GridStrategy
     from lightsparse.training import run
-    from lightsparse.training.checkpoint import StepCheckpoint
     from lightsparse.training.module import LanguageModel
 
     owners: dict[str, tuple[Any, str]] = {
-        "data": (TextDataModule, "setup"),  # before this rank meets the others
-        "meeting": (GridStrategy, "_joined"),  # of the ranks
-        "sanity": (LanguageModel, "validation_step"),
-        "training": (LanguageModel, "on_train_start"),
+        "data": (TextDataModule, "setup"),  # before this rank has met another
+        "meeting": (GridStrategy, "_meet"),
+        "starting": (Trainer, "_run_stage"),  # Lightning has put in its handlers, and we have not
         "forward": (LanguageModel, "training_step"),
         "backward": (LanguageModel, "backward"),
         "optimizer": (LanguageModel, "optimizer_step"),
@@ -252,8 +252,8 @@ def _arm(event: Event) -> None:
         DataLoader.__iter__ = _batches(DataLoader.__iter__, event)  # type: ignore[method-assign]
     elif event.moment == "checkpoint":
         _half_written(event)
-    elif event.moment == "between":
-        StepCheckpoint.on_train_batch_end = _after(StepCheckpoint.on_train_batch_end, event)  # type: ignore
+    elif event.moment == "agreeing":
+        DDPStrategy.reduce = _agreeing(DDPStrategy.reduce, event)  # type: ignore[method-assign]
     else:
         owner, name = owners[event.moment]
         setattr(owner, name, _before(getattr(owner, name), event))
@@ -284,14 +284,15 @@ def _before(function: Callable[..., Any], event: Event) -> Callable[..., Any]:
     return counted
 
 
-def _after(function: Callable[..., Any], event: Event) -> Callable[..., Any]:
+def _agreeing(reduce: Callable[..., Any], event: Event) -> Callable[..., Any]:
+    """DDPStrategy.reduce, in whose `count`-th maximum, as the ranks agree whether to stop, the event happens."""
     calls = 0
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    def counted(self: Any, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         nonlocal calls
-        result = function(*args, **kwargs)
-        calls += 1
-        if calls == event.count:
+        result = reduce(self, tensor, group, reduce_op)
+        calls += reduce_op == "max"
+        if reduce_op == "max" and calls == event.count:
             _happen(event)
         return result
 
