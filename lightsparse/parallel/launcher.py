@@ -23,6 +23,7 @@ from lightsparse.parallel.errors import EXIT_CODE
 
 _PARENT = "LIGHTSPARSE_LAUNCHER"  # set for the ranks that a first rank starts: its process id
 _POLL, _GRACE = 0.5, 5.0  # seconds between looks; seconds that a process has to end by itself, with its own words
+_AGREED = 30.0  # the same, where the ranks have agreed to end; torchrun gives as much
 
 
 class RankLauncher(_SubprocessScriptLauncher):
@@ -31,25 +32,29 @@ class RankLauncher(_SubprocessScriptLauncher):
     Lightning's own observer would kill rank 0 without a word when another rank has ended.
     """
 
+    _watch: _Watch | None = None
+
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             os.environ[_PARENT] = str(os.getpid())
             self._call_children_scripts()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        self._watch = _Watch(self.procs)
-        self._watch.start()
+        self._watch = watch = _Watch(self.procs)
+        watch.start()
         result = function(*args, **kwargs)
-        self._watch.stop()  # not after an error: that must end, too
+        watch.stop()  # not after an error: that must end, too
         return result
 
     def expect_end(self) -> None:
         """The ranks have agreed to end: that one has done so before this one has written everything is no loss."""
+        assert self._watch is not None  # there are ranks only inside `launch`
         self._watch.expected = EXIT_CODE
 
     def end_family(self, at_once: bool = False) -> None:
         """After an error that ends this rank: end what it started, and a stopped process that started it."""
-        _end(self.procs, 0.0 if at_once else _GRACE)
+        agreed = self._watch is not None and self._watch.expected
+        _end(self.procs, 0.0 if at_once else _AGREED if agreed else _GRACE)
         parent = _launching_parent()
         if parent is not None and os.getppid() == parent and psutil.Process(parent).status() == psutil.STATUS_STOPPED:
             os.kill(parent, signal.SIGKILL)  # nobody else could; it has lost this rank already

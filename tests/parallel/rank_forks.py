@@ -227,18 +227,24 @@ def _rank(arguments: list[str], events: list[Event]) -> None:
 
 
 def _arm(event: Event) -> None:
-    """Change the program so that the event happens in its moment."""
+    """Change the program so that the event happens in its moment, and not in that of a rank forked from this one."""
     from lightning.pytorch import Trainer
     from lightning.pytorch.strategies import DDPStrategy
     from torch.utils.data import DataLoader
 
-    from lightsparse.data.module import TextDataModule
+    from lightsparse.data.module import DataModule
     from lightsparse.parallel.strategies import GridStrategy
     from lightsparse.training import run
     from lightsparse.training.module import LanguageModel
 
+    here = os.getpid()
+
+    def happen() -> None:
+        if os.getpid() == here:
+            _happen(event)
+
     owners: dict[str, tuple[Any, str]] = {
-        "data": (TextDataModule, "setup"),  # before this rank has met another
+        "data": (DataModule, "setup"),  # before this rank has met another
         "meeting": (GridStrategy, "_meet"),
         "starting": (Trainer, "_run_stage"),  # Lightning has put in its handlers, and we have not
         "forward": (LanguageModel, "training_step"),
@@ -249,14 +255,14 @@ def _arm(event: Event) -> None:
         "ending": (run, "summarize"),
     }
     if event.moment == "loading":
-        DataLoader.__iter__ = _batches(DataLoader.__iter__, event)  # type: ignore[method-assign]
+        DataLoader.__iter__ = _batches(DataLoader.__iter__, event.count, happen)  # type: ignore[method-assign]
     elif event.moment == "checkpoint":
-        _half_written(event)
+        _half_written(event.count, happen)
     elif event.moment == "agreeing":
-        DDPStrategy.reduce = _agreeing(DDPStrategy.reduce, event)  # type: ignore[method-assign]
+        DDPStrategy.reduce = _agreeing(DDPStrategy.reduce, event.count, happen)  # type: ignore[method-assign]
     else:
         owner, name = owners[event.moment]
-        setattr(owner, name, _before(getattr(owner, name), event))
+        setattr(owner, name, _before(getattr(owner, name), event.count, happen))
 
 
 MOMENTS = ("loading", "forward", "backward", "optimizer", "validation", "gathering", "checkpoint")  # inside training
@@ -270,47 +276,47 @@ def _happen(event: Event) -> None:
         time.sleep(60)  # the rank's own end must come in this very moment
 
 
-def _before(function: Callable[..., Any], event: Event) -> Callable[..., Any]:
-    """The function, before whose `count`-th call the event happens."""
+def _before(function: Callable[..., Any], count: int, happen: Callable[[], None]) -> Callable[..., Any]:
+    """The function, before whose `count`-th call it happens."""
     calls = 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == event.count:
-            _happen(event)
+        if calls == count:
+            happen()
         return function(*args, **kwargs)
 
     return counted
 
 
-def _agreeing(reduce: Callable[..., Any], event: Event) -> Callable[..., Any]:
-    """DDPStrategy.reduce, in whose `count`-th maximum, as the ranks agree whether to stop, the event happens."""
+def _agreeing(reduce: Callable[..., Any], count: int, happen: Callable[[], None]) -> Callable[..., Any]:
+    """DDPStrategy.reduce, in whose `count`-th maximum, as the ranks agree whether to stop, it happens."""
     calls = 0
 
     def counted(self: Any, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         nonlocal calls
         result = reduce(self, tensor, group, reduce_op)
         calls += reduce_op == "max"
-        if reduce_op == "max" and calls == event.count:
-            _happen(event)
+        if reduce_op == "max" and calls == count:
+            happen()
         return result
 
     return counted
 
 
-def _batches(batches: Callable[..., Any], event: Event) -> Callable[..., Any]:
+def _batches(batches: Callable[..., Any], count: int, happen: Callable[[], None]) -> Callable[..., Any]:
     def iterated(loader: Any) -> Any:
         for number, batch in enumerate(batches(loader), start=1):
-            if number == event.count:
-                _happen(event)
+            if number == count:
+                happen()
             yield batch
 
     return iterated
 
 
-def _half_written(event: Event) -> None:
-    """torch.save, in whose `count`-th call the event happens when half of the file is written."""
+def _half_written(count: int, happen: Callable[[], None]) -> None:
+    """torch.save, in whose `count`-th call it happens when half of the file is written."""
     import torch
 
     save, calls = torch.save, 0
@@ -318,14 +324,14 @@ def _half_written(event: Event) -> None:
     def counted(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls != event.count:
+        if calls != count:
             return save(content, file, *args, **kwargs)
         whole = io.BytesIO()
         save(content, whole, *args, **kwargs)
         half = len(whole.getvalue()) // 2
         file.write(whole.getvalue()[:half])
         file.flush()
-        _happen(event)
+        happen()
         file.write(whole.getvalue()[half:])
 
     torch.save = counted

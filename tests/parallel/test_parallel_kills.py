@@ -106,6 +106,6 @@ def test_two_machines_killed_anywhere_end_with_the_same_bits(kills: int, variant
     rows, ours = left(tmp_path, "killed")
     wanted, theirs = left(tmp_path, "whole")
     assert rows == wanted
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "TextDataModule", "validation", "global_step"):
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "DataModule", "validation", "global_step"):
         assert_same_bits(ours[part], theirs[part], part)
     assert_same_bits(ours.get("choices"), theirs.get("choices"), "choices")

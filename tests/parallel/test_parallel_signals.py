@@ -52,7 +52,7 @@ def assert_same_end(folder: Path, name: str) -> None:
     ours, theirs = last(folder, name), last(folder, "whole")
     for key, value in theirs["state_dict"].items():
         assert torch.equal(ours["state_dict"][key], value), key
-    assert ours["TextDataModule"] == theirs["TextDataModule"]
+    assert ours["DataModule"] == theirs["DataModule"]
     assert (folder / "runs" / name / "summary.json").exists()
 
 
