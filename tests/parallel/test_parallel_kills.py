@@ -15,6 +15,7 @@ import torch
 from rank_forks import MOMENTS, Event, Job
 from rank_runs import free_port, words
 
+from lightsparse.training.checkpoint_files import checkpoint_path, read_checkpoint
 from lightsparse.training.metrics import read_metrics
 
 pytestmark = pytest.mark.multiprocess
@@ -57,8 +58,7 @@ def left(folder: Path, name: str) -> tuple[list[dict[str, float]], dict[str, Any
     """The rows of metrics.csv without what the clock decides, and the last checkpoint."""
     table = read_metrics(folder / "runs" / name / "metrics.csv")
     rows = [{key: value for key, value in row.items() if key not in TIMINGS} for row in table]
-    path = folder / "runs" / name / "checkpoints" / f"step-{STEPS}.ckpt"
-    return rows, torch.load(path, weights_only=True)
+    return rows, read_checkpoint(checkpoint_path(folder / "runs" / name / "checkpoints", STEPS))
 
 
 def drawn(chance: random.Random, kills: int) -> list[Event]:

@@ -14,7 +14,7 @@ import torch
 from rank_forks import Event, Job
 from rank_runs import words
 
-from lightsparse.training.checkpoint import checkpoint_steps, newest_checkpoint
+from lightsparse.training.checkpoint_files import checkpoint_path, checkpoint_steps, newest_checkpoint, read_checkpoint
 from lightsparse.training.metrics import read_metrics
 
 pytestmark = pytest.mark.multiprocess
@@ -27,6 +27,7 @@ COMMON = (
     "optimizer=adamw",
     "checkpoint.every_n_steps=100",
     "checkpoint.keep=100",
+    "checkpoint.keep_best=false",
     "eval.every_n_steps=3",
     f"trainer.max_steps={STEPS}",
 )
@@ -44,7 +45,7 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
 
 
 def last(folder: Path, name: str) -> dict[str, Any]:
-    return torch.load(folder / "runs" / name / "checkpoints" / f"step-{STEPS}.ckpt", weights_only=True)
+    return read_checkpoint(checkpoint_path(folder / "runs" / name / "checkpoints", STEPS))
 
 
 def assert_same_end(folder: Path, name: str) -> None:
