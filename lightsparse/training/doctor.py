@@ -7,7 +7,6 @@ is one of this process's own. Exit code 2 where there is a problem, else 0.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import shutil
 import sys
@@ -19,10 +18,9 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from lightsparse.analysis.curves import count_text
-from lightsparse.bench.machine import current_rss, peak_rss, usable_cores
+from lightsparse.bench.machine import usable_cores
 from lightsparse.config import Config, check_disk, check_model, layout_of, meta_model
 from lightsparse.data import DataError
 from lightsparse.data.module import DataModule
@@ -31,12 +29,13 @@ from lightsparse.training.directory import RunDirectory
 from lightsparse.training.estimate import estimate, size
 from lightsparse.training.flops import matmul_error, matmul_peak
 from lightsparse.training.lock import holder
-from lightsparse.training.module import LanguageModel, language_model
+from lightsparse.training.module import language_model
 from lightsparse.training.progress import duration
 from lightsparse.training.ranks import is_first_rank
 from lightsparse.training.run import check_resumable, set_machine
 from lightsparse.training.sharding import context_split
 from lightsparse.training.shortage import check_memory, is_out_of_memory, memory_per_rank, ways_out
+from lightsparse.training.timed_pass import Pass, flops, timed
 
 _LONGEST = 5.0  # seconds that the timed pass may take; a longer one is extrapolated
 _SMALL = 1024  # tokens of the pass that is extrapolated from
@@ -85,7 +84,7 @@ def checks(config: Config, raw: Mapping[str, Any]) -> Iterator[Line]:
     data = DataModule(config.data, config.seed, config.eval.tokens)
     text = list(_named("data", _text, config, data))
     yield from text
-    measured: list[_Pass] = []
+    measured: list[Pass] = []
     if not any(line.level == "problem" for line in (*machine, *text)):
         yield from _named("time", _time, config, data, measured)
     yield from _named("memory", _memory, config, measured)
@@ -214,17 +213,7 @@ def _text(config: Config, data: DataModule) -> Iterator[Line]:
     )
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One timed forward and backward pass."""
-
-    tokens: int
-    context: int
-    seconds: float
-    peak: int  # bytes above what was there before
-
-
-def _time(config: Config, data: DataModule, measured: list[_Pass]) -> Iterator[Line]:
+def _time(config: Config, data: DataModule, measured: list[Pass]) -> Iterator[Line]:
     """One pass of one micro-batch on one rank; `measured` takes it where it had the run's own shape."""
     device = _device()
     module = language_model(config, data.tokenizer)
@@ -235,15 +224,15 @@ def _time(config: Config, data: DataModule, measured: list[_Pass]) -> Iterator[L
     context, ranks = config.data.context, config.grid.context
     _, free = memory_per_rank(config)
     try:
-        _timed(config, module, batch, 1, min(context, 128))  # loads libraries, builds kernels
-        taken = _timed(config, module, batch, 1, min(context, _SMALL))
+        timed(config, module, batch, 1, min(context, 128))  # loads libraries, builds kernels
+        taken = timed(config, module, batch, 1, min(context, _SMALL))
         expected = (
             taken.seconds
-            * _flops(config, module, config.data.batch_size, context)
-            / _flops(config, module, 1, taken.context)
+            * flops(config, module, config.data.batch_size, context)
+            / flops(config, module, 1, taken.context)
         )
         if ranks == 1 and expected < _LONGEST and estimate(config).total < _SPARE * free:
-            taken = _timed(config, module, batch, config.data.batch_size, context)
+            taken = timed(config, module, batch, config.data.batch_size, context)
             measured.append(taken)
             seconds, how = taken.seconds, "measured at the run's own shape"
         else:
@@ -270,40 +259,7 @@ def _time(config: Config, data: DataModule, measured: list[_Pass]) -> Iterator[L
     yield Line("ok", "time", text)
 
 
-def _timed(config: Config, module: LanguageModel, batch: Mapping[str, Tensor], samples: int, context: int) -> _Pass:
-    """Forward, loss and backward of the first `samples` samples, cut to `context` tokens."""
-    part = {name: value[:samples] if value.dim() == 1 else value[:samples, :context] for name, value in batch.items()}
-    device = next(module.parameters()).device
-    gc.collect()
-    before = current_rss()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    autocast = config.precision == "bf16-mixed"
-    begun = time.perf_counter()
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        module.model.set_step(0, config.trainer.max_steps)
-        labels_BN, _, output = module._forward(part, module.objective.training_key(0))
-        loss = module.model.loss_sum(output.hidden, labels_BN)
-        loss = loss if output.aux_loss is None else loss + output.aux_loss
-    loss.backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - begun
-    module.zero_grad()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else max(peak_rss() - before, 0)
-    return _Pass(samples * context, context, seconds, peak)
-
-
-def _flops(config: Config, module: LanguageModel, samples: int, context: int) -> float:
-    """Of a pass, by the density that the attention has at the run's own context."""
-    density = 1.0
-    with contextlib.suppress(NotImplementedError):
-        density = layout_of(config).density() if "S" in config.model.layers else 1.0
-    per_token, _ = module.model.flops_per_token(context, density)
-    return per_token * samples * context
-
-
-def _memory(config: Config, measured: list[_Pass]) -> Iterator[Line]:
+def _memory(config: Config, measured: list[Pass]) -> Iterator[Line]:
     needed = estimate(config)
     total, free = memory_per_rank(config)
     text = f"about {needed} per rank"

@@ -21,10 +21,11 @@ under bf16-mixed, 2 and 2 under bf16-true), w those of a parameter:
                  the loss of a chunk           12 V tokens + 4 V E
                  Keys and values of other ranks come on top, of the whole context for exchange=gather, else as many as
                  its own; and two layers at full size where parameters are sharded (fsdp).
+    saving       on a CPU with checkpoint.background, a copy of weights and optimizer state
     process      on a CPU, what libraries take beside their code once they are used: 50 MiB
 
-Weights, gradients and optimizer state are divided by the ranks under fsdp. The text and what the imports hold are not
-counted. Fused norms (CUDA) keep 4 E and 4 (A + K) less.
+Weights, gradients, optimizer state and their copy are divided by the ranks under fsdp. The text and what the imports
+hold are not counted. Fused norms (CUDA) keep 4 E and 4 (A + K) less.
 Measured peaks stand beside it in tests/training/test_training_estimate.py: it is right within a factor of 1.5.
 """
 
@@ -57,6 +58,7 @@ class Estimate:
     optimizer: float
     activations: float
     working: float
+    saving: float
     process: float
 
     @property
@@ -107,13 +109,17 @@ def _formula(config: Config, of: _Sizes, tokens: int) -> Estimate:
     if config.strategy.sharded:
         working += 2 * 2 * weight_bytes * of.of_a_layer
     buckets = 2 if isinstance(config.strategy, Replicas) and config.ranks > 1 else 1
+    on_cpu = not torch.cuda.is_available()
+    optimizer = of.optimizer * weight_bytes / 4 / shards
+    copied = weight_bytes * of.parameters / shards + optimizer
     return Estimate(
         weights=(weight_bytes + 2 * mixed) * of.parameters / shards,
         gradients=buckets * weight_bytes * of.parameters / shards,
-        optimizer=of.optimizer * weight_bytes / 4 / shards,
+        optimizer=optimizer,
         activations=kept,
         working=working,
-        process=0 if torch.cuda.is_available() else _PROCESS,
+        saving=copied if on_cpu and config.checkpoint.background else 0,
+        process=_PROCESS if on_cpu else 0,
     )
 
 
