@@ -39,6 +39,7 @@ from lightsparse.training.sharding import context_split
 # Of ranks and batches only their product counts, the samples of an optimizer step; `_fixed_values` adds it.
 FREE_KEYS = (
     "name",
+    "doctor",
     "resume",
     "runs_dir",
     "threads",
@@ -171,6 +172,11 @@ def typed_allow(value: object) -> tuple[str, ...]:
 
 def check(config: Config) -> None:
     """Everything that can be found wrong without computing: shapes, density, targets, disk. Raises ConfigError."""
+    check_disk(config, check_model(config))
+
+
+def check_model(config: Config) -> Transformer:
+    """`check` without the disk; the model on the meta device."""
     for group, kind in (("logger", Logger), ("callbacks", Callback)):
         for name, node in getattr(config, group).items():
             if node is not None:
@@ -181,17 +187,22 @@ def check(config: Config) -> None:
         )
     with contextlib.suppress(NotImplementedError):  # no layout before there is an input
         layout_of(config)
-    with torch.device("meta"):  # shapes without memory
-        model = Transformer(
+    model = meta_model(config)
+    config.optimizer.build(parameter_groups(model, model.layers))
+    context_split(config, model)
+    return model
+
+
+def meta_model(config: Config) -> Transformer:
+    """The model on the meta device: shapes without memory. Raises ConfigError where its attention cannot take them."""
+    with torch.device("meta"):
+        return Transformer(
             config.model,
             config.attention.build,
             vocab_size=config.data.vocab_size,
             causal=config.objective == "causal",
             context=config.data.context,
         )
-    config.optimizer.build(parameter_groups(model, model.layers))
-    context_split(config, model)
-    check_disk(config, model)
 
 
 def layout_of(config: Config) -> BlockLayout:

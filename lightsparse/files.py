@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,20 +13,57 @@ from typing import BinaryIO
 _SUFFIX = ".partial"  # no reader of a run directory looks at names that end so
 
 
+class DiskFullError(RuntimeError):
+    """A file of the run could not be written for want of space; what was there before is whole."""
+
+
+@contextmanager
+def disk_named(path: Path) -> Iterator[None]:
+    """Turn the system's "no space left" within, which libraries wrap in errors of their own, into a DiskFullError.
+
+    path  what is being written, or a folder into which; other errors pass unchanged
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        full = _no_space(error)
+        if full is None:
+            raise
+        if path.is_dir() and full.filename:
+            path = Path(os.fsdecode(full.filename))
+        folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(folder).free / 2**20
+        quota = " and this user's quota is used up" if full.errno == errno.EDQUOT else ""
+        raise DiskFullError(f"{path} could not be written: its disk has {free:,.0f} MiB free{quota}") from error
+
+
+def _no_space(error: BaseException | None) -> OSError | None:
+    """The OSError of a full disk or quota among an error and those it came from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path`, replacing what was there, once the block ends without an error.
 
     The bytes and the rename are on disk when this returns: neither SIGKILL nor a power cut leaves half a file. The
     folder must exist. An error inside the block leaves `path` as it was and removes the partial file.
+    Raises DiskFullError where there is no space for it.
     """
     partial = path.with_name(partial_name(path.name, str(os.getpid())))
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with disk_named(path):
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)

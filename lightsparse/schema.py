@@ -101,6 +101,7 @@ class Config:
     """One run. `lightsparse.config.parse` makes it from the composed YAML."""
 
     name: str  # directory below runs_dir
+    doctor: bool  # look into the run instead of training; see training/doctor.py
     seed: int
     resume: Literal["auto", "must", "never"]
     precision: Literal["32", "bf16-mixed", "bf16-true"]

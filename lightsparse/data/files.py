@@ -6,6 +6,7 @@ Tables are read through `datasets` in streaming mode, which needs no network and
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from datasets.exceptions import DatasetsError
 from lightsparse.data.documents import Document, TextFile, column_text
 from lightsparse.data.source import DataError
 from lightsparse.data.text import TextConfig
+
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # at ERROR it says what it raises, too
 
 TABLE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # by suffix; every other file is text
 

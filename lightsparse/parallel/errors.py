@@ -1,4 +1,18 @@
-"""What goes wrong between ranks, as errors with a name. Libraries raise a plain RuntimeError for all of it."""
+"""What goes wrong between ranks, as errors with a name, and the codes with which a process ends.
+
+Libraries raise a plain RuntimeError for all that goes wrong between ranks. The exit codes of `train.py`, on every rank:
+
+0    the run is finished
+1    an error of the program, or a second Ctrl-C, which waits for no step
+2    the config or its data cannot be used; one sentence on stderr says why
+75   not done, and the same command goes on: asked to stop (SIGTERM, SIGUSR1, Ctrl-C, trainer.max_time), with the step
+     saved; asked before the first step or after the last one, with nothing to save; or another rank was lost or late
+-15  (143 in a shell, SIGTERM) asked while Python still imported
+
+torchrun's own code is 1 whenever a rank's is not 0, or when it was asked to stop itself: it hands SIGTERM and Ctrl-C on
+to its ranks, which save their step, and kills them after 30 seconds. With `--max-restarts` it starts all ranks again
+after a 75, too.
+"""
 
 from __future__ import annotations
 

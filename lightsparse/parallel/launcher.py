@@ -23,6 +23,7 @@ from lightsparse.parallel.errors import EXIT_CODE
 
 _PARENT = "LIGHTSPARSE_LAUNCHER"  # set for the ranks that a first rank starts: its process id
 _POLL, _GRACE = 0.5, 5.0  # seconds between looks; seconds that a process has to end by itself, with its own words
+_AGREED = 30.0  # the same, where the ranks have agreed to end; torchrun gives as much
 
 
 class RankLauncher(_SubprocessScriptLauncher):
@@ -31,21 +32,29 @@ class RankLauncher(_SubprocessScriptLauncher):
     Lightning's own observer would kill rank 0 without a word when another rank has ended.
     """
 
+    _watch: _Watch | None = None
+
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             os.environ[_PARENT] = str(os.getpid())
             self._call_children_scripts()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        watch = _Watch(self.procs)
+        self._watch = watch = _Watch(self.procs)
         watch.start()
         result = function(*args, **kwargs)
         watch.stop()  # not after an error: that must end, too
         return result
 
-    def end_family(self) -> None:
+    def expect_end(self) -> None:
+        """The ranks have agreed to end: that one has done so before this one has written everything is no loss."""
+        assert self._watch is not None  # there are ranks only inside `launch`
+        self._watch.expected = EXIT_CODE
+
+    def end_family(self, at_once: bool = False) -> None:
         """After an error that ends this rank: end what it started, and a stopped process that started it."""
-        _end(self.procs)
+        agreed = self._watch is not None and self._watch.expected
+        _end(self.procs, 0.0 if at_once else _AGREED if agreed else _GRACE)
         parent = _launching_parent()
         if parent is not None and os.getppid() == parent and psutil.Process(parent).status() == psutil.STATUS_STOPPED:
             os.kill(parent, signal.SIGKILL)  # nobody else could; it has lost this rank already
@@ -61,6 +70,7 @@ class _Watch(threading.Thread):
         if self._parent is None and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent
             self._parent = os.getppid()
         self._stopped = threading.Event()
+        self.expected = 0  # the code, beside 0, with which a rank may end
 
     def stop(self) -> None:
         self._stopped.set()
@@ -76,7 +86,7 @@ class _Watch(threading.Thread):
 
     def _lost(self) -> str | None:
         for local_rank, child in enumerate(self._children, start=1):
-            if child.poll() not in (None, 0):
+            if child.poll() not in (None, 0, self.expected):
                 return f"rank {local_rank} of this machine has ended with code {child.returncode}"
         if self._parent is not None and os.getppid() != self._parent:
             return f"process {self._parent}, which started this rank, has ended"
@@ -89,11 +99,11 @@ def _launching_parent() -> int | None:
     return parent if parent not in (0, os.getpid()) else None
 
 
-def _end(children: list[subprocess.Popen]) -> None:
-    """Wait a while for them, then kill those that are left: a stopped process takes no other signal."""
+def _end(children: list[subprocess.Popen], seconds: float = _GRACE) -> None:
+    """Wait so long for each, then kill those that are left: a stopped process takes no other signal."""
     for child in children:
         try:
-            child.wait(_GRACE)
+            child.wait(seconds)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

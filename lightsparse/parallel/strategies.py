@@ -5,12 +5,14 @@ Both average gradients over all ranks, those of a sequence included: the sum ove
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -60,10 +62,31 @@ class GridStrategy(ParallelStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if isinstance(self._launcher, RankLauncher):
-            self._launcher.end_family()
+            self._launcher.end_family(at_once=isinstance(exception, KeyboardInterrupt))
 
     def _start_timeout(self) -> timedelta:
         return timedelta(seconds=max(self.timeout_s, _START))
+
+    def _meet(self) -> None:
+        """Where torchrun has started the ranks again: join them in a part of its store that the first ones never saw.
+
+        The agent keeps its store, and with it the addresses of ranks that are gone. With an agent on each of several
+        machines and `--rdzv-backend=c10d`, attempts are counted apart: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the
+        agents' environment gives every attempt a store of its own.
+        """
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        ranks = self.cluster_environment
+        if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+            return
+        assert ranks is not None
+        store = dist.TCPStore(ranks.main_address, ranks.main_port, is_master=False, timeout=self._start_timeout())
+        dist.init_process_group(
+            _get_default_process_group_backend_for_device(self.root_device),
+            store=dist.PrefixStore(f"attempt-{attempt}", store),
+            rank=ranks.global_rank(),
+            world_size=ranks.world_size(),
+            timeout=self._start_timeout(),
+        )
 
     def _joined(self) -> None:
         """The ranks have met: from now on they wait for each other no longer than strategy.timeout."""
@@ -83,6 +106,7 @@ class ReplicatedStrategy(GridStrategy, DDPStrategy):
         self.hook = gradient_hook(config.comm_hook, **config.hook_options())  # (state, hook) or None
 
     def setup_distributed(self) -> None:
+        self._meet()
         super().setup_distributed()
         self._joined()
 
@@ -129,6 +153,7 @@ class ShardedStrategy(GridStrategy, ModelParallelStrategy):
         ModelParallelStrategy.__init__(self, save_distributed_checkpoint=False, timeout=self._start_timeout())
 
     def setup_environment(self) -> None:
+        self._meet()
         self._setup_distributed()
         self._joined()
         self._device_mesh = self.grid.flat_mesh(self.root_device.type)

@@ -134,6 +134,7 @@ class StepCheckpoint(Checkpoint):
             self._save(trainer, step)
         if stops:
             self.writer.finish()
+            trainer.strategy.barrier()  # a rank that left before the first has written would have it killed by torchrun
             self._tell()
             log.info("stopped by %s; the same command continues from step %d", self._preemption.reason, step)
             if trainer.is_global_zero:

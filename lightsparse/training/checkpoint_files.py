@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lightsparse.parallel import sharded_files
+from lightsparse.training.finite import not_finite
 
 log = logging.getLogger(__name__)
 
@@ -50,19 +51,23 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
 
 
 def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every part of either kind has a checksum. Reads all of it."""
+    """What is wrong with a checkpoint, or None: every part of either kind has a checksum. Reads all of it.
+
+    A whole file is damaged, too, where weights or optimizer states are no numbers; folders are not looked at for that,
+    because their tensors may be larger than the memory of a rank.
+    """
     if path.is_dir():
         return sharded_files.damage_of_folder(path)
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
         if part is None:
-            torch.load(path, map_location="meta", weights_only=True)  # torch reads the archive's frame more strictly
+            return not_finite(read_checkpoint(path))  # torch reads the archive's frame more strictly, too
     except _DAMAGE as error:
         return f"no whole archive: {str(error).splitlines()[0]}"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return None if part is None else f"the checksum of {part} differs"
+    return f"the checksum of {part} differs"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lightsparse.config import differences
 from lightsparse.files import remove_partial_files, write_text
 from lightsparse.targets import ConfigError
-from lightsparse.training.checkpoint_files import newest_checkpoint
+from lightsparse.training.checkpoint_files import checkpoint_steps, newest_checkpoint
 from lightsparse.training.lock import lock
 from lightsparse.training.ranks import is_first_rank
 
@@ -72,30 +74,64 @@ class RunDirectory:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    def newest(self) -> tuple[int, Path] | None:
+        """Step and path of the newest whole checkpoint, or None."""
+        return newest_checkpoint(self.checkpoints)
+
     def open(self, resume: Literal["auto", "must", "never"], raw: Mapping[str, Any], max_steps: int) -> Start:
-        """Where the run starts from; makes the directory and its config.yaml on the first rank.
+        """`look`, where nobody else is writing: on the first rank a directory that exists is this process's alone from
+        then on, until `lock.unlock`.
+
+        Writes nothing else: once nothing is refused any more, `prepare` does. Raises ConfigError as `look` does, and
+        where another process is writing.
+        """
+        if is_first_rank() and self.path.exists():
+            lock(self.path)
+        return self.look(resume, raw, max_steps)
+
+    def look(self, resume: Literal["auto", "must", "never"], raw: Mapping[str, Any], max_steps: int) -> Start:
+        """Where the run would start from.
 
         auto   from the newest checkpoint, or from nothing when there is none
         must   from the newest checkpoint
         never  from nothing, in a directory that holds no run
-        raw    the composed config, as it goes to config.yaml
-        On the first rank the directory is this process's alone from then on, until `lock.unlock`.
-        Raises ConfigError when the directory does not allow that, holds a run that trains differently, or is being
-        written by another process.
+        raw    the composed config, as `prepare` puts it into config.yaml
+        Raises ConfigError when the directory does not allow that, or holds a run that trains differently.
         """
-        is_first = is_first_rank()  # the others may come after this one has written, and only look
-        if is_first and self.path.exists():
-            lock(self.path)
-        newest = newest_checkpoint(self.checkpoints)
+        newest = self.newest()
         start = Start(0, None) if newest is None else Start(*newest)
-        if is_first:
+        if is_first_rank():  # the others may come after it has written
             self._check(resume, start, raw)
         summary = self._summary()
         if summary is not None and is_finished(summary, raw, max_steps):
             return replace(start, summary=summary)
-        if is_first:
-            self._prepare(raw)
         return start
+
+    def prepare(self, raw: Mapping[str, Any]) -> None:
+        """Make the directory and its config.yaml; on the first rank only, after `open`.
+
+        It is this process's alone from then on, until `lock.unlock`. Raises ConfigError where another process has
+        begun a run there since `open`.
+        """
+        for folder in (self.checkpoints, self.plots):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:  # a file system that refuses what its permissions allow
+                raise ConfigError(
+                    f"runs_dir is {self.path.parent}, where {folder} cannot be made ({error.strerror}); set "
+                    "runs_dir=<another folder>"
+                ) from error
+        if lock(self.path) and self.config.exists():
+            raise ConfigError(
+                f"{self.path} was begun by another process while this one read its data; use the same command again "
+                "to continue that run or name=<another> to start beside it"
+            )
+        for folder in (self.path, self.checkpoints):
+            remove_partial_files(folder)
+        if not self.identity.exists():
+            write_text(self.identity, secrets.token_hex(4) + "\n")
+        self.summary.unlink(missing_ok=True)  # of fewer steps: the run is not finished any more
+        write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(raw))))
 
     def _check(self, resume: str, start: Start, raw: Mapping[str, Any]) -> None:
         if resume == "never" and self.config.exists():
@@ -107,10 +143,20 @@ class RunDirectory:
             raise ConfigError(
                 f"{self.path} holds no checkpoint and resume is must; use resume=auto to start from nothing"
             )
+        damaged = list(checkpoint_steps(self.checkpoints)) if start.checkpoint is None else []
+        if damaged:  # to begin anew would replace what may still be rescued
+            raise ConfigError(
+                f"{self.path} holds checkpoints of steps {', '.join(map(str, damaged))}, and none of them is whole; "
+                "restore one, remove them all to start from nothing, or use name=<another> to start beside it"
+            )
         if start.checkpoint is None or not self.config.exists():
             return
-        stored = OmegaConf.to_container(OmegaConf.load(self.config))
-        assert isinstance(stored, dict)  # as _prepare wrote it
+        try:
+            stored = OmegaConf.to_container(OmegaConf.load(self.config))
+        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            raise ConfigError(_damaged(self.config, error)) from error
+        if not isinstance(stored, dict):
+            raise ConfigError(_damaged(self.config, f"holds a {type(stored).__name__}"))
         changed = differences({str(key): value for key, value in stored.items()}, raw)
         if changed:
             raise ConfigError(
@@ -118,22 +164,22 @@ class RunDirectory:
                 f"start beside it:\n" + "\n".join(f"  {line}" for line in changed)
             )
 
-    def _prepare(self, raw: Mapping[str, Any]) -> None:
-        for folder in (self.checkpoints, self.plots):
-            folder.mkdir(parents=True, exist_ok=True)
-        lock(self.path)
-        for folder in (self.path, self.checkpoints):
-            remove_partial_files(folder)
-        if not self.identity.exists():
-            write_text(self.identity, secrets.token_hex(4) + "\n")
-        self.summary.unlink(missing_ok=True)  # of fewer steps: the run is not finished any more
-        write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(raw))))
-
     def _summary(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self.summary.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            found = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except ValueError as error:
+            raise ConfigError(_damaged(self.summary, error)) from error
+        if not isinstance(found, dict) or not {"finished", "steps"} <= found.keys():
+            raise ConfigError(_damaged(self.summary, "has no finished and steps"))
+        return found
+
+
+def _damaged(path: Path, reason: object) -> str:
+    """A sentence for a file that this package would not have written."""
+    reason = str(reason).split("\n")[0]
+    return f"{path} is not as a run leaves it ({reason}); restore it, or remove it and the run makes it anew"
 
 
 def is_finished(summary: Mapping[str, Any], raw: Mapping[str, Any], max_steps: int) -> bool:

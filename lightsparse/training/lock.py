@@ -12,15 +12,15 @@ from lightsparse.targets import ConfigError
 _held: dict[Path, int] = {}  # open as long as the process lives, or until `unlock`
 
 
-def lock(folder: Path) -> None:
-    """Take the folder for this process. Raises ConfigError where another one has it.
+def lock(folder: Path) -> bool:
+    """Take the folder for this process; false where it has it already. Raises ConfigError where another one has it.
 
     The file stays, with the name of its last owner; only the lock on it counts. Folders on file systems without locks
     are refused, too: two writers there would not be noticed.
     """
     folder = folder.resolve()
     if folder in _held:
-        return
+        return False
     path = folder / ".lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -34,6 +34,22 @@ def lock(folder: Path) -> None:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     _held[folder] = descriptor
+    return True
+
+
+def holder(folder: Path) -> str | None:
+    """Who else is writing the folder, or None. Looks without taking or writing anything."""
+    path = folder / ".lock"
+    if folder.resolve() in _held or not path.exists():
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return path.read_text().strip() or "another process"
+    finally:
+        os.close(descriptor)
+    return None
 
 
 def unlock(folder: Path) -> None:

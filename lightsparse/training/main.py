@@ -1,8 +1,10 @@
 """The command `python train.py …` or `lightsparse-train …`: compose → parse and check → build and fit.
 
-A wrong config is one sentence on stderr and exit code 2. Exit code 75 means that the same command continues the run: it
-was stopped by SIGTERM and has saved its step, or another rank of the job was lost or did not come in time, which is one
-sentence on stderr, too. With `-m`, sweepers minimise what `train` returns.
+What the run cannot do with is one sentence on stderr. Exit code 2: a wrong config, unusable data, a loss that is no
+number, too little memory. Exit code 75: the same command continues the run, which was stopped by a signal and has saved
+its step, or whose disk is full, or which has lost another rank of its job (all codes: parallel/errors.py). With `-m`,
+sweepers minimise what `train` returns; with doctor=true nothing is trained (doctor.py), and exit code 2 says that
+something is wrong.
 """
 
 from __future__ import annotations
@@ -12,17 +14,27 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 from lightsparse.config import check, explain, parse, with_launched_ranks
 from lightsparse.data import DataError
+from lightsparse.files import DiskFullError, disk_named
 from lightsparse.overrides import HYDRA_VERSION, conf_dir, plain, raised_by_hydra
 from lightsparse.parallel.errors import EXIT_CODE, RankError
+from lightsparse.schema import Config
 from lightsparse.targets import ConfigError
+from lightsparse.training.checkpoint_files import checkpoint_steps
+from lightsparse.training.directory import RunDirectory
+from lightsparse.training.doctor import examine
+from lightsparse.training.estimate import estimate
+from lightsparse.training.health import NonFiniteError
+from lightsparse.training.preemption import leave_when_asked
 from lightsparse.training.ranks import is_first_rank
 from lightsparse.training.run import fit
+from lightsparse.training.shortage import MemoryShortError, check_memory, memory_named, warn_of_memory
 from lightsparse.training.summary import objective
 
 
@@ -32,8 +44,15 @@ def train(composed: DictConfig) -> float:
     with refusals_as_one_sentence():
         raw = with_launched_ranks(plain(composed))
         config = parse(raw)
+        if config.doctor:
+            return examine(config, raw)
+        check_memory(config)
         check(config)
-        return objective(fit(config, raw))
+        needed = estimate(config)
+        if is_first_rank():
+            warn_of_memory(config, needed)
+        with memory_named(config, needed), _disk_named(config):
+            return objective(fit(config, raw))
 
 
 def main() -> None:
@@ -41,21 +60,39 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lightsparse").setLevel(logging.INFO if is_first_rank() else logging.WARNING)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them in its own way
+    leave_when_asked()
     with refusals_as_one_sentence():
         train()
 
 
 @contextmanager
+def _disk_named(config: Config) -> Iterator[None]:
+    """Say of a full disk from where the run goes on once there is space."""
+    directory = RunDirectory(Path(config.runs_dir) / config.name)
+    try:
+        with disk_named(directory.path):
+            yield
+    except DiskFullError as error:
+        step = max(checkpoint_steps(directory.checkpoints), default=0)
+        raise DiskFullError(
+            f"{error}; free some or lower checkpoint.keep, and the same command continues from step {step}"
+        ) from error
+
+
+@contextmanager
 def refusals_as_one_sentence() -> Iterator[None]:
-    """End the program with the sentence alone where the config or its data cannot be used, or another rank is lost."""
+    """End the program with the sentence alone where the run can't begin or go on and its user can change that."""
+    code = 2
     try:
         yield
     except RankError as error:
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()
         os._exit(EXIT_CODE)  # at once: threads of a broken process group may wait for the lost rank once more
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, NonFiniteError, MemoryShortError) as error:
         sentence = str(error)
+    except DiskFullError as error:
+        sentence, code = str(error), EXIT_CODE
     except Exception as error:
         if not raised_by_hydra(error):
             raise
@@ -63,7 +100,7 @@ def refusals_as_one_sentence() -> Iterator[None]:
     else:
         return
     sys.stderr.write(f"{sentence}\n")
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

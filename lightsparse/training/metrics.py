@@ -16,7 +16,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightsparse.files import write_text
+from lightsparse.files import disk_named, write_text
 
 # The header. Losses are nats per token; training losses, densities and rates cover the steps since the row before.
 COLUMNS = (
@@ -64,7 +64,7 @@ class MetricsFile(Logger):
         if step is None or not row:
             return
         header = "" if self.path.exists() else _line(self.columns)
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with disk_named(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(header + self._row({**row, "step": str(step)}))
 
     @rank_zero_only

@@ -3,6 +3,9 @@
 SIGTERM and SIGUSR1 are what schedulers send before they take a machine away, SIGINT is Ctrl-C. A handler that saved by
 itself would stand in the middle of a step, and a signal to one rank only would leave the others waiting in a
 collective. So a handler sets a flag, and the ranks agree on it after each optimizer step.
+
+Before the first step and after the last one there is nothing to save. There, the command line ends at once, with the
+same code (`leave_when_asked`).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from types import FrameType
@@ -21,6 +25,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightsparse.parallel.errors import EXIT_CODE as EXIT_CODE  # not done, and worth another try
+from lightsparse.parallel.launcher import RankLauncher
+from lightsparse.training.ranks import is_first_rank
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +42,8 @@ class Preemption:
     """
 
     def __init__(self, max_time: float | None = None) -> None:
-        self._asked = 0  # the number of the signal; 0 = not asked
+        self._asked = 0  # the number of the signal that came to this rank; 0 = not asked
+        self._agreed = 0  # the largest of all ranks'
         self._until = None if max_time is None else time.monotonic() + max_time
         self._before: dict[signal.Signals, Any] = {}  # the handlers that were there, while ours are
 
@@ -44,37 +51,38 @@ class Preemption:
         """Replace the handlers. To be called after Lightning has put in its own, which end with code 0 or hang."""
         if threading.current_thread() is not threading.main_thread():
             return
+        _outside.listeners.add(self)
         for number in _SIGNALS:
             before = signal.signal(number, self._ask)
             if before != self._ask:
                 self._before[number] = before
+        self._asked = self._asked or _outside.asked  # it came while the handlers changed
 
     def stop_listening(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        _outside.listeners.discard(self)
 
     def is_asked(self, trainer: Trainer) -> bool:
         """Equal on all ranks, which all must call this."""
         if not self._asked and self._until is not None and time.monotonic() >= self._until:
             self._asked = _TIME_IS_UP
-        if trainer.world_size > 1:
-            asked = torch.tensor(float(self._asked), device=trainer.strategy.root_device)
-            self._asked = int(trainer.strategy.reduce(asked, reduce_op="max"))
-        return bool(self._asked)
+        self._agreed = self._asked
+        if trainer.world_size > 1:  # a signal that comes while the ranks talk is for the next step
+            asked = torch.tensor(float(self._agreed), device=trainer.strategy.root_device)
+            self._agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if self._agreed and isinstance(trainer.strategy.launcher, RankLauncher):
+            trainer.strategy.launcher.expect_end()
+        return bool(self._agreed)
 
     @property
     def reason(self) -> str:
-        return "trainer.max_time" if self._asked == _TIME_IS_UP else signal.Signals(self._asked).name
+        return "trainer.max_time" if self._agreed == _TIME_IS_UP else signal.Signals(self._agreed).name
 
     def requeue(self) -> None:
-        """Ask SLURM to start the job again, where it runs one that may be and it was SLURM that asked to stop."""
-        job = os.environ.get("SLURM_JOB_ID")
-        if job is None or self._asked == signal.SIGINT or shutil.which("scontrol") is None:
-            return
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-        if done.returncode:
-            log.warning("scontrol requeue %s failed: %s; submit the job again", job, done.stderr.strip())
+        """Where SLURM runs the job and the time was up, ask it to start the job again."""
+        _requeue(self._agreed)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -82,3 +90,63 @@ class Preemption:
                 raise KeyboardInterrupt
             log.info("finishing the step, then saving it; Ctrl-C again leaves at once")
         self._asked = number
+
+
+def leave_when_asked() -> None:
+    """From now on a signal ends this process at once with code 75, unless a Preemption listens. Main thread only.
+
+    The process may stand in C++ and wait for ranks that never come, where no handler of Python's would run. So the
+    number of the signal goes through a pipe to a thread.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    for number in _SIGNALS:
+        signal.signal(number, _outside.note)
+    threading.Thread(target=_outside.leave, args=(reading,), daemon=True, name="signals").start()
+
+
+class _Outside:
+    """What the process does with signals that come when nobody listens."""
+
+    def __init__(self) -> None:
+        self.listeners: set[Preemption] = set()
+        self.asked = 0
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+
+    def leave(self, reading: int) -> None:
+        while True:
+            (number,) = os.read(reading, 1)  # of any signal that has a handler
+            if number in _SIGNALS and not self.listeners:
+                if is_first_rank():
+                    _requeue(number)
+                name = signal.Signals(number).name
+                sys.stderr.write(f"stopped by {name} outside of the training steps; the same command goes on\n")
+                sys.stderr.flush()
+                os._exit(EXIT_CODE)
+
+    def forget(self) -> None:
+        """In a forked worker: its signals are not its parent's, which may end it and answers Ctrl-C for both."""
+        if signal.getsignal(signal.SIGTERM) == self.note or self.listeners:
+            signal.set_wakeup_fd(-1)
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+        self.listeners.clear()
+
+
+_outside = _Outside()
+os.register_at_fork(after_in_child=_outside.forget)
+
+
+def _requeue(asked: int) -> None:
+    """`#SBATCH --signal=USR1@120` says that the time is up before it is. SIGTERM is no reason: it comes with scancel,
+    after which nobody wants the job back, and from a preemption, after which SLURM requeues by itself.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or asked not in (signal.SIGUSR1, _TIME_IS_UP) or shutil.which("scontrol") is None:
+        return
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        log.warning("scontrol requeue %s failed: %s; submit the job again", job, done.stderr.strip())

@@ -28,12 +28,12 @@ from lightsparse.parallel.strategies import ShardedStrategy
 from lightsparse.patterns import BlockLayout
 from lightsparse.targets import ConfigError
 from lightsparse.training import watched
-from lightsparse.training.checkpoint_files import checkpoint_steps
+from lightsparse.training.checkpoint_files import checkpoint_steps, read_checkpoint
 from lightsparse.training.directory import RunDirectory, Start
 from lightsparse.training.flops import matmul_error, matmul_peak
 from lightsparse.training.lock import unlock
 from lightsparse.training.metrics import MetricsFile, read_metrics
-from lightsparse.training.module import language_model
+from lightsparse.training.module import LanguageModel, language_model
 from lightsparse.training.outputs import draw_plots, write_sample
 from lightsparse.training.quiet import quiet_lightning
 from lightsparse.training.ranks import is_first_rank, of_all_ranks
@@ -62,23 +62,26 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
     quiet_lightning()
     is_first = is_first_rank()
     console = Console(quiet=not is_first, highlight=False, markup=False, soft_wrap=True)  # lines as they are
-    _set_machine(config)  # first: what this machine refuses leaves no directory behind
+    set_machine(config)  # first: what this machine refuses leaves no directory behind
     start = directory.open(config.resume, raw, config.trainer.max_steps)
     if start.summary is not None:
         console.print(f"{directory.path} is finished at step {start.summary['steps']}")
         show(console, start.summary, directory.path)
         return start.summary
-    if is_first:
-        MetricsFile(directory.metrics, watched.columns(config)).rewind(start.step if start.checkpoint else -1)
 
     seed_everything(config.seed, workers=True, verbose=False)
     tokenized = with_kept_tokenizer(config.data, directory.path, resumed=start.checkpoint is not None, write=is_first)
     data = DataModule(tokenized, config.seed, config.eval.tokens)
     data.setup()
     module = language_model(config, data.tokenizer)
+    if start.checkpoint is not None:
+        check_resumable(data, module, start.checkpoint)
     model = module.model
     if config.compile:
         model.compile()  # in place: the names in the checkpoint stay as they are
+    if is_first:  # not before everything that may be refused has been: an earlier run stays as it is
+        directory.prepare(raw)
+        MetricsFile(directory.metrics, watched.columns(config)).rewind(start.step if start.checkpoint else -1)
     recorder = Recorder(config, raw, directory, started=started)
     trainer = build_trainer(config, raw, directory, recorder, console)
     device = trainer.strategy.root_device
@@ -135,7 +138,29 @@ def _peak_memory(device: torch.device, imported: int) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss() - imported
 
 
-def _set_machine(config: Config) -> None:
+def check_resumable(data: DataModule, module: LanguageModel, checkpoint: Path) -> None:
+    """Refuse a checkpoint of other data or another model now: Lightning would when the directory has been written.
+
+    Raises DataError in the data module's words, and ConfigError for weights of another shape.
+    """
+    saved = read_checkpoint(checkpoint)
+    data.load_state_dict(saved[type(data).__qualname__])
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    there = {name: tuple(value.shape) for name, value in saved["state_dict"].items()}
+    for name in sorted(own.keys() | there.keys()):
+        if own.get(name) != there.get(name):
+            raise ConfigError(
+                f"{checkpoint} has {name} {_shape_text(there.get(name))}, the model of this run has "
+                f"{_shape_text(own.get(name))}: another vocabulary or version; restore it or start afresh with "
+                "name=<another>"
+            )
+
+
+def _shape_text(shape: tuple[int, ...] | None) -> str:
+    return "not at all" if shape is None else f"of shape {list(shape)}"
+
+
+def set_machine(config: Config) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
         os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning chooses for the ranks it starts

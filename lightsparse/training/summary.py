@@ -93,11 +93,11 @@ def show(console: Console, summary: Mapping[str, Any], directory: Path) -> None:
 
 def objective(summary: Mapping[str, Any]) -> float:
     """What a sweep minimises: summary["minimised"] names it."""
-    return 1.0 - summary["val_accuracy"] if summary["minimised"] == WRONG else summary["val_bits_per_byte"]
+    return 1.0 - summary["val_accuracy"] if summary.get("minimised") == WRONG else summary["val_bits_per_byte"]
 
 
 def _verdict(summary: Mapping[str, Any]) -> str:
-    if summary["val_accuracy"] is not None:
+    if summary.get("val_accuracy") is not None:
         return f"accuracy {summary['val_accuracy']:.4f}, examples all right {summary['val_exact_match']:.4f}"
     return f"{summary['val_bits_per_byte']:.4f} bits per byte"
 

@@ -16,7 +16,12 @@ from typing import Any
 import psutil
 
 # Workers of a pool start with all that a run imports, where no other pool has been started before.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "lightsparse.training.run"])
+multiprocessing.set_forkserver_preload(
+    [
+        *("torch", "torch.distributed.run", "torch.nn.parallel", "matplotlib.pyplot"),
+        *("lightsparse.training.main", "lightsparse.data.files"),
+    ]
+)
 
 ROOT = Path(__file__).parents[2]
 TINY = (

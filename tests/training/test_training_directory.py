@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from lightsparse.targets import ConfigError
 from lightsparse.training.directory import RunDirectory, Start
+from lightsparse.training.lock import unlock
 from lightsparse.training.writer import CheckpointWriter
 
 RAW = {"seed": 0, "optimizer": {"lr": 1e-3}, "trainer": {"max_steps": 10}}
@@ -18,6 +19,7 @@ RAW = {"seed": 0, "optimizer": {"lr": 1e-3}, "trainer": {"max_steps": 10}}
 def run_at(path: Path, step: int, *, summary: bool = False) -> RunDirectory:
     directory = RunDirectory(path)
     directory.open("auto", RAW, 10)
+    directory.prepare(RAW)
     CheckpointWriter(False, 60).save_checkpoint({}, directory.checkpoints / f"step-{step}.ckpt")
     if summary:
         directory.summary.write_text(json.dumps({"finished": True, "steps": step}))
@@ -27,6 +29,8 @@ def run_at(path: Path, step: int, *, summary: bool = False) -> RunDirectory:
 def test_a_new_directory_starts_from_nothing_and_keeps_its_config(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "runs" / "a")
     assert directory.open("never", RAW, 10) == Start(0, None)
+    assert not directory.path.exists()  # something else may still be refused
+    directory.prepare(RAW)
     assert OmegaConf.to_container(OmegaConf.load(directory.config)) == RAW
     assert directory.checkpoints.is_dir() and directory.plots.is_dir()
 
@@ -66,6 +70,8 @@ def test_more_steps_are_no_other_config_and_the_stored_one_follows(tmp_path: Pat
     directory = run_at(tmp_path, 10, summary=True)
     longer = {**RAW, "trainer": {"max_steps": 20}}
     assert directory.open("auto", longer, 20).step == 10
+    assert directory.summary.exists() and OmegaConf.load(directory.config) == RAW
+    directory.prepare(longer)
     assert OmegaConf.load(directory.config).trainer.max_steps == 20
     assert not directory.summary.exists()  # it is not finished any more
 
@@ -83,10 +89,22 @@ def test_half_written_files_are_cleaned_up_and_never_continued_from(tmp_path: Pa
     partial = directory.checkpoints / ".step-6.ckpt.77.partial"
     partial.write_bytes((directory.checkpoints / "step-5.ckpt").read_bytes())
     assert directory.open("auto", RAW, 10).step == 5
+    directory.prepare(RAW)
     assert not partial.exists()
 
 
 def test_a_run_killed_before_its_first_checkpoint_may_start_again_with_any_config(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     directory.open("auto", RAW, 10)
+    directory.prepare(RAW)
     assert directory.open("auto", {**RAW, "seed": 1}, 10) == Start(0, None)
+
+
+def test_a_run_that_another_process_began_between_looking_and_writing_is_not_overwritten(tmp_path: Path) -> None:
+    mine, theirs = RunDirectory(tmp_path / "a"), RunDirectory(tmp_path / "a")
+    assert mine.open("auto", RAW, 10) == theirs.open("auto", RAW, 10) == Start(0, None)
+    theirs.prepare({**RAW, "seed": 1})
+    unlock(theirs.path)  # its process has ended
+    with pytest.raises(ConfigError, match=r"was begun by another process .* use the same command again"):
+        mine.prepare(RAW)
+    assert OmegaConf.load(theirs.config).seed == 1

@@ -25,7 +25,9 @@ from lightsparse.training.metrics import read_metrics
 from lightsparse.training.module import LanguageModel
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch", "lightning.pytorch", "lightsparse.training.run", "matplotlib.pyplot"])
+_FORKS.set_forkserver_preload(  # the last module to set it decides for all: jobs of several ranks fork from it, too
+    ["torch.distributed.run", "lightsparse.training.main", "lightsparse.data.files", "matplotlib.pyplot"]
+)
 
 pytestmark = pytest.mark.multiprocess
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,7 +184,9 @@ def test_the_special_tokens_stand_for_no_bytes(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("poisoned", ["loss", "gradient"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_with_what_is_not_a_number_is_not_taken(poisoned: str, optimizer: str, tiny: Tiny) -> None:
+def test_a_step_with_what_is_not_a_number_is_not_taken(
+    poisoned: str, optimizer: str, tiny: Tiny, tmp_path: Path
+) -> None:
     config, _ = tiny("trainer.max_steps=5", "health.skip_steps=1", f"optimizer={optimizer}")
     module, data = module_for(config), Ragged(2)
     seen: dict[str, Tensor] = {}
@@ -197,8 +200,10 @@ def test_a_step_with_what_is_not_a_number_is_not_taken(poisoned: str, optimizer:
                 else:
                     pl_module.model.norm.weight.grad[0] = math.inf
 
+    trainer = trainer_for(config, Poison())
+    trainer._default_root_dir = str(tmp_path)  # where the batch goes
     with pytest.raises(NonFiniteError, match=r"at step 4, and health.skip_steps=1 .*; lower optimizer\.lr"):
-        trainer_for(config, Poison()).fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data)
     assert all(torch.equal(value, dict(module.named_parameters())[name]) for name, value in seen.items())
     assert module.health.skipped == 2
 
