@@ -32,4 +32,5 @@ def dropped(x_BNE: Tensor, rate: float, site: int, ctx: SequenceContext) -> Tens
     row_BN = chain(mixed(ctx.seed, site, below), samples_B[:, None], places_N)
     column_G = mix(torch.arange(-(-width // 4), device=device) * _COLUMN)
     bits_BNE = mix(row_BN[..., None] ^ column_G).view(torch.int16)[..., :width]
-    return x_BNE * (bits_BNE >= below - _STEPS // 2) * (_STEPS / (_STEPS - below))
+    # Numbers, not booleans: a product of the two kinds takes PyTorch several times as long.
+    return x_BNE * (bits_BNE >= below - _STEPS // 2).to(x_BNE.dtype).mul_(_STEPS / (_STEPS - below))
