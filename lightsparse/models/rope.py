@@ -52,7 +52,7 @@ class RopeConfig:
             value = getattr(self, name)
             if self.scaling not in readers and value != RopeConfig.__dataclass_fields__[name].default:
                 raise ValueError(
-                    f"model.rope.{name} is {value} but only {' and '.join(readers)} {'reads' if len(readers) == 1 else 'read'} it and model.rope.scaling is "
+                    f"model.rope.{name} is {value}, which is for {' and '.join(readers)}, but model.rope.scaling is "
                     f"{self.scaling}; remove it or use model.rope.scaling={readers[0]}"
                 )
         if self.scaling in ("yarn", "llama3") and (self.original_context is None or self.original_context < 1):

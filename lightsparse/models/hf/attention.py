@@ -52,7 +52,7 @@ class Variant:
 
         attention_mask  from `key_mask`, or None: causal
         dropout         share of weights dropped, config.attention_dropout in training
-        others          sliding_window, softcap …: refused unless null or false, so that nothing a model asks for is lost
+        others          sliding_window, softcap …: refused unless null or false, so that nothing asked for is lost
         """
         self._check(module, query, value, is_causal, others)
         (_, heads, _, head_dim), kv_heads = query.shape, key.shape[1]

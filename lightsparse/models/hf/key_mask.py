@@ -92,9 +92,7 @@ def _documents(
     documents[:, max(start, 1) : stop] = begins.cumsum(1)
     first = document_starts(documents[:, :stop])[:, max(start, 1) :].long()
     if bool(may_read(query - 1, query).any()):
-        raise ValueError(
-            "the model's mask lets tokens read later ones; lightsparse attention is causal there, use sdpa"
-        )
+        raise ValueError("the model's mask lets tokens read later ones; lightsparse is causal there, use sdpa")
     if not bool(may_read(query, first).all()) or bool((may_read(query, first - 1) & (first > 0)).any()):
         raise ValueError(f"the model's mask is a pattern of its own, {_REPLACED}")
     return documents
@@ -175,7 +173,7 @@ def _parts(documents: Tensor, queries: int, positions: Tensor | None) -> list[Pa
 
 
 def _check_positions(documents: Tensor, positions: Tensor | None, start: int) -> None:
-    """transformers reads packing from position_ids only without attention_mask and cache; elsewhere it would be lost."""
+    """Only without attention_mask and cache does transformers read packing from position_ids; else it would be lost."""
     if positions is None or positions.dim() != 2 or positions.shape[1] != documents.shape[1] - start:
         return
     here = documents[:, start:]

@@ -52,9 +52,7 @@ def register_variant(name: str, *overrides: str, context: int | None = None, lay
     """
     for word in overrides:
         if not re.match(r"\+{0,2}attention[.=]|~attention\.", word):
-            raise ConfigError(
-                f"{word} is given; only attention=<variant> and attention.<key>=<value> can be chosen here"
-            )
+            raise ConfigError(f"{word} is given; only attention=… and attention.<key>=… can be chosen here")
     return _register(Variant(name, _choice(overrides), context, layer_pattern))
 
 
