@@ -177,6 +177,8 @@ def check(config: Config) -> None:
             causal=config.objective == "causal",
             context=config.data.context,
         )
+    if config.init_from is not None and not checkpoint_steps(Path(config.runs_dir, config.name, "checkpoints")):
+        check_start(config, model.vocab_size)
     config.optimizer.build(parameter_groups(model, model.layers))
     context_split(config, model)
     check_disk(config, model)
