@@ -30,10 +30,12 @@ from lightsparse.parallel.kinds import KINDS, StrategyConfig
 from lightsparse.patterns import BlockLayout
 from lightsparse.schema import Config, TrainerConfig
 from lightsparse.targets import ConfigError
+from lightsparse.training.checkpoint import checkpoint_steps
 from lightsparse.training.optimizers import parameter_groups
 from lightsparse.training.ranks import launched_ranks
 from lightsparse.training.schedules import Schedule
 from lightsparse.training.sharding import context_split
+from lightsparse.training.start import check_start
 
 # Keys that may change between the parts of one run: they say how long, where and how watched, not what is trained.
 # Of ranks and batches only their product counts, the samples of an optimizer step; `_fixed_values` adds it.
@@ -247,6 +249,8 @@ def _fixed_values(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         dotted = f"{prefix}{key}"
         if dotted in FREE_KEYS or (prefix == "strategy." and value in (None, "none")):  # a hook that is not used
+            continue
+        if dotted == "init_from" and value is None:
             continue
         if isinstance(value, Mapping):
             values |= _fixed_values(value, f"{dotted}.")

@@ -1,4 +1,4 @@
-"""Weights of transformers in our model and back: equal logits, equal bits, and an error for whatever cannot be equal."""
+"""Weights of transformers in our model and back: equal logits, equal bits, an error for whatever cannot be equal."""
 
 import json
 from dataclasses import replace
@@ -93,9 +93,7 @@ def test_logits_are_those_of_transformers_there_and_back(kind, kv_heads, tied, t
     theirs = saved(tmp_path / "there", config(kind, kv_heads, tie_word_embeddings=tied))
     ours = hf.load_model(tmp_path / "there").eval()
     assert_equal(our_logits(ours), their_logits(theirs))
-    hf.save_model(
-        ours, hf.their_config(ours.config, VOCAB, context=96), tmp_path / "back", dtype=torch.float32
-    )
+    hf.save_model(ours, hf.their_config(ours.config, VOCAB, context=96), tmp_path / "back", dtype=torch.float32)
     back, info = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_equal(their_logits(back.eval()), their_logits(theirs))
@@ -210,7 +208,7 @@ def test_files_that_do_not_hold_the_model_are_refused_and_change_nothing(tmp_pat
         with pytest.raises(ConfigError, match=what):
             hf.load_weights(ours, tmp_path)
     file.unlink()
-    with pytest.raises(ConfigError, match="lacks model.safetensors; weights are read from safetensors"):
+    with pytest.raises(ConfigError, match=r"lacks model\.safetensors; weights are read from safetensors"):
         hf.load_weights(ours, tmp_path)
     assert torch.equal(ours.head_weight, before + 1)
 
@@ -235,6 +233,9 @@ def test_differences_are_the_overrides_that_remove_them(tmp_path):
         *("model.heads=4", "model.kv_heads=2", "model.head_dim=24", "model.mlp_dim=96", "model.qk_norm=false"),
         *("model.tie_embeddings=true", "model.norm_eps=1e-05", "model.rope.base=50000.0"),
     ]
+    # All of them: kv_heads is right only as long as it follows from heads.
+    words = hf.differences(ModelConfig(depth=3, embed_dim=64, heads=2, rope=there.rope), there)
+    assert {"model.heads=4", "model.kv_heads=2"} <= set(words) and "model.embed_dim=64" not in words
 
 
 @pytest.mark.parametrize(

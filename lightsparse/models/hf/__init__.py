@@ -15,13 +15,14 @@ N × N mask. What a model asks for beside them (a sliding window, soft caps, sin
 Needs the extra: pip install 'lightsparse[hf]'.
 """
 
-from lightsparse.models.hf.families import described, differences, their_config
+from lightsparse.models.hf.families import described, differences, family_of, their_config
 from lightsparse.models.hf.register import register, register_exported, register_variant
 from lightsparse.models.hf.weights import load_model, load_weights, save_model
 
 __all__ = [
     "described",
     "differences",
+    "family_of",
     "load_model",
     "load_weights",
     "register",

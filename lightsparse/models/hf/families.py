@@ -125,7 +125,10 @@ def differences(model: ModelConfig, there: ModelConfig) -> list[str]:
     larger factor of the same scaling.
     """
     here, wanted = _form(model), _form(there)
-    words = [f"model.{name}={_written(value)}" for name, value in wanted.items() if here[name] != value]
+    wrong = {name for name, value in wanted.items() if here[name] != value}
+    if wrong & set(there.widths._fields):  # then those left null, which follow from the others, may change too
+        wrong |= {name for name, value in wanted.items() if getattr(model, name) != value}
+    words = [f"model.{name}={_written(value)}" for name, value in wanted.items() if name in wrong]
     rope = model.rope
     stretched = there.rope.scaling in ("none", rope.scaling) and rope.factor >= there.rope.factor
     if there.rope.scaling != "none":
@@ -149,6 +152,16 @@ def _written(value: object) -> str:
     return "null" if value is None else str(value).lower()
 
 
+def family_of(model: ModelConfig) -> Family:
+    """The family that has the model's parts. Raises ConfigError where there is none."""
+    for family in FAMILIES:
+        if (family.qk_norm, family.qkv_bias) == (model.qk_norm, model.qkv_bias):
+            return family
+    raise ConfigError(
+        "model.qk_norm and model.qkv_bias are both true, which no family of transformers has; it cannot be exported"
+    )
+
+
 def their_config(
     model: ModelConfig,
     vocab_size: int,
@@ -164,11 +177,7 @@ def their_config(
     context  tokens of the samples it was trained on: max_position_embeddings
     Raises ConfigError where no family has the model's parts.
     """
-    family = next((each for each in FAMILIES if (each.qk_norm, each.qkv_bias) == (model.qk_norm, model.qkv_bias)), None)
-    if family is None:
-        raise ConfigError(
-            "model.qk_norm and model.qkv_bias are both true, which no family of transformers has; it cannot be exported"
-        )
+    family = family_of(model)
     widths, rope = model.widths, model.rope
     if rope.scaling == "ntk":  # a constant ntk is another base
         base = rope.base * rope.factor ** (widths.head_dim / (widths.head_dim - 2))
