@@ -22,6 +22,7 @@ from lightsparse.targets import ConfigError
 
 VOCAB = 61
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+OLD_NAME = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # that of before 5.24
 SMALL = {  # every suitable variant, scaled to a hundred tokens
     "dense": (),
     "sliding_window": ("attention.window=21", "attention.sinks=3", "attention.block=16"),
@@ -105,7 +106,7 @@ def test_dense_gives_the_logits_and_gradients_of_sdpa(kind, kv_heads):
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # its name before 5.24
+@OLD_NAME
 def test_a_model_loads_by_name_and_trains_under_block_sparse(tmp_path):
     LlamaForCausalLM(config()).save_pretrained(tmp_path)
     made = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="lightsparse_small_block_sparse")
@@ -239,6 +240,35 @@ def test_dropout_is_that_of_the_config_and_follows_torchs_generator():
     torch.manual_seed(5)
     assert torch.equal(logits(made, ids), first) and not torch.equal(first, second)
     assert not torch.equal(first, plain)
+
+
+@OLD_NAME
+def test_recomputed_layers_drop_the_same_weights():
+    ids, found = tokens(2, 64), []
+    for recompute in (False, True):
+        made = model("lightsparse_small_block_sparse", attention_dropout=0.4).train()
+        if recompute:
+            made.gradient_checkpointing_enable()
+        torch.manual_seed(5)
+        found.append(gradients(made, ids))
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("half", ["autocast", "parameters"])
+def test_half_precision_errs_no_more_than_sdpas(half):
+    ids, errors = tokens(2, 75), []
+    exact = logits(model("sdpa"), ids)
+    for name in ("lightsparse_dense", "sdpa", "lightsparse_small_block_sparse"):
+        made = model(name)
+        if half == "parameters":
+            made.to(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
+            found = logits(made, ids).float()
+        if name.startswith("lightsparse_small"):  # no dense layout
+            assert (found - logits(model(name), ids)).norm() <= 1.5 * errors[1]
+        errors.append(float((found - exact).norm()))
+    assert errors[0] <= 1.1 * errors[1]
 
 
 def test_layers_follow_the_layer_pattern():

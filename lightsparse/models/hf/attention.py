@@ -55,6 +55,8 @@ class Variant:
         others          sliding_window, softcap …: refused unless null or false, so that nothing asked for is lost
         """
         self._check(module, query, value, is_causal, others)
+        if torch.is_autocast_enabled(query.device.type):  # RoPE leaves queries and keys in fp32, as sdpa expects
+            query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
         (_, heads, _, head_dim), kv_heads = query.shape, key.shape[1]
         layer = getattr(module, "layer_idx", None) or 0
         core = self.core(
