@@ -30,7 +30,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from lightsparse.analysis.curves import count_text
+from lightsparse.attention.core import AttentionShape
+from lightsparse.attention.dense import DenseAttention
+from lightsparse.build import AttentionChoice
 from lightsparse.config import Config
+from lightsparse.data import ByteTokenizer
 from lightsparse.model_card import model_card
 from lightsparse.targets import ConfigError
 from lightsparse.training.directory import RunDirectory
@@ -93,12 +97,11 @@ def export(run: str, out: str, *, step: str | None = None, dtype: str | None = N
         hf.save_model(model, theirs, partial, dtype=DTYPES[dtype], shard=shard)
         directory = RunDirectory(Path(run))
         files = [directory.path / name for name in TOKENIZER_FILES if (directory.path / name).is_file()]
-        if files:
-            for file in files:
-                shutil.copy(file, partial)
-        else:
-            save_byte_tokenizer(partial)
-        reason = "" if "S" not in config.model.layers else refusal(_without_dropout(trained), config.data.context) or ""
+        for file in files:
+            shutil.copy(file, partial)
+        if not files and isinstance(trained.tokenizer, ByteTokenizer):
+            save_byte_tokenizer(partial, bos=bos, mask=trained.tokenizer.mask)
+        reason = refusal(*_attention_of(trained)) or "" if "S" in config.model.layers else ""
         _write_attention(partial / ATTENTION_FILE, directory, config)
         card = model_card(trained, architecture, summary=_summary(directory), without=reason, left_out=len(left_out))
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -113,12 +116,17 @@ def export(run: str, out: str, *, step: str | None = None, dtype: str | None = N
 def _said(
     target: Path, trained: TrainedRun, architecture: str, dtype: str, reason: str, left_out: Sequence[str]
 ) -> list[str]:
+    dense = "S" not in trained.config.model.layers or trained.config.attention.name == "dense"
     size = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 2**20
     weights = sum(p.numel() for name, p in trained.model.named_parameters() if name not in left_out)
     lines = [
         f"{target}: {architecture} of step {trained.step}, {count_text(weights)} parameters in {dtype}, {size:.1f} MiB",
-        "in transformers it reads everything before a token (dense attention)",
+        *([] if dense else ["in transformers it reads everything before a token (dense attention)"]),
     ]
+    if not any((target / name).is_file() for name in TOKENIZER_FILES):
+        lines.append(f"without a tokenizer: {type(trained.tokenizer).__name__} has no files")
+    if dense:
+        return lines
     if reason:
         lines.append(f"its own attention stays behind: {reason}")
     else:
@@ -133,18 +141,21 @@ def _said(
 
 def _write_attention(path: Path, directory: RunDirectory, config: Config) -> None:
     """The run's node `attention`, from which `hf.register_exported` builds it. The dropout is in config.json."""
-    node: Any = OmegaConf.to_container(OmegaConf.load(directory.config))
-    stored = {
-        "attention": {**node["attention"], "dropout": 0.0},
-        "context": config.data.context,
-        "layer_pattern": config.model.layer_pattern,
-    }
+    raw: Any = OmegaConf.to_container(OmegaConf.load(directory.config))
+    attention, layers = raw["attention"], config.model.layer_pattern
+    if "S" not in config.model.layers:  # what no layer uses needs no parameters
+        attention, layers = {"_target_": f"{DenseAttention.__module__}.{DenseAttention.__qualname__}"}, "S"
+    stored = {"attention": attention | {"dropout": 0.0}, "context": config.data.context, "layer_pattern": layers}
     path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
-def _without_dropout(trained: TrainedRun) -> Any:
-    choice = trained.config.attention
-    return replace(choice, config=replace(choice.config, dropout=0.0))
+def _attention_of(trained: TrainedRun) -> tuple[AttentionChoice, AttentionShape]:
+    """Choice and shape of the run's attention as transformers gets it: there, the dropout is the model's."""
+    choice, widths = trained.config.attention, trained.config.model.widths
+    shape = AttentionShape(
+        widths.heads, widths.kv_heads, widths.head_dim, widths.embed_dim, context=trained.config.data.context
+    )
+    return replace(choice, config=replace(choice.config, dropout=0.0)), shape
 
 
 def _summary(directory: RunDirectory) -> dict[str, Any]:

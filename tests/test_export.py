@@ -72,8 +72,20 @@ def test_the_exported_model_with_the_attention_of_the_run_has_the_runs_logits(ru
     assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), expected, atol=0.1)  # dense
 
 
-def test_a_density_means_the_same_there(run):
-    directory, ours = run(*SPARSE, "attention.window=1", "attention.density=0.58")
+@pytest.mark.parametrize(
+    "attention",
+    [
+        ("attention=sliding_window", "attention.window=1", "attention.density=0.58"),
+        (
+            "attention=block_sparse",
+            "attention.segment_lengths=[]",
+            "attention.dilation_rates=[]",
+            "attention.density=0.7",
+        ),
+    ],
+)
+def test_a_density_means_the_same_there(run, attention):
+    directory, ours = run(*attention, "attention.block=16")
     theirs = AutoModelForCausalLM.from_pretrained(
         out := exported(directory), attn_implementation=hf.register_exported(out, "lightsparse_density")
     )
@@ -146,6 +158,13 @@ def test_a_learned_attention_stays_behind_and_that_is_said(run, capsys):
     with pytest.raises(ConfigError, match="router of its own"):
         hf.register_exported(out)
     AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_learned_attention_that_no_layer_uses_is_none(run):
+    directory, ours = run("attention=adaptive", "attention.block=16", "model.layer_pattern=D")
+    out = exported(directory)
+    theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation=hf.register_exported(out))
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-4, atol=1e-4)
 
 
 def test_an_exported_run_is_a_start_for_another(run):

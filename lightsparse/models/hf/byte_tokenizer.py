@@ -7,25 +7,21 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lightsparse.data.tokens import ByteTokenizer
-
 BOS, MASK = "<bos>", "<mask>"
 
 
-def save_byte_tokenizer(folder: str | Path) -> None:
+def save_byte_tokenizer(folder: str | Path, *, bos: int, mask: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json: a BPE without merges over GPT-2's signs for the 256 bytes.
 
-    The two bytes that never occur in UTF-8 are the special tokens. A text gets the bos in front, as every document has
-    in training, and bos is eos too: what a model writes after its document would be another one.
+    The bytes `bos` and `mask`, which never occur in UTF-8, are the special tokens. A text gets the bos in front, as
+    every document has in training, and bos is eos too: what a model writes after its document would be another one.
     """
-    special = {ByteTokenizer.bos: BOS, ByteTokenizer.mask: MASK}
+    special = {bos: BOS, mask: MASK}
     vocabulary = {special.get(byte, sign): byte for sign, byte in _signs().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, ByteTokenizer.bos)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,

@@ -69,7 +69,7 @@ def register_exported(folder: str | Path, name: str = "lightsparse_exported") ->
     return _register(Variant(name, choice, stored["context"], stored["layer_pattern"]))
 
 
-def refusal(choice: AttentionChoice, context: int | None = None) -> str | None:
+def refusal(choice: AttentionChoice, shape: AttentionShape) -> str | None:
     """Why a transformers model cannot have this attention, or None where it can."""
     core, name = choice.core, choice.name
     if not core.supports_causal:
@@ -84,8 +84,8 @@ def refusal(choice: AttentionChoice, context: int | None = None) -> str | None:
             f"attention.dropout is {choice.config.dropout}; in a transformers model config.attention_dropout says it, "
             "leave it 0"
         )
-    with torch.device("meta"):
-        parameters = dict(choice.build(AttentionShape(64, 64, 64, 4096, context=context)).named_parameters())
+    with torch.random.fork_rng(devices=[]):  # to be told apart from those without, not to be used
+        parameters = dict(choice.build(shape).named_parameters())
     if parameters:
         return (
             f"attention={name} has parameters of its own ({', '.join(list(parameters)[:2])} …), which a transformers "
@@ -105,7 +105,7 @@ def _register(variant: Variant) -> str:
         raise ConfigError(
             f"layer_pattern is {variant.layers!r}; use the letters S (the chosen attention) and D (dense), such as SSSD"
         )
-    reason = refusal(variant.choice, variant.context)
+    reason = refusal(variant.choice, AttentionShape(16, 16, 64, 1024, context=variant.context))
     if reason is not None:
         raise ConfigError(reason)
     AttentionInterface.register(name, variant)
