@@ -30,7 +30,7 @@ from lightsparse.parallel.kinds import KINDS, StrategyConfig
 from lightsparse.patterns import BlockLayout
 from lightsparse.schema import Config, TrainerConfig
 from lightsparse.targets import ConfigError
-from lightsparse.training.checkpoint import checkpoint_steps
+from lightsparse.training.checkpoint_files import checkpoint_steps
 from lightsparse.training.optimizers import parameter_groups
 from lightsparse.training.ranks import launched_ranks
 from lightsparse.training.schedules import Schedule

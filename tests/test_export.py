@@ -151,11 +151,11 @@ def test_a_learned_attention_stays_behind_and_that_is_said(run, capsys):
     directory, _ = run("attention=adaptive", "attention.block=16")
     out = exported(directory)
     said = capsys.readouterr().out
-    assert "its own attention stays behind: attention=adaptive chooses its blocks with a router of its own" in said
+    assert "its own attention stays behind: attention=adaptive has parameters of its own" in said
     assert "8 parameters of that attention are not in the folder" in said
     assert "register_exported" not in (card := (out / "README.md").read_text())
     assert "not what the model was trained with" in card
-    with pytest.raises(ConfigError, match="router of its own"):
+    with pytest.raises(ConfigError, match="parameters of its own"):
         hf.register_exported(out)
     AutoModelForCausalLM.from_pretrained(out)
 

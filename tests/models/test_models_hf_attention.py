@@ -1,9 +1,11 @@
 """Our attention inside transformers' models: sdpa's where dense, and the same alone, cached, padded and packed."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -17,32 +19,40 @@ from transformers import (
     StaticCache,
 )
 
+from lightsparse.attention.core import AttentionResult, AttentionShape
+from lightsparse.attention.dense import DenseAttention
+from lightsparse.build import AttentionChoice
 from lightsparse.models import hf
+from lightsparse.models.hf.attention import Variant
+from lightsparse.models.hf.register import refusal, register_as
+from lightsparse.overrides import conf_dir
 from lightsparse.targets import ConfigError
 
 VOCAB = 61
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 OLD_NAME = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # that of before 5.24
-SMALL = {  # every suitable variant, scaled to a hundred tokens
-    "dense": (),
-    "sliding_window": ("attention.window=21", "attention.sinks=3", "attention.block=16"),
-    "block_sparse": (
-        "attention.block=16",
-        "attention.segment_lengths=[32,64]",
-        "attention.dilation_rates=[1,2]",
-        "attention.pattern.local.window=20",
-    ),
-    "big_bird": ("attention.block=16", "attention.window=32", "attention.global_tokens=8", "attention.random=1"),
-    "dilated": ("attention.segment_lengths=[16,40,96]", "attention.dilation_rates=[1,2,3]", "attention.block=16"),
-    "hierarchical": ("attention.preset=null", "attention.levels=[[9,1],[25,4],[null,16]]", "attention.block=16"),
-}
+SHAPE = AttentionShape(8, 8, 64, 512)
+
+
+def small_variants():
+    """Every variant of conf/attention/ that suits, scaled to a hundred tokens: a new YAML is tested by being there."""
+    found = {}
+    for path in sorted((conf_dir() / "attention").glob("*.yaml")):
+        choice = AttentionChoice.of(OmegaConf.to_container(OmegaConf.load(path)))
+        choice = replace(choice, config=choice.config.small())
+        if refusal(choice, SHAPE) is None:
+            found[path.stem] = choice
+    return found
+
+
+SMALL = small_variants()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     hf.register()
-    for name, overrides in SMALL.items():
-        hf.register_variant(f"lightsparse_small_{name}", f"attention={name}", *overrides)
+    for name, choice in SMALL.items():
+        register_as(Variant(f"lightsparse_small_{name}", choice))
 
 
 def config(kind=LlamaConfig, heads=4, kv_heads=2, **more):
@@ -90,8 +100,9 @@ def gradients(made, ids):
 def test_every_suitable_variant_of_conf_is_registered_and_the_rest_is_refused_with_its_reason(caplog):
     with caplog.at_level("INFO"):
         names = hf.register()
-    assert set(names) >= {f"lightsparse_{name}" for name in SMALL} and "lightsparse_adaptive" not in names
-    assert "attention=adaptive chooses its blocks with a router of its own" in caplog.text
+    assert set(names) == {f"lightsparse_{name}" for name in SMALL} and "lightsparse_adaptive" not in names
+    assert {"dense", "sliding_window", "block_sparse", "big_bird", "dilated", "hierarchical"} <= SMALL.keys()
+    assert "attention=adaptive has parameters of its own (router." in caplog.text
     assert all("/" not in name and name in AttentionInterface().valid_keys() for name in names)
 
 
@@ -318,10 +329,17 @@ def test_what_cannot_be_honoured_is_refused():
     assert logits(model("lightsparse_dense", MistralConfig, sliding_window=None), ids).shape == (2, 40, VOCAB)
 
 
+def test_a_loss_of_an_attention_is_not_lost(monkeypatch):
+    made, ids = model("lightsparse_small_dense"), tokens(1, 20)
+    monkeypatch.setattr(DenseAttention, "forward", lambda self, q, *_, **__: AttentionResult(q, torch.ones(())))
+    with pytest.raises(ValueError, match="a loss of its own"):
+        made(ids)
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (("lightsparse_x", "attention=adaptive"), "router of its own"),
+        (("lightsparse_x", "attention=adaptive"), "parameters of its own"),
         (("lightsparse_x", "attention=nowhere"), "attention is nowhere; conf/attention has"),
         (("lightsparse_x", "attention=dense", "attention.blok=3"), "did you mean attention.block"),
         (("lightsparse_x", "attention=dense", "attention.dropout=0.1"), "config.attention_dropout"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lightsparse.attention.core import AttentionCore, AttentionShape
+from lightsparse.attention.core import AttentionCore, AttentionResult, AttentionShape
 from lightsparse.attention.dense import DenseAttention, DenseConfig
 from lightsparse.build import AttentionChoice
 from lightsparse.models.hf.key_mask import Part, parts_of
@@ -67,12 +67,12 @@ class Variant:
         seed = int(torch.randint(1 << 62, ())) if dropout else 0  # torch's generator: a recompute draws it again
         parts = parts_of(attention_mask, query.shape[2], key.shape[2], position_ids, query.device)
         if len(parts) == 1 and parts[0].samples is None and not parts[0].skipped:
-            return _attend(core, query, key, value, parts[0], seed).transpose(1, 2).contiguous(), None
+            return self._attend(core, query, key, value, parts[0], seed).transpose(1, 2).contiguous(), None
         out = torch.zeros_like(query)
         for part in parts:
             rows = torch.arange(len(query), device=query.device) if part.samples is None else part.samples
             q, k, v = (x.index_select(0, rows) for x in (query, key, value))
-            found = _attend(core, q[:, :, part.skipped :], k, v, part, seed)
+            found = self._attend(core, q[:, :, part.skipped :], k, v, part, seed)
             out = out.index_copy(0, rows, nn.functional.pad(found, (0, 0, part.skipped, 0)))
         return out.transpose(1, 2).contiguous(), None
 
@@ -107,9 +107,12 @@ class Variant:
             if name not in _WITHOUT_EFFECT and given is not None and given is not False:
                 raise ValueError(f"the model gives its attention {name}, which {self.name} cannot honour; use sdpa")
 
-
-def _attend(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, part: Part, seed: int) -> Tensor:
-    """Queries, already without those skipped, over the part's keys: [S, H, Nq, D]."""
-    ctx = replace(part.ctx, seed=seed, sample_ids=part.samples)
-    nothing = q.new_empty(len(q), q.shape[2], 0)  # the layer's input, which a core without parameters does not read
-    return core(q, k[:, :, part.first : part.stop], v[:, :, part.first : part.stop], x=nothing, ctx=ctx).out
+    def _attend(self, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, part: Part, seed: int) -> Tensor:
+        """Queries, already without those skipped, over the part's keys: [S, H, Nq, D]."""
+        ctx = replace(part.ctx, seed=seed, sample_ids=part.samples)
+        k, v = k[:, :, part.first : part.stop], v[:, :, part.first : part.stop]
+        nothing = q.new_empty(len(q), q.shape[2], 0)  # the layer's input, which a core without parameters does not read
+        result: AttentionResult = core(q, k, v, x=nothing, ctx=ctx)
+        if result.aux_loss is not None:
+            raise ValueError(f"{self.name} has a loss of its own, which a transformers model would lose")
+        return result.out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def register() -> tuple[str, ...]:
         name = f"lightsparse_{path.stem}"
         choice = AttentionChoice.of(OmegaConf.to_container(OmegaConf.load(path)))
         try:
-            names.append(_register(Variant(name, choice)))
+            names.append(register_as(Variant(name, choice)))
         except ConfigError as refused:
             log.info("%s", refused)
     return tuple(names)
@@ -53,7 +54,7 @@ def register_variant(name: str, *overrides: str, context: int | None = None, lay
     for word in overrides:
         if not re.match(r"\+{0,2}attention[.=]|~attention\.", word):
             raise ConfigError(f"{word} is given; only attention=… and attention.<key>=… can be chosen here")
-    return _register(Variant(name, _choice(overrides), context, layer_pattern))
+    return register_as(Variant(name, _choice(overrides), context, layer_pattern))
 
 
 def register_exported(folder: str | Path, name: str = "lightsparse_exported") -> str:
@@ -66,35 +67,37 @@ def register_exported(folder: str | Path, name: str = "lightsparse_exported") ->
         raise ConfigError(f"{folder} has no {ATTENTION_FILE}; name a folder written by python -m lightsparse.export")
     stored = json.loads(path.read_text(encoding="utf-8"))
     choice = AttentionChoice.of(stored["attention"])
-    return _register(Variant(name, choice, stored["context"], stored["layer_pattern"]))
+    return register_as(Variant(name, choice, stored["context"], stored["layer_pattern"]))
 
 
 def refusal(choice: AttentionChoice, shape: AttentionShape) -> str | None:
-    """Why a transformers model cannot have this attention, or None where it can."""
+    """Why a transformers model cannot have this attention, or None where it can.
+
+    Raises ConfigError where the attention cannot take the shape.
+    """
     core, name = choice.core, choice.name
     if not core.supports_causal:
         return f"attention={name} is bidirectional only and transformers' decoders are causal"
-    if core.chooses:
-        return (
-            f"attention={name} chooses its blocks with a router of its own, which a transformers model does not hold; "
-            "train and generate with it in lightsparse"
-        )
     if choice.config.dropout:
         return (
             f"attention.dropout is {choice.config.dropout}; in a transformers model config.attention_dropout says it, "
             "leave it 0"
         )
-    with torch.random.fork_rng(devices=[]):  # to be told apart from those without, not to be used
-        parameters = dict(choice.build(shape).named_parameters())
+    # Built to be looked at, not to be used; a budget may be a share of the context, of any.
+    looked_at = replace(shape, context=shape.context or 4096) if core.chooses else shape
+    with torch.random.fork_rng(devices=[]):
+        parameters = dict(choice.build(looked_at).named_parameters())
     if parameters:
         return (
-            f"attention={name} has parameters of its own ({', '.join(list(parameters)[:2])} …), which a transformers "
-            "model does not hold; train and generate with it in lightsparse"
+            f"attention={name} has parameters of its own ({next(iter(parameters))} …), which a transformers model does "
+            "not hold; train and generate with it in lightsparse"
         )
+    choice.build(shape)
     return None
 
 
-def _register(variant: Variant) -> str:
+def register_as(variant: Variant) -> str:
+    """Makes a variant known under its name; see `register_variant`."""
     name = variant.name
     if not re.fullmatch(r"lightsparse_\w+", name) or "flash" in name:
         raise ConfigError(
