@@ -35,7 +35,7 @@ from lightsparse.attention.dense import DenseAttention
 from lightsparse.build import AttentionChoice
 from lightsparse.config import Config
 from lightsparse.data import ByteTokenizer
-from lightsparse.model_card import model_card
+from lightsparse.model_card import is_dense, model_card
 from lightsparse.targets import ConfigError
 from lightsparse.training.directory import RunDirectory
 from lightsparse.training.trained import TrainedRun, load_run
@@ -116,7 +116,7 @@ def export(run: str, out: str, *, step: str | None = None, dtype: str | None = N
 def _said(
     target: Path, trained: TrainedRun, architecture: str, dtype: str, reason: str, left_out: Sequence[str]
 ) -> list[str]:
-    dense = "S" not in trained.config.model.layers or trained.config.attention.name == "dense"
+    dense = is_dense(trained.config)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 2**20
     weights = sum(p.numel() for name, p in trained.model.named_parameters() if name not in left_out)
     lines = [

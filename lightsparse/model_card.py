@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightsparse.analysis.curves import count_text
+from lightsparse.attention.dense import DenseConfig
+from lightsparse.config import Config
 from lightsparse.training.trained import TrainedRun
 
 
@@ -18,7 +20,7 @@ def model_card(run: TrainedRun, architecture: str, *, summary: Mapping[str, Any]
     left_out      parameters of that attention that the folder does not hold
     """
     config = run.config
-    sparse = "S" in config.model.layers and config.attention.name != "dense"
+    sparse = not is_dense(config)
     lines = [
         "---",
         "library_name: transformers",
@@ -37,6 +39,12 @@ def model_card(run: TrainedRun, architecture: str, *, summary: Mapping[str, Any]
         *_use(run, sparse, without, left_out),
     ]
     return "\n".join(lines) + "\n"
+
+
+def is_dense(config: Config) -> bool:
+    """Whether every layer reads everything before a token, as transformers does by itself."""
+    attention = config.attention.config
+    return "S" not in config.model.layers or (isinstance(attention, DenseConfig) and attention.pattern is None)
 
 
 def _table(run: TrainedRun, summary: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """A run as a folder of transformers: the same logits with the same attention, text through the tokenizer, a card."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -165,6 +166,20 @@ def test_a_learned_attention_that_no_layer_uses_is_none(run):
     out = exported(directory)
     theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation=hf.register_exported(out))
     torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-4, atol=1e-4)
+
+
+def test_a_dense_model_needs_no_more_than_transformers_and_one_with_a_pattern_does(run, capsys):
+    directory, ours = run("attention=dense")
+    out = exported(directory)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), logits(ours), rtol=1e-4, atol=1e-4)
+    assert "register_exported" not in (out / "README.md").read_text() + capsys.readouterr().out
+    shutil.rmtree(directory), shutil.rmtree(out)
+    pattern = "+attention.pattern={_target_: lightsparse.patterns.LocalWindow, window: 16}"
+    directory, ours = run("attention=dense", "attention.block=16", "~attention.pattern", pattern)
+    out = exported(directory)
+    theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation=hf.register_exported(out))
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-4, atol=1e-4)
+    assert "register_exported" in (out / "README.md").read_text()
 
 
 def test_an_exported_run_is_a_start_for_another(run):
