@@ -174,8 +174,8 @@ def test_a_dense_model_needs_no_more_than_transformers_and_one_with_a_pattern_do
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), logits(ours), rtol=1e-4, atol=1e-4)
     assert "register_exported" not in (out / "README.md").read_text() + capsys.readouterr().out
     shutil.rmtree(directory), shutil.rmtree(out)
-    pattern = "+attention.pattern={_target_: lightsparse.patterns.LocalWindow, window: 16}"
-    directory, ours = run("attention=dense", "attention.block=16", "~attention.pattern", pattern)
+    pattern = "attention.pattern={_target_: lightsparse.patterns.LocalWindow, window: 16}"
+    directory, ours = run("attention=dense", "attention.block=16", pattern)
     out = exported(directory)
     theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation=hf.register_exported(out))
     torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-4, atol=1e-4)
