@@ -45,6 +45,7 @@ class ModelConfig:
     mlp_dim: int | None = None  # null: 8/3 · embed_dim, rounded up to a multiple of 64
     rope: RopeConfig = field(default_factory=RopeConfig)
     qk_norm: bool = False  # RMSNorm on each head's query and key
+    qkv_bias: bool = False  # biases on queries, keys and values, as in Qwen2
     tie_embeddings: bool = False  # the output matrix is the embedding
     layer_pattern: str = "S"  # repeated over the depth: S the chosen attention, D dense
     norm_eps: float = 1e-6
@@ -156,6 +157,7 @@ class Transformer(nn.Module):
                     depth=config.depth,
                     mlp_dim=mlp_dim,
                     qk_norm=config.qk_norm,
+                    qkv_bias=config.qkv_bias,
                     eps=config.norm_eps,
                     checkpoint=config.checkpoint,
                     chunk=config.chunk,
