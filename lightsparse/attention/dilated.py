@@ -29,7 +29,7 @@ from lightsparse.attention.core import (
 )
 from lightsparse.attention.dense import refuse_unfit
 from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
-from lightsparse.attention.segments import Branch, Gather, Sizes, gathers, last_readers
+from lightsparse.attention.segments import Branch, Gather, Sizes, gathers, last_rows
 from lightsparse.attention.segments_over_ranks import share
 from lightsparse.hashing import chain
 from lightsparse.kernels import Dropout
@@ -116,13 +116,10 @@ class DilatedAttention(AttentionCore):
         return self.config.block
 
     def lifetimes(self, until: int, documents: Tensor | None = None) -> Lifetimes | None:
-        """A token is read to the end of the last segment that holds it; with a pattern every token keeps its slots."""
-        if self.config.pattern is not None:
-            return None
-        last_BN = last_readers(self.config.segment_lengths, until, documents)
         block = self.config.block
-        of_blocks = torch.nn.functional.pad(last_BN.amax(0), (0, -until % block)).view(-1, block).amax(1) // block
-        return Lifetimes(until, block, of_blocks.tolist())
+        if self.config.pattern is not None:  # its slots are laid out from the first token on
+            return None
+        return Lifetimes(until, block, last_rows(self.config.segment_lengths, until, block, documents))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         # Where every head has one branch there is nothing to weigh, and kernels without a differentiable lse will do.

@@ -105,8 +105,8 @@ def gathers(branch: Branch, sizes: Sizes, documents: Tensor | None) -> list[Gath
     ]
 
 
-def last_readers(lengths: Sequence[int], until: int, documents: Tensor | None) -> Tensor:
-    """The last token whose segment of some length holds each of the first `until` tokens: int64 [B|1, until].
+def last_rows(lengths: Sequence[int], until: int, block: int, documents: Tensor | None) -> list[int]:
+    """Of each block of the first `until` tokens, the last block that shares a segment of some length with it.
 
     documents  int32 [B, until] or None
     """
@@ -114,7 +114,9 @@ def last_readers(lengths: Sequence[int], until: int, documents: Tensor | None) -
     starts = torch.zeros(1, until, dtype=torch.int64) if documents is None else document_starts(documents.cpu())
     last_BN = torch.stack([index + (length - 1 - (index - starts) % length) for length in lengths]).amax(0)
     borders = torch.where(starts == index, index, until)[:, 1:].flip(1).cummin(1).values.flip(1)
-    return last_BN.minimum(torch.nn.functional.pad(borders, (0, 1), value=until) - 1)  # a document ends its segments
+    ends_BN = torch.nn.functional.pad(borders, (0, 1), value=until) - 1  # a document ends its segments
+    last_N = torch.nn.functional.pad(last_BN.minimum(ends_BN).amax(0), (0, -until % block))
+    return (last_N.view(-1, block).amax(1) // block).tolist()
 
 
 def _segments_to_come(branch: Branch, sizes: Sizes, documents: Tensor | None) -> tuple[int, Tensor]:

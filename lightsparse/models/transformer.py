@@ -101,7 +101,7 @@ class ModelConfig:
 class ModelOutput:
     hidden: Tensor  # [B, N, E] after the final norm
     aux_loss: Tensor | None  # scalar, the sum over layers
-    stats: dict[str, Tensor]  # the mean over the layers that report them; `density` is always there
+    stats: dict[str, Tensor]  # the mean over the layers that report them; `density` is there but while decoding
     choices: list[Tensor]  # tables that layers chose from their input (AttentionResult.choice), in order
 
 

@@ -100,6 +100,15 @@ def test_a_hierarchy_keeps_its_near_tokens_and_one_summary_per_stride():
         assert cache.nbytes <= (tokens + cache.length // 4 + cache.length // 16) * PER_TOKEN
 
 
+def test_summaries_of_forgotten_tokens_that_are_lost_are_missed():
+    steps = decoding(BlockSparseHierarchical, HierarchicalConfig(preset=None, levels=((8, 1), (None, 4)), block=BLOCK))
+    for _ in range(40):
+        next(steps)
+    steps.caches[0].state.clear()
+    with pytest.raises(ValueError, match="has forgotten tokens of a summary of 4"):
+        list(steps)
+
+
 def test_random_blocks_stay_as_long_as_some_row_to_come_has_drawn_them():
     steps = decoding(BigBirdAttention, BigBirdConfig(block=BLOCK, window=4, global_tokens=0, random=2))
     held = [steps.caches[0].nbytes // PER_TOKEN for _ in steps]
