@@ -8,7 +8,7 @@ attributes, checked once at construction, so that nothing fails in the middle of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class SequenceContext:
     seed       one integer of (run seed, global step): with sample ids, all randomness of the pass is a function of it
     sample_ids int64 [B] or None: global ids of the samples, so that randomness does not depend on the batch's split
     states     per layer, what a core keeps between decoding steps beside keys and values; None = no decoding
+    held       int64 [n] or None: ids, ascending, of the key blocks that k and v consist of where the layer's cache has
+               forgotten others (AttentionCore.lifetimes); all are whole but the last. None = all keys are there
     layouts    what the cores built for this pass, keyed by their own config: built once, read by every layer
     shard      this rank's part of a sequence that several ranks hold: q, k, v, x and positions are those of its tokens
                then, `documents` still those of the whole sequence, [B, shard.length]; None = all of it is here
@@ -59,6 +61,7 @@ class SequenceContext:
     seed: int = 0
     sample_ids: Tensor | None = None
     states: dict[int, dict[str, Tensor]] | None = None
+    held: Tensor | None = None
     layouts: dict[Any, Any] = field(default_factory=dict)
     shard: ContextShard | None = None
 
@@ -74,11 +77,20 @@ class SequenceContext:
         return Dropout(rate, sample_keys(self.seed, layer, samples))
 
 
+class Lifetimes(NamedTuple):
+    """How long a cache must keep the keys of a sequence."""
+
+    until: int  # tokens of the sequence, those to come included
+    block: int  # tokens per block, of queries and keys
+    last_row: list[int]  # of each key block, the last query block that reads it; −1 = none does
+
+
 @dataclass
 class AttentionResult:
     out: Tensor  # [B, H, Nq, D]
     aux_loss: Tensor | None = None  # scalar, added to the loss by the training module
-    # For the log, without gradient: `density` always, and what the core names in `logged` and `logged_per_head`.
+    # For the log, without gradient: `density` (but while decoding), and what the core names in `logged` and
+    # `logged_per_head`.
     stats: dict[str, Tensor] = field(default_factory=dict)
     choice: Tensor | None = None  # the table of a selection made from the input (BlockLayout.kv_indices)
 
@@ -145,6 +157,14 @@ class AttentionCore(nn.Module):
 
     def set_step(self, step: int, max_steps: int) -> None:
         """Called before the forward of the optimizer step after `step` finished ones: for schedules over a run."""
+
+    def lifetimes(self, until: int, documents: Tensor | None = None) -> Lifetimes | None:
+        """How long each key of a causal sequence is read while its first `until` tokens are decoded; None = to the end.
+
+        documents  int32 [B, until] or None
+        A core that tells this must take k and v without the keys that are not read any more: `ctx.held`.
+        """
+        return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         """q [B, H, Nq, D], k/v [B, Hkv, Nkv, D] after RoPE, x [B, Nq, E] the layer's input → AttentionResult."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lightsparse.attention.core import AttentionConfig, AttentionResult, AttentionShape, SequenceContext
+from lightsparse.attention.core import AttentionConfig, AttentionResult, AttentionShape, Lifetimes, SequenceContext
 from lightsparse.attention.fixed import FixedPatternAttention
 from lightsparse.patterns import LocalWindow, Pattern
 
@@ -52,15 +52,20 @@ class DenseAttention(FixedPatternAttention):
             refuse_unfit(config.pattern, shape, config.block)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
-        dropout = self.training and self.config.dropout
-        if self.config.pattern is not None or ctx.q_start or dropout or ctx.shard is not None:
+        dropout, several = self.training and self.config.dropout, ctx.q_start and q.shape[2] > 1
+        if self.config.pattern is not None or several or dropout or ctx.shard is not None:
             return super().forward(q, k, v, x=x, ctx=ctx)
+        if ctx.q_start:
+            return AttentionResult(self._of_last_token(q, k, v, ctx.documents))
         if ctx.documents is None:
             out = self._fused(q, k, v)
         else:
             samples = [self._by_document(*qkv, ctx.documents[b]) for b, qkv in enumerate(zip(q, k, v, strict=True))]
             out = torch.stack(samples)
         return AttentionResult(out, stats={"density": torch.ones(())})
+
+    def lifetimes(self, until: int, documents: Tensor | None = None) -> Lifetimes | None:
+        return None if self.config.pattern is None else super().lifetimes(until, documents)
 
     def row_loads(self, length: int, unit: int) -> list[float]:
         if self.config.pattern is not None:
@@ -72,6 +77,12 @@ class DenseAttention(FixedPatternAttention):
 
     def pattern_at(self, num_keys: int) -> Pattern:
         return self.config.pattern or LocalWindow(num_keys)  # a window over everything
+
+    def _of_last_token(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        """Decoding: one query, which reads every key of its document."""
+        own = None if documents is None else (documents == documents[:, -1:])[:, None, None]
+        grouped = self.shape.heads != self.shape.kv_heads
+        return scaled_dot_product_attention(q, k, v, attn_mask=own, enable_gqa=grouped)
 
     def _by_document(self, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, documents_N: Tensor) -> Tensor:
         lengths = torch.unique_consecutive(documents_N, return_counts=True)[1].tolist()

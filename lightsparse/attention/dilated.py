@@ -19,10 +19,17 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
+from lightsparse.attention.core import (
+    AttentionConfig,
+    AttentionCore,
+    AttentionResult,
+    AttentionShape,
+    Lifetimes,
+    SequenceContext,
+)
 from lightsparse.attention.dense import refuse_unfit
 from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
-from lightsparse.attention.segments import Branch, Gather, Sizes, gathers
+from lightsparse.attention.segments import Branch, Gather, Sizes, gathers, last_rows
 from lightsparse.attention.segments_over_ranks import share
 from lightsparse.hashing import chain
 from lightsparse.kernels import Dropout
@@ -108,19 +115,26 @@ class DilatedAttention(AttentionCore):
     def shard_unit(self) -> int:
         return self.config.block
 
+    def lifetimes(self, until: int, documents: Tensor | None = None) -> Lifetimes | None:
+        block = self.config.block
+        if self.config.pattern is not None:  # its slots are laid out from the first token on
+            return None
+        return Lifetimes(until, block, last_rows(self.config.segment_lengths, until, block, documents))
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         # Where every head has one branch there is nothing to weigh, and kernels without a differentiable lse will do.
         weighed = self.config.heads == "all" and len(self.branches) > 1
         parts, density = self._parts(q.contiguous(), k.contiguous(), v.contiguous(), ctx, weighed)
         out = _mixture(parts, q) if weighed else _side_by_side([part for of_branch in parts for part in of_branch], q)
-        return AttentionResult(out, stats={"density": torch.tensor(density)})
+        return AttentionResult(out, stats={} if density is None else {"density": torch.tensor(density)})
 
     @torch.compiler.disable  # every gather has its own sizes and would be compiled apart, to wait for the same kernels
     def _parts(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: SequenceContext, weighed: bool
-    ) -> tuple[list[list[_Part]], float]:
-        """What each gather of each branch gives, and the density."""
-        plan = self._plan(sequence_length(k, ctx), ctx, q.device)
+    ) -> tuple[list[list[_Part]], float | None]:
+        """What each gather of each branch gives, and the density, None while decoding."""
+        length = sequence_length(k, ctx) if ctx.held is None else ctx.q_start + q.shape[2]
+        plan = self._plan(length, ctx, q.device)
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
@@ -147,11 +161,13 @@ class DilatedAttention(AttentionCore):
 
 class _Plan(NamedTuple):
     gathers: list[list[Gather]]  # of each branch
-    density: float
+    density: float | None  # None while decoding
 
 
 def _plan_of(branches: tuple[Branch, ...], sizes: Sizes, documents: Tensor | None) -> _Plan:
     found = [gathers(branch, sizes, documents) for branch in branches]
+    if sizes.q_start:
+        return _Plan(found, None)
     dense = _dense_area(sizes, documents) * sizes.kv_heads
     computed = sum((gather.area for of_branch in found for gather in of_branch), torch.zeros_like(dense))
     return _Plan(found, float((computed / dense).mean()))
@@ -203,8 +219,9 @@ def _attend(
     q_heads = (gather.kv_heads[:, None] * group + torch.arange(group, device=q.device)).flatten()
     if ctx.shard is None:
         layout, sources = gather.layout, None
-        of_queries = gather.positions[:, :, -layout.num_queries :] - (nkv - q.shape[2])
-        kv_rows = _rows(gather.positions, gather.kv_heads, k)
+        of_queries = gather.positions[:, :, -layout.num_queries :] - ctx.q_start
+        forgotten = ctx.q_start + q.shape[2] - nkv  # tokens before those of k, which nobody reads
+        kv_rows = _rows(gather.positions - forgotten, gather.kv_heads, k)
         k, v = _taken(k, kv_rows), _taken(v, kv_rows)
     else:
         layout, of_queries, sources = share(gather, k, ctx)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightsparse.attention.core import AttentionCore, AttentionResult, SequenceContext
+from lightsparse.attention.core import AttentionCore, AttentionResult, Lifetimes, SequenceContext
 from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
 from lightsparse.patterns import BlockLayout, LayoutKey, Pattern, PersistentPatternCache
+from lightsparse.patterns.parts import of_keys
 
 LAYOUTS = PersistentPatternCache()  # of the whole process: layers, steps and evaluations share it
+_ROWS = 1024  # rows of a pattern looked at at once
 
 
 class FixedPatternAttention(AttentionCore):
@@ -23,12 +25,14 @@ class FixedPatternAttention(AttentionCore):
         raise NotImplementedError(f"{type(self).__name__} has no pattern_at()")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
-        layout = self.layout(sequence_length(k, ctx), ctx, q.device)
+        length = sequence_length(k, ctx) if ctx.held is None else ctx.q_start + q.shape[2]
+        layout = self.layout(length, ctx, q.device)
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        out, _ = attention(q, k, v, own_rows(layout, ctx), ctx, ring=True, dropout=dropout)
-        return AttentionResult(out, stats={"density": torch.tensor(layout.density())})
+        rows = of_held_keys(own_rows(layout, ctx), ctx)
+        out, _ = attention(q, k, v, rows, ctx, ring=True, dropout=dropout)
+        return AttentionResult(out, stats={} if ctx.q_start else {"density": torch.tensor(layout.density())})
 
     def shard_unit(self) -> int:
         return self.block
@@ -41,21 +45,53 @@ class FixedPatternAttention(AttentionCore):
 
     @torch.compiler.disable  # numbers in, a table out: nothing to compile, and data-dependent widths break the graph
     def layout(self, num_keys: int, ctx: SequenceContext, device: torch.device) -> BlockLayout:
-        """The layout of queries ctx.q_start … num_keys − 1. Layers of the same pattern share it."""
+        """The layout of queries ctx.q_start … num_keys − 1 over all keys. Layers of the same pass share it."""
         shape, pattern = self.shape, self.pattern_at(num_keys)
         rows = range(ctx.q_start // self.block, -(-num_keys // self.block))
         key = LayoutKey(pattern, num_keys, self.block, shape.heads, shape.kv_heads, shape.causal, device, rows)
         if ctx.documents is None and ctx.q_start == 0:
-            whole = LAYOUTS.layout(key, self.finish)
-        else:  # of this batch's documents, or of one decoding step: only the layers of the pass share it
-            of_pass = (key, self.finish)
-            if of_pass not in ctx.layouts:
-                ctx.layouts[of_pass] = self.finish(key.build(ctx.documents), pattern, ctx.documents)
-            whole = ctx.layouts[of_pass]
-        within = ctx.q_start % self.block
-        return whole.per_token(within, whole.num_queries) if within else whole
+            return LAYOUTS.layout(key, self.finish)
+        of_pass = (key, self.finish)  # of this batch's documents, or of one decoding step: only this pass shares it
+        if of_pass not in ctx.layouts:
+            whole = self.finish(key.build(ctx.documents), pattern, ctx.documents)
+            within = ctx.q_start % self.block
+            ctx.layouts[of_pass] = whole.per_token(within, whole.num_queries) if within else whole
+        return ctx.layouts[of_pass]
+
+    def lifetimes(self, until: int, documents: Tensor | None = None) -> Lifetimes | None:
+        """From the rows of all blocks to come: O(until / block · K) time, and no more than _ROWS rows held at once."""
+        shape, block, pattern = self.shape, self.block, self.pattern_at(until)
+        blocks = -(-until // block)
+        last_row = torch.full((blocks,), -1)
+        for start in range(0, blocks, _ROWS):
+            rows = range(start, min(start + _ROWS, blocks))
+            layout = pattern.layout(
+                until, block=block, heads=shape.heads, kv_heads=shape.kv_heads, rows=rows, documents=documents
+            )
+            table = layout.kv_indices
+            reader = torch.arange(rows.start, rows.stop)[:, None].expand_as(table)
+            of_tokens = (table >= 0) & (table < blocks)  # what follows the tokens is no matter of the cache
+            last_row.scatter_reduce_(0, table[of_tokens].long(), reader[of_tokens], "amax")
+            if len(layout.dense_rows):
+                dense = rows.start + int(layout.dense_rows.max())
+                last_row[: dense + 1] = dense
+        return Lifetimes(until, block, last_row.tolist())
 
     @staticmethod
     def finish(layout: BlockLayout, pattern: Pattern, documents: Tensor | None) -> BlockLayout:
         """What a variant adds to its pattern's layout, a token-exact window for example."""
         return layout
+
+
+@torch.compiler.disable
+def of_held_keys(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
+    """The layout over the keys that the cache still has: those of ctx.held, and what the layout has behind its tokens.
+
+    Layers of the same pass share it.
+    """
+    if ctx.held is None:
+        return layout
+    if layout not in ctx.layouts:
+        behind = torch.arange(-(-layout.num_tokens // layout.kv_block), layout.num_kv_blocks, device=ctx.held.device)
+        ctx.layouts[layout] = of_keys(layout, torch.cat([ctx.held, behind]))
+    return ctx.layouts[layout]

@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from lightsparse.attention.core import AttentionConfig, AttentionResult, AttentionShape, SequenceContext
-from lightsparse.attention.fixed import FixedPatternAttention
+from lightsparse.attention.fixed import FixedPatternAttention, of_held_keys
 from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
-from lightsparse.attention.pooling import log_counts, own_segments, summary_sources, with_summaries
+from lightsparse.attention.pooling import (
+    log_counts,
+    own_segments,
+    summary_sources,
+    with_kept_summaries,
+    with_summaries,
+)
 from lightsparse.parallel.sources import Sources
 from lightsparse.patterns import AtDensity, Hierarchical, LocalWindow, Pattern, PooledHierarchy
 from lightsparse.patterns.hierarchical import Levels, Segment, as_levels, check_nested
@@ -85,7 +91,7 @@ class BlockSparseHierarchical(FixedPatternAttention):
     summaries are functions of k and v and carry gradients to every token they stand for.
 
     Causal only: without causality a summary would be read from far before and from far behind its tokens, two
-    intervals, where a key has one. Decoding computes the summaries again from the cached tokens.
+    intervals, where a key has one. Decoding keeps every summary, and tokens as long as they are read one by one.
     """
 
     Config = HierarchicalConfig
@@ -129,21 +135,27 @@ class BlockSparseHierarchical(FixedPatternAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         if not isinstance(self.pattern, PooledHierarchy):
             return super().forward(q, k, v, x=x, ctx=ctx)
-        length = sequence_length(k, ctx)
+        length = sequence_length(k, ctx) if ctx.held is None else ctx.q_start + q.shape[2]
         layout = self.layout(length, ctx, q.device)
-        density, layout = layout.density(), own_rows(layout, ctx)
+        stats = {} if ctx.q_start else {"density": torch.tensor(layout.density())}
+        layout = own_rows(layout, ctx)
         segments, sources = self.pattern.segments(length, self.block), None
-        here = segments
-        if ctx.shard is not None:
-            here = own_segments(ctx.shard.tokens, segments, self.block)
-            sources = self._sources(segments, ctx, q.device)
-        keys, values = (with_summaries(t, here, self.block) for t in (k, v))
+        if ctx.states is not None:
+            strides, state = [stride for _, stride in self.pattern.coarser], ctx.states[self.shape.layer]
+            keys, values = with_kept_summaries(k, v, length, strides, segments, self.block, state)
+        else:
+            here = segments
+            if ctx.shard is not None:
+                here = own_segments(ctx.shard.tokens, segments, self.block)
+                sources = self._sources(segments, ctx, q.device)
+            keys, values = (with_summaries(t, here, self.block) for t in (k, v))
         bias = log_counts(layout, segments, q.dtype) if self.log_count and len(segments) > 1 else None
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
+        layout = of_held_keys(layout, ctx)
         out, _ = attention(q, keys, values, layout, ctx, sources=sources, block_bias=bias, dropout=dropout)
-        return AttentionResult(out, stats={"density": torch.tensor(density)})
+        return AttentionResult(out, stats=stats)
 
     def _sources(self, segments: tuple[Segment, ...], ctx: SequenceContext, device: torch.device) -> Sources:
         """Made once for a split: the same object each time, by which plans are found again."""

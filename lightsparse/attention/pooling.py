@@ -14,6 +14,8 @@ from lightsparse.parallel.split import Split
 from lightsparse.patterns import BlockLayout
 from lightsparse.patterns.hierarchical import Segment
 
+State = dict[str, Tensor]  # SequenceContext.states of one layer
+
 
 def with_summaries(x: Tensor, segments: Sequence[Segment], block: int) -> Tensor:
     """Keys or values [B, H, N, D] → [B, H, keys of the layout, D]: tokens, then each level's means, zeros in between.
@@ -29,6 +31,44 @@ def with_summaries(x: Tensor, segments: Sequence[Segment], block: int) -> Tensor
         means = means[:, :, : level.count * of].unflatten(2, (level.count, of)).mean(3, dtype=_precise(x.dtype))
         parts.append(_padded(means.to(x.dtype), block))
     return torch.cat(parts, dim=2)
+
+
+def with_kept_summaries(
+    k: Tensor, v: Tensor, length: int, strides: Sequence[int], segments: Sequence[Segment], block: int, state: State
+) -> tuple[Tensor, Tensor]:
+    """`with_summaries` of k and v [B, Hkv, n, D] while decoding: means of tokens that may be gone come from `state`.
+
+    length   tokens read so far; k and v end with the last of them
+    strides  of all levels of summaries, finest first: a level is kept before anyone reads it
+    state    what the passes before left there; takes in the means that have become complete
+    Raises ValueError where tokens of a new mean are gone, because `state` is not that of the tokens before.
+    """
+    found = []
+    for name, x in (("keys", k), ("values", v)):
+        finer, finer_stride, parts = x, 1, [_padded(x, block)]
+        for level, stride in enumerate(strides, start=1):
+            of, kept = stride // finer_stride, state.get(f"{name}_{level}")
+            done = 0 if kept is None else kept.shape[2]
+            if length // stride > done:
+                # Counted from the end, where x and the finer means are whole.
+                first = finer.shape[2] - (length // finer_stride - done * of)
+                if first < 0:
+                    raise ValueError(
+                        f"the cache has forgotten tokens of a summary of {stride} that the state of {length} tokens "
+                        "lacks; decode with the states of the passes that read those tokens, one KVCache per layer"
+                    )
+                complete = (length // stride - done) * of
+                new = finer[:, :, first : first + complete].detach().unflatten(2, (-1, of))
+                means = new.mean(3, dtype=_precise(x.dtype))
+                kept = means if kept is None else torch.cat([kept, means], 2)
+                state[f"{name}_{level}"] = kept
+            if kept is None:
+                break
+            if level < len(segments):
+                parts.append(_padded(kept[:, :, : segments[level].count].to(x.dtype), block))
+            finer, finer_stride = kept, stride
+        found.append(torch.cat(parts, dim=2) if len(segments) > 1 else x)
+    return found[0], found[1]
 
 
 def own_segments(tokens: Tensor, segments: Sequence[Segment], block: int) -> tuple[Segment, ...]:

@@ -53,7 +53,7 @@ class Gather:
     """Heads of one branch whose slots have the same layout.
 
     kv_heads   int64 [h]
-    positions  int64 [B|1, h, S]: the token in each slot, −1 in a spare one;
+    positions  int64 [B|1, h, S]: the token of the sequence in each slot, −1 in a spare one;
                None = for all heads the slots are tokens N − S … N − 1
     layout     attention over the slots; its queries are the last ones
     """
@@ -72,20 +72,18 @@ def gathers(branch: Branch, sizes: Sizes, documents: Tensor | None) -> list[Gath
     """The gathers of one branch: one where all residues keep equally many tokens everywhere, at most one per residue.
 
     documents  int32 [B, N] or None, non-decreasing; segments and residues count from the document's start
-    Heads that keep none of the queries are left out. Time and memory O(N · residues), beside the layouts.
+    Heads that keep none of the queries are left out. Time and memory O(n · residues), beside the layouts, for the n
+    tokens from the segment of the first query on; all N with a pattern.
     """
-    index = torch.arange(sizes.num_keys, device=sizes.device)
-    since_start = (index if documents is None else index - document_starts(documents)).view(-1, sizes.num_keys)
+    first, since_start = _segments_to_come(branch, sizes, documents)
     in_segment = since_start % branch.segment
     segment_BN = (in_segment == 0).cumsum(1).to(torch.int32)
-    within_block = sizes.pattern is not None
-    table = _pattern_table(branch, sizes, documents, segment_BN) if within_block else None
-    # Without a pattern, segments that end before the first query need no slots.
-    first = 0 if within_block else max(int((sizes.q_start - in_segment[:, sizes.q_start]).min()), 0)
+    table = None if sizes.pattern is None else _pattern_table(branch, sizes, documents, segment_BN)
+    sizes = replace(sizes, num_keys=sizes.num_keys - first, q_start=sizes.q_start - first)
 
     same: list[tuple[_Slots, list[int], list[Tensor]]] = []  # slots, key/value heads, the positions of each
     for residue in sorted({head % branch.rate for head in branch.kv_heads}):
-        kept_BN = (in_segment % branch.rate == residue) & (index >= first)
+        kept_BN = in_segment % branch.rate == residue
         if not bool(kept_BN[:, sizes.q_start :].any()):
             continue
         positions_BS, slots = _slots(kept_BN, segment_BN, sizes)
@@ -94,7 +92,7 @@ def gathers(branch: Branch, sizes: Sizes, documents: Tensor | None) -> list[Gath
         if of_slots is None:
             same.append(of_slots := (slots, [], []))
         of_slots[1].extend(heads)
-        of_slots[2].extend([positions_BS] * len(heads))
+        of_slots[2].extend([torch.where(positions_BS < 0, -1, positions_BS + first)] * len(heads))
 
     in_place = branch.rate == 1 and len(branch.kv_heads) == sizes.kv_heads
     return [
@@ -105,6 +103,34 @@ def gathers(branch: Branch, sizes: Sizes, documents: Tensor | None) -> list[Gath
         )
         for slots, heads, positions in same
     ]
+
+
+def last_rows(lengths: Sequence[int], until: int, block: int, documents: Tensor | None) -> list[int]:
+    """Of each block of the first `until` tokens, the last block that shares a segment of some length with it.
+
+    documents  int32 [B, until] or None
+    """
+    index = torch.arange(until)
+    starts = torch.zeros(1, until, dtype=torch.int64) if documents is None else document_starts(documents.cpu())
+    last_BN = torch.stack([index + (length - 1 - (index - starts) % length) for length in lengths]).amax(0)
+    borders = torch.where(starts == index, index, until)[:, 1:].flip(1).cummin(1).values.flip(1)
+    ends_BN = torch.nn.functional.pad(borders, (0, 1), value=until) - 1  # a document ends its segments
+    last_N = torch.nn.functional.pad(last_BN.minimum(ends_BN).amax(0), (0, -until % block))
+    return (last_N.view(-1, block).amax(1) // block).tolist()
+
+
+def _segments_to_come(branch: Branch, sizes: Sizes, documents: Tensor | None) -> tuple[int, Tensor]:
+    """The first token that some query's segment can hold, and since where in its document each token from there stands.
+
+    (first, int64 [B|1, N − first]). With a pattern every token has slots: first is 0.
+    """
+    starts = None if documents is None else document_starts(documents)
+    first = 0
+    if sizes.q_start and sizes.pattern is None:
+        since_start = sizes.q_start if starts is None else sizes.q_start - starts[:, sizes.q_start]
+        first = int(torch.as_tensor(sizes.q_start - since_start % branch.segment).min())
+    index = torch.arange(first, sizes.num_keys, device=sizes.device)
+    return first, (index if starts is None else index - starts[:, first:]).view(-1, len(index))
 
 
 @dataclass(frozen=True, eq=False)

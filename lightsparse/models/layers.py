@@ -8,6 +8,7 @@ Shapes: B batch, N tokens, E embed_dim, H heads, D head_dim, M mlp_dim.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,8 @@ class SelfAttention(nn.Module):
         k = rotation.apply(self.k_norm(k_BNHD)).transpose(1, 2)
         v = v_BNHD.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v, held = cache.append(k, v)
+            ctx = replace(ctx, held=held)
         result: AttentionResult = self.core(q, k, v, x=x_BNE, ctx=ctx)
         return self.o_proj(result.out.transpose(1, 2).flatten(2)), result
 

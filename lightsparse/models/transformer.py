@@ -20,7 +20,7 @@ from lightsparse.attention.core import AttentionCore, AttentionShape, SequenceCo
 from lightsparse.attention.dense import DenseAttention, DenseConfig
 from lightsparse.models.cache import KVCache
 from lightsparse.models.chunked import cross_entropy_sum, token_cross_entropy
-from lightsparse.models.layers import INIT_STD, Layer, RMSNorm, matrix
+from lightsparse.models.layers import INIT_STD, Layer, RMSNorm, SelfAttention, matrix
 from lightsparse.models.rope import RopeConfig, RotaryEmbedding
 from lightsparse.patterns.mask import document_starts
 
@@ -102,7 +102,7 @@ class ModelConfig:
 class ModelOutput:
     hidden: Tensor  # [B, N, E] after the final norm
     aux_loss: Tensor | None  # scalar, the sum over layers
-    stats: dict[str, Tensor]  # the mean over the layers that report them; `density` is always there
+    stats: dict[str, Tensor]  # the mean over the layers that report them; `density` is there but while decoding
     choices: list[Tensor]  # tables that layers chose from their input (AttentionResult.choice), in order
 
 
@@ -203,6 +203,16 @@ class Transformer(nn.Module):
             stats={name: torch.stack(values).mean(0) for name, values in stats.items()},
             choices=choices,
         )
+
+    def caches(self, until: int | None = None, documents: Tensor | None = None) -> list[KVCache]:
+        """Empty caches for decoding, one per layer.
+
+        until      tokens of a sequence, those to come included; keys that none of them reads any more are forgotten.
+                   None = unknown: every key is kept
+        documents  int32 [B, until] or None: document of every token, those to come included
+        """
+        cores = [part.core for layer in self.layers for part in layer.children() if isinstance(part, SelfAttention)]
+        return [KVCache(None if until is None else core.lifetimes(until, documents)) for core in cores]
 
     def set_step(self, step: int, max_steps: int) -> None:
         """To be called before the optimizer step after `step` finished ones: schedules inside the attention follow."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightsparse.data.tokens import ByteTokenizer
 from lightsparse.models.generation import generate
+from lightsparse.models.sampling import Sampling
 from lightsparse.models.transformer import Transformer, context_for
 from lightsparse.training.objectives import hiding_chance
 
@@ -23,13 +24,13 @@ def continuation(
     Prompt and continuation stay within `context`; the continuation ends early with its document.
     """
     length = min(length, context - 1)
-    prompt = torch.tensor([list(text[: min(_LONGEST_PROMPT, context - length)])], device=model.head_weight.device)
-    generator = torch.Generator(prompt.device).manual_seed(seed)
-    tokens = generate(model, prompt, length, temperature=0.8, top_k=40, generator=generator, stop_token=tokenizer.bos)
-    written = tokens[0, prompt.shape[1] :]
+    prompt = list(text[: min(_LONGEST_PROMPT, context - length)])
+    generator = torch.Generator(model.head_weight.device).manual_seed(seed)
+    sampling = Sampling(temperature=0.8, top_k=40)
+    (written,) = generate(model, [prompt], length, sampling=sampling, generator=generator, stop_tokens=(tokenizer.bos,))
     return _sections(
-        ("prompt (validation text)", _text(tokenizer, prompt[0])),
-        ("continuation (the model, temperature 0.8, top 40)", _text(tokenizer, written)),
+        ("prompt (validation text)", _text(tokenizer, torch.tensor(prompt))),
+        ("continuation (the model, temperature 0.8, top 40)", _text(tokenizer, torch.tensor(written))),
     )
 
 
