@@ -241,3 +241,13 @@ def _of_heads(table: Tensor, kv_heads: Sequence[int], sizes: Sizes) -> Tensor:
     if table.shape[1] == 1:
         return table
     return table.unflatten(1, (sizes.kv_heads, -1))[:, list(kv_heads)].flatten(1, 2)
+
+
+def dense_area(sizes: Sizes, documents: Tensor | None) -> Tensor:
+    """Query–key area of dense attention over the same tokens in the same tiles: fp64 [B|1]."""
+    mask = interval_mask(
+        sizes.num_keys, q_start=sizes.q_start, causal=sizes.causal, documents=documents, device=sizes.device
+    )
+    q_block = 1 if sizes.q_start % sizes.block else sizes.block
+    table = torch.empty(1, 1, -(-mask.num_queries // q_block), 0, dtype=torch.int32, device=sizes.device)
+    return BlockLayout(table, q_block, sizes.block, mask, no_dense_rows(sizes.device)).areas()[1]
