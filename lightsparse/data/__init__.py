@@ -9,6 +9,7 @@ A new source is one file here and one YAML in conf/data/ whose `_target_` names 
 from lightsparse.data.documents import Document
 from lightsparse.data.source import DataConfig, DataError
 from lightsparse.data.text import TextConfig
-from lightsparse.data.tokens import ByteTokenizer
+from lightsparse.data.tokenizer import TokenizerConfig
+from lightsparse.data.tokens import ByteTokenizer, Tokenizer
 
-__all__ = ["ByteTokenizer", "DataConfig", "DataError", "Document", "TextConfig"]
+__all__ = ["ByteTokenizer", "DataConfig", "DataError", "Document", "TextConfig", "Tokenizer", "TokenizerConfig"]

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
-from lightsparse.data.documents import Document, column_text, utf8_text
+from lightsparse.data.documents import Document, TextFile, column_text
 from lightsparse.data.source import DataError
 from lightsparse.data.text import TextConfig
 
@@ -60,7 +60,7 @@ class FilesData(TextConfig):
         for name, path in matching_files(pattern).items():
             reader = TABLE_READERS.get(path.suffix.lower())
             if reader is None:
-                yield Document(name, utf8_text(path), validation)
+                yield Document(name, TextFile(path), validation)
                 continue
             for row, content in enumerate(table_rows(path, reader)):
                 yield Document(f"{name}:{row}", column_text(content, self.column, str(path)), validation)
