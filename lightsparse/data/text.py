@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from lightsparse.data.corpus import Corpus, Selection, select
 from lightsparse.data.documents import Document, divided, is_held_out
 from lightsparse.data.encoding import encode_in_memory
+from lightsparse.data.errors import DataError
 from lightsparse.data.packing import EvaluationSamples, PackedSamples
 from lightsparse.data.pieces import cut
+from lightsparse.data.shards import Manifest, ShardedTokens
 from lightsparse.data.source import DataConfig, Samples
 from lightsparse.data.tokenizer import Bytes, Given, Own, TokenizerConfig
 from lightsparse.data.tokens import Tokenizer
@@ -49,6 +51,17 @@ class PackedConfig(DataConfig):
     def selection(self) -> Selection:
         return Selection(val_fraction=self.val_fraction, min_tokens=self.min_tokens, max_tokens=self.max_tokens)
 
+    def samples_of(self, manifest: Manifest, tokenizer: Tokenizer, eval_tokens: int) -> Samples:
+        """The samples of prepared shards."""
+        if manifest.tokenizer != tokenizer.fingerprint:
+            raise DataError(
+                f"{manifest.folder} was tokenized by {manifest.tokenizer}, but its tokenizer.json is "
+                f"{tokenizer.fingerprint}; prepare it again"
+            )
+        tokens, entries = ShardedTokens(manifest), manifest.entries()
+        corpus = select(tokens, entries, self.selection, context=self.context, empty=manifest.empty_documents)
+        return self.packed(corpus, tokenizer, eval_tokens)
+
     def packed(self, corpus: Corpus, tokenizer: Tokenizer, eval_tokens: int) -> Samples:
         """The corpus cut into samples."""
         packing = (self.context, tokenizer.bos, self.isolated)
@@ -74,6 +87,15 @@ class TextConfig(PackedConfig):
     def documents_after(self, skip: int) -> Iterator[Document]:
         """The documents without the first `skip`."""
         return islice(self.documents(), skip, None)
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides which documents there are; sources add what they can say of the texts themselves."""
+        common = {each.name for each in fields(TextConfig)}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in common}
+
+    def text_bytes(self) -> int | None:
+        """Bytes of text in all documents, where that is known without reading them; for progress bars."""
+        return None
 
     @property
     def vocab_size(self) -> int:

@@ -20,6 +20,10 @@ class TokenizerConfig:
         """Number of ids, known without reading the corpus."""
         raise NotImplementedError(f"{type(self).__name__} has no size")
 
+    def identity(self) -> str:
+        """Differs where the tokens would."""
+        return repr(self)
+
     def build(self, training_text: Callable[[int], Iterator[str]]) -> Tokenizer:
         """The tokenizer.
 
@@ -84,6 +88,9 @@ class HuggingFace(TokenizerConfig):
     def build(self, training_text: Callable[[int], Iterator[str]]) -> Tokenizer:
         return self._load()
 
+    def identity(self) -> str:
+        return self._load().fingerprint
+
     def _load(self) -> SubwordTokenizer:
         local = Path(self.path).expanduser()
         if local.exists():
@@ -104,6 +111,9 @@ class Given(TokenizerConfig):
 
     def size(self) -> int:
         return self.tokenizer.vocab_size
+
+    def identity(self) -> str:
+        return self.tokenizer.fingerprint
 
     def build(self, training_text: Callable[[int], Iterator[str]]) -> Tokenizer:
         return self.tokenizer
