@@ -65,6 +65,7 @@ FREE_KEYS = (
     "trainer.log_every_n_steps",
     "data.batch_size",
     "data.num_workers",
+    "data.cache",
 )
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightsparse.data.documents import divided
 from lightsparse.data.errors import DataError
 from lightsparse.data.shards import MANIFEST, SHARD_TOKENS, Manifest, complete_shards, read_manifest, write_shards
 from lightsparse.data.subwords import TOKENIZER, SubwordTokenizer
-from lightsparse.data.text import TextConfig
 from lightsparse.data.tokenizer import load_folder
 from lightsparse.data.tokens import Tokenizer
 from lightsparse.files import remove_partial_files, write_text
+
+if TYPE_CHECKING:
+    from lightsparse.data.text import TextConfig
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +30,16 @@ def prepare(
     folder: Path,
     *,
     shard_tokens: int = SHARD_TOKENS,
+    verify: bool = True,
     begin: Callable[[int, int], None] = lambda text_bytes, tokens: None,
     report: Callable[[int, int], None] = lambda text_bytes, tokens: None,
 ) -> tuple[Manifest, bool]:
     """The shards of `data` in `folder`, and whether they were all there before.
 
+    verify  whether a finished folder is checked against its checksums
     begin   called with the bytes of text and the tokens of the complete shards that were found
     report  see write_shards
-    A folder that is finished is checked against its checksums and left as it is. Others that prepare the same folder
+    A folder that is finished is left as it is. Others that prepare the same folder
     are waited for. DataError where it holds another source, another tokenizer or anything else.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +52,8 @@ def prepare(
         _claim(folder, {"source": source, "tokenizer": tokenizer_asked, "shard_tokens": shard_tokens})
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
-            manifest.verify()
+            if verify:
+                manifest.verify()
             return manifest, True
         remove_partial_files(folder)
         kept = (folder / TOKENIZER).is_file()
@@ -56,6 +63,15 @@ def prepare(
         found = complete_shards(folder)
         begin(sum(shard.text_bytes for shard in found), sum(shard.tokens for shard in found))
         return write_shards(documents, tokenizer, folder, shard_tokens=shard_tokens, report=report), False
+
+
+def cached(data: TextConfig, folder: Path) -> Manifest:
+    """The shards of `data` in a folder of their own below `folder`, prepared where they are not there yet."""
+    key = repr((data.identity(), data.tokenizer.identity(), data.val_fraction))
+    digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    manifest, was_there = prepare(data, folder / digest, verify=False)
+    log.info("data: tokens %s in %s", "found" if was_there else "written", manifest.folder)
+    return manifest
 
 
 def _claim(folder: Path, asked: dict[str, object]) -> None:

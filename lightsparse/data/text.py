@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 from lightsparse.data.corpus import Corpus, Selection, select
@@ -14,6 +15,7 @@ from lightsparse.data.encoding import encode_in_memory
 from lightsparse.data.errors import DataError
 from lightsparse.data.packing import EvaluationSamples, PackedSamples
 from lightsparse.data.pieces import cut
+from lightsparse.data.prepare import cached
 from lightsparse.data.shards import Manifest, ShardedTokens
 from lightsparse.data.source import DataConfig, Samples
 from lightsparse.data.tokenizer import Bytes, Given, Own, TokenizerConfig
@@ -79,6 +81,7 @@ class TextConfig(PackedConfig):
     """What every source of text has. A source adds its own and yields `documents()`."""
 
     tokenizer: TokenizerConfig = field(default_factory=Bytes)  # the choice tokenizer=…, which the whole config hands on
+    cache: str | None = None  # folder for tokens as memory-mapped shards, one folder per text in it; null = in memory
 
     def documents(self) -> Iterator[Document]:
         """Every document of the source, in an order that stays; DataError where the source cannot be read."""
@@ -116,8 +119,10 @@ class TextConfig(PackedConfig):
         return replace(self, tokenizer=Given(tokenizer=tokenizer))
 
     def samples(self, seed: int, eval_tokens: int) -> Samples:
-        """The documents as two token streams in memory, cut into samples."""
+        """The documents as two token streams, in memory or from the cache, cut into samples."""
         tokenizer = self.build_tokenizer()
+        if self.cache is not None:
+            return self.samples_of(cached(self.with_tokenizer(tokenizer), Path(self.cache)), tokenizer, eval_tokens)
         tokens, entries, empty = encode_in_memory(divided(self.documents_after, self.val_fraction)(0), tokenizer)
         corpus = select(tokens, entries, self.selection, context=self.context, empty=empty)
         return self.packed(corpus, tokenizer, eval_tokens)
