@@ -65,7 +65,9 @@ def _prepare(words: Sequence[str], console: Console) -> list[str]:
     logging.getLogger("lightsparse").setLevel(logging.INFO)
     started = time.perf_counter()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[tokens]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("", total=data.text_bytes(), tokens="")
         count = 0
 
@@ -74,7 +76,7 @@ def _prepare(words: Sequence[str], console: Console) -> list[str]:
             count = tokens
             bar.update(task, completed=text_bytes)
             if tokens:
-                bar.console.print(f"continues after {tokens:,} tokens of {text_bytes:,} bytes", highlight=False)
+                console.print(f"continues after {tokens:,} tokens of {text_bytes:,} bytes", highlight=False)
 
         def report(text_bytes: int, tokens: int) -> None:
             nonlocal count
