@@ -65,9 +65,8 @@ def _prepare(words: Sequence[str], console: Console) -> list[str]:
     logging.getLogger("lightsparse").setLevel(logging.INFO)
     started = time.perf_counter()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[tokens]}"))
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    quiet = not console.is_terminal  # nothing to redraw
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=data.text_bytes(), tokens="")
         count = 0
 
