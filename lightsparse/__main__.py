@@ -6,7 +6,7 @@ from rich.console import Console
 
 COMMANDS = {
     "python train.py": "train a model; also lightsparse-train",
-    "python -m lightsparse.prepare": "tokenize a text once, into memory-mapped shards",
+    "python -m lightsparse.prepare": "tokenize a text once, for many runs",
     "python -m lightsparse.show": "draw an attention pattern as PNG",
     "python -m lightsparse.analysis": "how far back an attention reaches",
     "python -m lightsparse.replay": "take the step again that ended a run",
