@@ -67,17 +67,10 @@ def found(tmp_path_factory):
             rows = [f"{revision} {part}.{row} " + "word " * row for row in range(5)]
             pq.write_table(pa.table({"text": rows}), root / revision / "data" / f"train-{part}.parquet")
     with hub_of("org/books", {revision: root / revision for revision in ("main", "v1")}) as (address, asked):
-        settings = {
-            "HF_ENDPOINT": address,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(root / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-        }
-        source = str(Path(__file__).parents[2])
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(root / "out")],
-            env={**os.environ, **settings, "PYTHONPATH": source}, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+        settings = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        folders = {"HF_HOME": str(root / "home"), "PYTHONPATH": str(Path(__file__).parents[2])}
+        command, environment = [sys.executable, "-c", SCRIPT, str(root / "out")], {**os.environ, **settings, **folders}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return {**json.loads(done.stdout), "asked": asked}
 
