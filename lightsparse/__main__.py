@@ -6,6 +6,7 @@ from rich.console import Console
 
 COMMANDS = {
     "python train.py": "train a model; also lightsparse-train",
+    "python -m lightsparse.prepare": "tokenize a text once, for many runs",
     "python -m lightsparse.generate": "let a trained run write",
     "python -m lightsparse.show": "draw an attention pattern as PNG",
     "python -m lightsparse.export": "a trained run for transformers",

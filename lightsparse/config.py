@@ -23,7 +23,7 @@ from torch import nn
 
 from lightsparse.attention.core import AttentionShape, SequenceContext
 from lightsparse.build import AttentionChoice, OptimizerChoice, check_buildable, chosen, typed
-from lightsparse.data import DataConfig
+from lightsparse.data import DataConfig, TokenizerConfig
 from lightsparse.models.transformer import Transformer
 from lightsparse.overrides import compose_raw, raised_by_hydra, sentence, unknown_key, with_added
 from lightsparse.parallel.kinds import KINDS, StrategyConfig
@@ -67,6 +67,7 @@ FREE_KEYS = (
     "trainer.log_every_n_steps",
     "data.batch_size",
     "data.num_workers",
+    "data.cache",
 )
 
 
@@ -124,7 +125,8 @@ def parse(raw: Mapping[str, Any]) -> Config:
     allow = typed_allow(node.get("allow_targets"))
     node["attention"] = AttentionChoice.of(node.get("attention"), allow)
     node["optimizer"] = OptimizerChoice.of(node.get("optimizer"), allow)
-    node["data"] = chosen(DataConfig, node.get("data"), "data", allow)
+    node["tokenizer"] = chosen(TokenizerConfig, node.get("tokenizer"), "tokenizer", allow)
+    node["data"] = _data(node.get("data"), node["tokenizer"], allow)
     node["schedule"] = chosen(Schedule, node.get("schedule"), "schedule", allow)
     node["strategy"] = _strategy(node.get("strategy"), allow)
     node["trainer"] = typed(TrainerConfig, node.get("trainer"), "trainer", allow)
@@ -133,6 +135,15 @@ def parse(raw: Mapping[str, Any]) -> Config:
     if node.get("name") is None:
         node["name"] = f"{node['attention'].name}-{node['data'].context}-{config_hash(raw)}"
     return typed(Config, node, "", allow)
+
+
+def _data(node: object, tokenizer: TokenizerConfig, allow: Sequence[str]) -> DataConfig:
+    try:
+        return chosen(DataConfig, node, "data", allow).choose_tokenizer(tokenizer)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _strategy(node: object, allow: Sequence[str]) -> StrategyConfig:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightsparse.build import AttentionChoice, OptimizerChoice
-from lightsparse.data import DataConfig
+from lightsparse.data import DataConfig, TokenizerConfig
 from lightsparse.models.transformer import ModelConfig
 from lightsparse.parallel.kinds import Replicas, StrategyConfig
 from lightsparse.parallel.mesh import RankGrid
@@ -111,7 +111,8 @@ class Config:
     kernels: KernelsConfig
     attention: AttentionChoice
     model: ModelConfig
-    data: DataConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig  # that of text holds the tokenizer, too
     strategy: StrategyConfig
     optimizer: OptimizerChoice
     schedule: Schedule

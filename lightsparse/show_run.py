@@ -27,7 +27,7 @@ def of_run(path: Path, layer: str | None) -> tuple[str, TileMap]:
     number = _layer(stored_config(path), layer)
     run = load_run(path)
     config = run.config
-    data = DataModule(config.data, config.seed, config.eval.tokens)
+    data = DataModule(config.data.with_tokenizer(run.tokenizer), config.seed, config.eval.tokens)
     data.setup()
     module = LanguageModel(
         run.model, config, token_bytes=run.tokenizer.token_bytes(), mask_id=run.tokenizer.mask

@@ -1,66 +1,90 @@
-"""From documents to two token streams, train and validation, each in the order of its documents' hashes."""
+"""From tokens and the entries of their documents to two streams, train and validation, in the order of name hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from lightsparse.data.documents import Document, hash_share
 from lightsparse.data.source import DataError
-from lightsparse.data.tokens import ByteTokenizer, token_dtype
 
 log = logging.getLogger(__name__)
+
+
+class Tokens(Protocol):
+    """An array, or what is read like one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, span: slice) -> np.ndarray: ...
+
+
+class DocumentStream:
+    """Documents one after the other as one array of tokens that is never made: slices are read where they lie."""
+
+    def __init__(self, tokens: Tokens, entries: np.ndarray):
+        self.tokens, self.starts, self.lengths = tokens, entries["start"], entries["tokens"]
+        self._ends = np.cumsum(self.lengths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        start, stop, _ = span.indices(len(self))
+        parts = [self.tokens[0:0]]
+        document = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            skipped = start - int(self._ends[document] - self.lengths[document])
+            count = min(stop - start, int(self.lengths[document]) - skipped)
+            place = int(self.starts[document]) + skipped
+            parts.append(self.tokens[place : place + count])
+            start, document = start + count, document + 1
+        return parts[1] if len(parts) == 2 else np.concatenate(parts)
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The two streams, each [tokens]: bos, text, bos, text, …"""
 
-    train: np.ndarray
-    val: np.ndarray
+    train: DocumentStream
+    val: DocumentStream
     manifest: str  # 16 hex digits over names, tokens and order of all documents
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """A document on its way into a stream; sorts by hash, then name."""
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which documents are used, and which of them are held out."""
 
-    share: float
-    name: str
-    tokens: np.ndarray
+    val_fraction: float  # chance of a document to be held out, where it does not say so itself
+    min_tokens: int = 0  # of a document, bos not counted; shorter ones are left out
+    max_tokens: int | None = None  # likewise, longer ones; None = no limit
 
 
-def build_corpus(
-    documents: Iterable[Document], tokenizer: ByteTokenizer, *, val_fraction: float, context: int
-) -> Corpus:
-    """Read, tokenize and split the documents.
+def select(tokens: Tokens, entries: np.ndarray, selection: Selection, *, context: int, empty: int = 0) -> Corpus:
+    """Split and order the documents.
 
-    val_fraction  chance of a document to be held out, where it does not say so itself
-    context       tokens of a sample
-    A document's split depends on its own name only, so more documents never move the others. Empty documents are left
-    out and counted in the log. Needs about twice the memory of the tokens.
+    entries  as encoding.ENTRY
+    context  tokens of a sample
+    empty    documents without text that are not among the entries, for the log
+    A document's split and place depend on its own name only, so more documents never move the others.
     Raises DataError where a split is shorter than one sample.
     """
-    train: list[_Encoded] = []
-    val: list[_Encoded] = []
-    empty, by_hash = 0, True
-    for document in documents:
-        if not document.text:
-            empty += 1
-            continue
-        share, by_hash = hash_share(document.name), document.validation is None
-        held_out = share < val_fraction if by_hash else document.validation
-        (val if held_out else train).append(_Encoded(share, document.name, tokenizer.encode(document.text)))
-    for encoded in (train, val):
-        encoded.sort(key=lambda document: (document.share, document.name))
-    corpus = Corpus(_stream(train, tokenizer), _stream(val, tokenizer), _manifest(train, val))
+    lengths = entries["tokens"] - 1
+    longest = np.iinfo(np.int64).max if selection.max_tokens is None else selection.max_tokens
+    fits = (lengths >= selection.min_tokens) & (lengths <= longest)
+    chosen = entries[fits]
+    chosen = chosen[np.argsort(chosen["name"], kind="stable")]
+    by_hash = bool((chosen["validation"] < 0).any())
+    held_out = np.where(chosen["validation"] < 0, _shares(chosen) < selection.val_fraction, chosen["validation"] == 1)
+    train, val = chosen[~held_out], chosen[held_out]
+    corpus = Corpus(DocumentStream(tokens, train), DocumentStream(tokens, val), _manifest(train, val))
+    filtered = f", {len(entries) - len(chosen)} of other lengths" if len(chosen) < len(entries) else ""
     log.info(
-        "data: %d documents with %d tokens to train on, %d with %d held out, %d empty ones left out; manifest %s",
-        len(train), len(corpus.train), len(val), len(corpus.val), empty, corpus.manifest,
+        "data: %d documents with %d tokens to train on, %d with %d held out, %d empty ones%s left out; manifest %s",
+        len(train), len(corpus.train), len(val), len(corpus.val), empty, filtered, corpus.manifest,
     )  # fmt: skip
     sample = context + 1  # its last token is a label only
     if len(corpus.train) < sample:
@@ -69,7 +93,7 @@ def build_corpus(
             f"data.context + 1 = {sample}; lower data.context or give more text"
         )
     if len(corpus.val) < sample:
-        fraction = _sufficient_fraction(val + train, sample) if by_hash else None
+        fraction = _sufficient_fraction(chosen, sample) if by_hash else None
         remedy = (
             "lower data.context or give more documents" if fraction is None else f"use data.val_fraction={fraction}"
         )
@@ -80,27 +104,26 @@ def build_corpus(
     return corpus
 
 
-def _stream(documents: list[_Encoded], tokenizer: ByteTokenizer) -> np.ndarray:
-    bos = np.array([tokenizer.bos], dtype=token_dtype(tokenizer.vocab_size))
-    return np.concatenate([bos[:0], *(piece for document in documents for piece in (bos, document.tokens))])
+def _shares(entries: np.ndarray) -> np.ndarray:
+    """fp64 [documents] in [0, 1), documents.hash_share of their names."""
+    return (entries["name"] >> np.uint64(16)).astype(np.float64) / (1 << 48)
 
 
-def _manifest(train: list[_Encoded], val: list[_Encoded]) -> str:
+def _manifest(train: np.ndarray, val: np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for documents in (train, val):
-        digest.update(f"{len(documents)} documents\0".encode())
-        for document in documents:
-            digest.update(f"{document.name}\0{len(document.tokens)}\0".encode())
-            digest.update(document.tokens.data)
+    for entries in (train, val):
+        digest.update(f"{len(entries)} documents\0".encode())
+        for field in ("name", "tokens", "digest"):
+            digest.update(np.ascontiguousarray(entries[field]).data)
     return digest.hexdigest()
 
 
-def _sufficient_fraction(in_hash_order: list[_Encoded], sample: int) -> float | None:
+def _sufficient_fraction(in_hash_order: np.ndarray, sample: int) -> float | None:
     """The smallest val_fraction of two digits that holds out one sample, if that leaves one to train on."""
-    lengths = [1 + len(document.tokens) for document in in_hash_order]
+    lengths, shares = in_hash_order["tokens"], _shares(in_hash_order)
     enough = int(np.searchsorted(np.cumsum(lengths), sample))  # documents before the one that completes a sample
     if enough == len(lengths):
         return None
-    fraction = (int(in_hash_order[enough].share * 100) + 1) / 100
-    left = sum(n for n, document in zip(lengths, in_hash_order, strict=True) if document.share >= fraction)
+    fraction = (int(shares[enough] * 100) + 1) / 100
+    left = int(lengths[shares >= fraction].sum())
     return fraction if fraction < 1.0 and left >= sample else None

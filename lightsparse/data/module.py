@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightsparse.data.sampler import GlobalOrderSampler
 from lightsparse.data.source import DataConfig, DataError, Samples, SampleSet
-from lightsparse.data.tokens import ByteTokenizer
+from lightsparse.data.tokens import Tokenizer
 
 Batch = dict[str, Tensor]
 
@@ -42,7 +42,7 @@ class DataModule(LightningDataModule):
         _ = self.samples
 
     @property
-    def tokenizer(self) -> ByteTokenizer:
+    def tokenizer(self) -> Tokenizer:
         return self.samples.tokenizer
 
     @property

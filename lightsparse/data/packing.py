@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightsparse.data.corpus import Tokens
 from lightsparse.data.source import IGNORED
 
 
@@ -22,7 +23,7 @@ class PackedSamples(Dataset[dict[str, Tensor]]):
     Items are asked for by sample id = epoch · len + index, which stays unique over the whole run.
     """
 
-    def __init__(self, stream: np.ndarray, context: int, bos: int, isolate: bool):
+    def __init__(self, stream: Tokens, context: int, bos: int, isolate: bool):
         self.stream, self.context, self.bos, self.isolate = stream, context, bos, isolate
 
     def __len__(self) -> int:
@@ -59,7 +60,7 @@ class EvaluationSamples(PackedSamples):
     can take equally many.
     """
 
-    def __init__(self, stream: np.ndarray, context: int, bos: int, isolate: bool, *, limit: int):
+    def __init__(self, stream: Tokens, context: int, bos: int, isolate: bool, *, limit: int):
         super().__init__(stream, context, bos, isolate)
         self.limit = min(limit, len(stream) - 1)
 

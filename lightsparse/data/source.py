@@ -12,13 +12,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lightsparse.data.tokens import ByteTokenizer
+from lightsparse.data.errors import DataError as DataError
+from lightsparse.data.tokenizer import Bytes, Own, TokenizerConfig
+from lightsparse.data.tokens import ByteTokenizer, Tokenizer
 
 IGNORED = -100  # label of a token that does not count in the loss
-
-
-class DataError(ValueError):
-    """The data cannot be used as asked: one sentence for the user, to be shown without a traceback."""
 
 
 class SampleSet(Protocol):
@@ -35,7 +33,7 @@ class Samples:
 
     train: SampleSet
     val: SampleSet  # of an epoch; past its end every label is IGNORED, so that ranks can take equally many
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     manifest: str  # hex digits over everything that decides which tokens sample i holds
     train_tokens: int  # of one epoch
 
@@ -65,6 +63,22 @@ class DataConfig:
     def vocab_size(self) -> int:
         """Token ids are 0 … vocab_size − 1; known without reading anything."""
         return ByteTokenizer.vocab_size
+
+    def choose_tokenizer(self, tokenizer: TokenizerConfig) -> DataConfig:
+        """The same data under the choice tokenizer=…; ValueError where it brings its own."""
+        if not isinstance(tokenizer, Bytes | Own):
+            raise ValueError(
+                f"tokenizer is {type(tokenizer).__name__}, but {type(self).__name__} brings its own; leave it out"
+            )
+        return self
+
+    def build_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the samples; reads what it has to be trained on, if anything."""
+        return ByteTokenizer()
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> DataConfig:
+        """The same data under a tokenizer that `build_tokenizer` has made before."""
+        return self
 
     @property
     def isolated(self) -> bool:

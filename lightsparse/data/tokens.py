@@ -1,36 +1,69 @@
-"""Bytes as tokens: 256 ids, nothing to train, every text in every language.
+"""Tokens: what every tokenizer does, and bytes as the one that needs nothing.
 
-The bytes 0xFE and 0xFF never occur in UTF-8 (RFC 3629), so they serve as the two special tokens and the vocabulary
-stays at 256: `bos` opens every document, `mask` hides a token under objective=mlm.
+Bytes: 256 ids, nothing to train, every text in every language. The bytes 0xFE and 0xFF never occur in UTF-8 (RFC 3629),
+so they serve as the two special tokens and the vocabulary stays at 256.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-class ByteTokenizer:
-    """UTF-8 bytes. `encode` never produces `bos` or `mask`: packing finds the documents by their `bos`."""
+class Tokenizer(Protocol):
+    """Text to ids and back. No text, whatever is written in it, gives one of the two special tokens."""
 
-    name = "bytes"
+    @property
+    def fingerprint(self) -> str:
+        """Name and hex digits: where they are equal, equal texts give equal ids."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are 0 … vocab_size − 1."""
+
+    @property
+    def bos(self) -> int:
+        """Opens every document: packing finds the documents by it, generation stops at it."""
+
+    @property
+    def mask(self) -> int:
+        """Hides a token under objective=mlm."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, of `token_dtype(vocab_size)` [tokens]; no `bos`."""
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
+        """Ids of several pieces (of pieces.cut), each by itself; those of a text together are `encode` of it."""
+
+    def decode(self, ids: Tensor | np.ndarray | Sequence[int]) -> str:
+        """The text of ids [N]; what is not UTF-8 (a cut character) becomes U+FFFD."""
+
+    def token_bytes(self) -> Tensor:
+        """int64 [vocab]: bytes of text each id stands for (0 for special tokens), for bits per byte."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes; `decode` shows special tokens as U+FFFD."""
+
+    fingerprint = "bytes"
     vocab_size = 256
     bos = 0xFE
     mask = 0xFF
 
     def encode(self, text: str) -> np.ndarray:
-        """uint8 [bytes of text]; no `bos`."""
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
+    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(piece) for piece in pieces]
+
     def decode(self, ids: Tensor | np.ndarray | Sequence[int]) -> str:
-        """The text of the ids [N]; what is not UTF-8 (special tokens, a cut character) becomes U+FFFD."""
         return np.asarray(ids, dtype=np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def token_bytes(self) -> Tensor:
-        """int64 [vocab]: bytes of text each id stands for (0 for `bos` and `mask`), for bits per byte."""
         lengths = torch.ones(self.vocab_size, dtype=torch.int64)
         lengths[[self.bos, self.mask]] = 0
         return lengths

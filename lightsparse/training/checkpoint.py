@@ -12,8 +12,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightsparse.files import write_text
 from lightsparse.training.checkpoint_files import checkpoint_path, checkpoint_steps
-from lightsparse.training.files import write_text
 from lightsparse.training.preemption import EXIT_CODE, Preemption
 from lightsparse.training.random_state import random_state, set_random_state
 from lightsparse.training.ranks import of_all_ranks

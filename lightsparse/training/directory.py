@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightsparse.config import differences
+from lightsparse.files import remove_partial_files, write_text
 from lightsparse.targets import ConfigError
 from lightsparse.training.checkpoint_files import checkpoint_steps, newest_checkpoint
-from lightsparse.training.files import remove_partial_files, write_text
 from lightsparse.training.lock import lock
 from lightsparse.training.ranks import is_first_rank
 

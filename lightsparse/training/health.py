@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from lightsparse.files import atomic_write
 from lightsparse.schema import HealthConfig
-from lightsparse.training.files import atomic_write
 
 
 class NonFiniteError(RuntimeError):

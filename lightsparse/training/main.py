@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from lightsparse.config import check, explain, parse, with_launched_ranks
 from lightsparse.data import DataError
+from lightsparse.files import DiskFullError, disk_named
 from lightsparse.overrides import HYDRA_VERSION, conf_dir, plain, raised_by_hydra
 from lightsparse.parallel.errors import EXIT_CODE, RankError
 from lightsparse.schema import Config
@@ -29,7 +30,6 @@ from lightsparse.training.checkpoint_files import checkpoint_steps
 from lightsparse.training.directory import RunDirectory
 from lightsparse.training.doctor import examine
 from lightsparse.training.estimate import estimate
-from lightsparse.training.files import DiskFullError, disk_named
 from lightsparse.training.health import NonFiniteError
 from lightsparse.training.preemption import leave_when_asked
 from lightsparse.training.ranks import is_first_rank

@@ -16,7 +16,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightsparse.training.files import disk_named, write_text
+from lightsparse.files import disk_named, write_text
 
 # The header. Losses are nats per token; training losses, densities and rates cover the steps since the row before.
 COLUMNS = (

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from lightsparse.attention.core import SequenceContext
 from lightsparse.config import Config
-from lightsparse.data.tokens import ByteTokenizer
+from lightsparse.data.tokens import Tokenizer
 from lightsparse.models.transformer import ModelOutput, Transformer
 from lightsparse.parallel.kinds import ContextRanks
 from lightsparse.parallel.shard import ContextShard
@@ -73,7 +73,7 @@ class StepResult:
     watched: dict[str, float]  # what a learned attention reports, by column (watched.step_columns)
 
 
-def language_model(config: Config, tokenizer: ByteTokenizer) -> LanguageModel:
+def language_model(config: Config, tokenizer: Tokenizer) -> LanguageModel:
     """The freshly drawn model of a config. Raises ConfigError where its attention cannot take the model's shape."""
     model = Transformer(
         config.model,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from lightsparse.analysis import curves, pattern_picture
 from lightsparse.config import Config
 from lightsparse.data.module import DataModule
+from lightsparse.files import write_text
 from lightsparse.patterns import BlockLayout
 from lightsparse.training.directory import RunDirectory
-from lightsparse.training.files import write_text
 from lightsparse.training.module import FIRST_BUCKET, LanguageModel
 from lightsparse.training.sample import continuation, infilling
 

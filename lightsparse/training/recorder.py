@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from lightsparse.config import Config
+from lightsparse.files import write_text
 from lightsparse.training.checkpoint import validation_follows
 from lightsparse.training.directory import RunDirectory
-from lightsparse.training.files import write_text
 from lightsparse.training.metrics import read_metrics
 from lightsparse.training.module import LanguageModel, Totals
 from lightsparse.training.version import code_version

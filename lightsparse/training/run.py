@@ -17,7 +17,9 @@ from rich.console import Console
 from lightsparse.analysis.curves import count_text
 from lightsparse.bench.machine import current_rss, peak_rss
 from lightsparse.config import Config, layout_of
+from lightsparse.data.kept import with_kept_tokenizer
 from lightsparse.data.module import DataModule
+from lightsparse.files import write_text
 from lightsparse.kernels import flash, set_backend
 from lightsparse.models.transformer import Transformer
 from lightsparse.parallel.errors import RankError, RankTimeoutError, ranks_named
@@ -28,7 +30,6 @@ from lightsparse.targets import ConfigError
 from lightsparse.training import watched
 from lightsparse.training.checkpoint_files import checkpoint_steps, read_checkpoint
 from lightsparse.training.directory import RunDirectory, Start
-from lightsparse.training.files import write_text
 from lightsparse.training.flops import matmul_error, matmul_peak
 from lightsparse.training.lock import unlock
 from lightsparse.training.metrics import MetricsFile, read_metrics
@@ -70,7 +71,8 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
         return start.summary
 
     seed_everything(config.seed, workers=True, verbose=False)
-    data = DataModule(config.data, config.seed, config.eval.tokens)
+    tokenized = with_kept_tokenizer(config.data, directory.path, resumed=start.checkpoint is not None, write=is_first)
+    data = DataModule(tokenized, config.seed, config.eval.tokens)
     data.setup()
     module = language_model(config, data.tokenizer)
     if start.checkpoint is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightsparse.data.tokens import ByteTokenizer
+from lightsparse.data.tokens import Tokenizer
 from lightsparse.models.generation import generate
 from lightsparse.models.sampling import Sampling
 from lightsparse.models.transformer import Transformer, context_for
@@ -17,7 +17,7 @@ _LONGEST_PROMPT = 512  # tokens
 
 
 def continuation(
-    model: Transformer, tokenizer: ByteTokenizer, text: Sequence[int], *, context: int, length: int, seed: int
+    model: Transformer, tokenizer: Tokenizer, text: Sequence[int], *, context: int, length: int, seed: int
 ) -> str:
     """A prompt from the start of `text` (token ids) and `length` sampled tokens after it, a rule between them.
 
@@ -37,7 +37,7 @@ def continuation(
 @torch.no_grad()
 def infilling(
     model: Transformer,
-    tokenizer: ByteTokenizer,
+    tokenizer: Tokenizer,
     text: Sequence[int],
     *,
     context: int,
@@ -52,7 +52,7 @@ def infilling(
     guesses = model.logits(model(read, context_for(read)).hidden).argmax(-1)
     with_gaps = "▒".join(tokenizer.decode(part) for part in _split(read[0].tolist(), tokenizer.mask))
     return _sections(
-        ("validation text with hidden bytes", with_gaps.replace(tokenizer.decode([tokenizer.bos]), "")),
+        ("validation text with hidden tokens", with_gaps.replace(tokenizer.decode([tokenizer.bos]), "")),
         ("filled in by the model", _text(tokenizer, torch.where(hidden, guesses, tokens)[0])),
     )
 
@@ -61,7 +61,7 @@ def _sections(*parts: tuple[str, str]) -> str:
     return "".join(f"════ {title} ════\n{text}\n" for title, text in parts)
 
 
-def _text(tokenizer: ByteTokenizer, tokens: Tensor) -> str:
+def _text(tokenizer: Tokenizer, tokens: Tensor) -> str:
     """The text without the marks of document starts."""
     return tokenizer.decode(tokens[tokens != tokenizer.bos].cpu())
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from lightsparse.config import Config, parse
-from lightsparse.data import ByteTokenizer
+from lightsparse.data import Tokenizer
+from lightsparse.data.kept import tokenizer_of
 from lightsparse.models.transformer import Transformer
 from lightsparse.targets import ConfigError
 from lightsparse.training.checkpoint_files import checkpoint_steps, damage_of, newest_checkpoint, read_checkpoint
@@ -20,7 +21,7 @@ from lightsparse.training.module import language_model
 class TrainedRun:
     config: Config
     model: Transformer  # in evaluation mode, fp32, on the CPU
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     step: int  # optimizer steps behind the weights
 
 
@@ -32,7 +33,7 @@ def load_run(directory: Path | str, step: int | None = None) -> TrainedRun:
     """
     config = stored_config(directory)
     found, file = _checkpoint(RunDirectory(Path(directory)), step)
-    tokenizer = ByteTokenizer()
+    tokenizer = tokenizer_of(config.data, Path(directory))
     module = language_model(config, tokenizer)
     module.load_state_dict(read_checkpoint(file)["state_dict"])
     return TrainedRun(config, module.model.eval(), tokenizer, found)

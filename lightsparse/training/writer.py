@@ -19,10 +19,10 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
+from lightsparse.files import atomic_write, partial_name, sync_folder
 from lightsparse.parallel import sharded_files
 from lightsparse.parallel.sharded_files import Shards
 from lightsparse.training.checkpoint_files import read_checkpoint
-from lightsparse.training.files import atomic_write, partial_name, sync_folder
 
 Then = Callable[[], None]
 

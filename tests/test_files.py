@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightsparse.training.files import atomic_write, remove_partial_files, write_text
+from lightsparse.files import atomic_write, remove_partial_files, write_text
 
 
 def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_sigkill_in_the_middle_leaves_only_a_partial_file_that_cleaning_removes(
     script = f"""
         import os, signal
         from pathlib import Path
-        from lightsparse.training.files import atomic_write
+        from lightsparse.files import atomic_write
         with atomic_write(Path({str(tmp_path / "step-5.ckpt")!r})) as file:
             file.write(b"x" * 100)
             file.flush()

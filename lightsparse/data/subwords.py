@@ -1,0 +1,198 @@
+"""Subwords: any tokenizer of the Hugging Face package `tokenizers` as a Tokenizer, and training a byte-level BPE.
+
+On disk one is two files, as in any model's folder: tokenizer.json, and tokenizer_config.json with the names of its
+special tokens. The package is imported on first use: bytes, the default, do without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightsparse.data.errors import DataError
+from lightsparse.data.pieces import cut
+from lightsparse.data.tokens import token_dtype
+from lightsparse.files import write_text
+
+if TYPE_CHECKING:
+    import tokenizers
+
+log = logging.getLogger(__name__)
+
+BOS, MASK = "<|bos|>", "<|mask|>"  # of tokenizers that have none
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+SMALLEST = 258  # ids: 256 bytes and the two special tokens
+
+
+class SubwordTokenizer:
+    """A `tokenizers.Tokenizer` whose special tokens are never found in a text.
+
+    name        of the kind, for the fingerprint
+    bos, mask   contents of the special tokens; one that is None, or not in the vocabulary, is put after its end
+    vocab_size  at least so many ids, those past the end unused: a model's size is fixed before its BPE is trained
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        name: str,
+        bos: str | None = None,
+        mask: str | None = None,
+        vocab_size: int = 0,
+    ):
+        self._tokenizer, self.name = tokenizer, name
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # special tokens in a text are text
+        self._specials = [bos or BOS, mask or MASK]
+        special = _package().AddedToken
+        tokenizer.add_special_tokens([special(each, special=True, normalized=False) for each in self._specials])
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        self.bos, self.mask = (self._vocabulary[each] for each in self._specials)
+        self.vocab_size = max(vocab_size, 1 + max(self._vocabulary.values()))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over the whole of tokenizer.json."""
+        content = f"{self._tokenizer.to_str()}{self.bos} {self.mask} {self.vocab_size}"
+        return f"{self.name}-{hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.concatenate([np.empty(0, token_dtype(self.vocab_size)), *self.encode_pieces(list(cut([text])))])
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
+        """In parallel over the pieces, on as many threads as RAYON_NUM_THREADS says (default: all)."""
+        encodings = self._tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
+        found = [np.array(encoding.ids, dtype=token_dtype(self.vocab_size)) for encoding in encodings]
+        for i, ids in enumerate(found):
+            if np.isin(ids, (self.bos, self.mask)).any():  # a vocabulary that lists them among its words (Unigram)
+                found[i] = self._encode_apart(pieces[i])
+        return found
+
+    def _encode_apart(self, piece: str) -> np.ndarray:
+        """The piece cut inside every special token's name that is written in it."""
+        inside = "|".join(f"(?<={re.escape(name[:1])})(?={re.escape(name[1:])})" for name in self._specials)
+        parts = [part for part in re.split(inside, piece) if part]
+        encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        ids = np.array([id for encoding in encodings for id in encoding.ids], dtype=token_dtype(self.vocab_size))
+        if np.isin(ids, (self.bos, self.mask)).any():
+            raise DataError(
+                f"the tokenizer {self.name} reads its special token {' or '.join(self._specials)} in ordinary text, "
+                "which would end documents where there is no end; use another, such as tokenizer=bpe"
+            )
+        return ids
+
+    def decode(self, ids: Tensor | np.ndarray | Sequence[int]) -> str:
+        """Special and unused ids are left out."""
+        return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
+    def token_bytes(self) -> Tensor:
+        """Exact for byte-level tokenizers. For others what a token shows: ▁ is a space, ## nothing, <0x0A> one byte;
+        a text changed before it was encoded (lower case, say) has another length."""
+        lengths = torch.zeros(self.vocab_size, dtype=torch.int64)
+        byte_level = self.is_byte_level
+        for token, id in self._vocabulary.items():
+            lengths[id] = len(token) if byte_level else _shown_bytes(token)
+        for id, added in self._tokenizer.get_added_tokens_decoder().items():
+            lengths[id] = 0 if added.special else len(added.content.encode())
+        return lengths
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether each character of a token's name stands for one byte."""
+        return '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+
+    def save(self, folder: Path) -> None:
+        """tokenizer.json and, before it, tokenizer_config.json; transformers' AutoTokenizer reads them, too."""
+        bos, mask = self._specials
+        config = {"bos_token": bos, "mask_token": mask, "vocab_size": self.vocab_size, "name": self.name}
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_text(folder / TOKENIZER, self._tokenizer.to_str(pretty=True) + "\n")
+
+
+def load_subwords(file: Path, config: Path | None) -> SubwordTokenizer:
+    """The tokenizer of a tokenizer.json and, if there is one, its tokenizer_config.json.
+
+    bos is the model's bos_token, else its eos_token (GPT-2's <|endoftext|>), else appended; mask likewise.
+    Raises DataError where a file cannot be read as that.
+    """
+    try:
+        tokenizer = _package().Tokenizer.from_file(str(file))
+        settings: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
+    except DataError:
+        raise
+    except Exception as error:  # the package raises a bare Exception for whatever it cannot parse
+        raise DataError(f"{file} cannot be read as a tokenizer: {str(error).partition(chr(10))[0]}") from error
+    own = settings.get("name") if isinstance(settings.get("name"), str) else None
+    loaded = SubwordTokenizer(
+        tokenizer,
+        name=own or "hf",
+        bos=_content(settings.get("bos_token")) or _content(settings.get("eos_token")),
+        mask=_content(settings.get("mask_token")),
+        vocab_size=settings.get("vocab_size") or 0,
+    )
+    if not loaded.is_byte_level:
+        log.info("tokenizer: %s is not byte-level, so bits per byte are what its tokens show, not exact", file)
+    return loaded
+
+
+def train_bpe(pieces: Iterable[str], vocab_size: int) -> SubwordTokenizer:
+    """A byte-level BPE with GPT-2's words (Radford et al. 2019) from the pieces of a text.
+
+    Deterministic. Ids: bos 0, mask 1, the 256 bytes, then merges; a small text may have too few of them, and the ids
+    past the last are never used.
+    """
+    package = _package()
+    tokenizer = package.Tokenizer(package.models.BPE())
+    tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = package.decoders.ByteLevel()
+    trainer = package.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[BOS, MASK],
+        initial_alphabet=sorted(package.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(pieces, trainer)
+    found = tokenizer.get_vocab_size()
+    log.info("tokenizer: trained a BPE of %d ids%s", found, "" if found == vocab_size else f", {vocab_size} asked for")
+    return SubwordTokenizer(tokenizer, name="bpe", bos=BOS, mask=MASK, vocab_size=vocab_size)
+
+
+def _package() -> Any:
+    # Said explicitly, or a loader that forks after an encoding warns on stderr; its processes never encode.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "this tokenizer needs the package tokenizers, which is not installed; pip install 'lightsparse[hf]', or "
+            "use tokenizer=bytes"
+        ) from error
+    return tokenizers
+
+
+def _content(token: object) -> str | None:
+    """A special token's text, written as text or as {"content": text, …}."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def _shown_bytes(token: str) -> int:
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+        return 1
+    return len(token.removeprefix("##").replace("▁", " ").encode())
