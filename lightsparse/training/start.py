@@ -26,7 +26,8 @@ def check_start(config: Config, vocab_size: int) -> None:
     if there.vocab_size != vocab_size:
         raise ConfigError(
             f"init_from is {folder}, with embeddings of {there.vocab_size} tokens, and the data's tokenizer has "
-            f"{vocab_size}; use the tokenizer that the model was trained with"
+            f"{vocab_size}; use the model's own, and "
+            "tokenizer.vocab_size where the model has more rows than that has ids"
         )
 
 
