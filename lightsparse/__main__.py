@@ -7,7 +7,10 @@ from rich.console import Console
 COMMANDS = {
     "python train.py": "train a model; also lightsparse-train",
     "python -m lightsparse.evaluate": "a trained run on tasks, and by position",
+    "python -m lightsparse.prepare": "tokenize a text once, for many runs",
+    "python -m lightsparse.generate": "let a trained run write",
     "python -m lightsparse.show": "draw an attention pattern as PNG",
+    "python -m lightsparse.export": "a trained run for transformers",
     "python -m lightsparse.analysis": "how far back an attention reaches",
     "python -m lightsparse.replay": "take the step again that ended a run",
     "python -m lightsparse.bench kernels": "speed of sparse attention against dense",

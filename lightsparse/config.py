@@ -30,10 +30,12 @@ from lightsparse.parallel.kinds import KINDS, StrategyConfig
 from lightsparse.patterns import BlockLayout
 from lightsparse.schema import Config, TrainerConfig
 from lightsparse.targets import ConfigError
+from lightsparse.training.checkpoint_files import checkpoint_steps
 from lightsparse.training.optimizers import parameter_groups
 from lightsparse.training.ranks import launched_ranks
 from lightsparse.training.schedules import Schedule
 from lightsparse.training.sharding import context_split
+from lightsparse.training.start import check_start
 
 # Keys that may change between the parts of one run: they say how long, where and how watched, not what is trained.
 # Of ranks and batches only their product counts, the samples of an optimizer step; `_fixed_values` adds it.
@@ -67,6 +69,7 @@ FREE_KEYS = (
     "trainer.log_every_n_steps",
     "data.batch_size",
     "data.num_workers",
+    "data.cache",
 )
 
 
@@ -188,6 +191,8 @@ def check_model(config: Config) -> Transformer:
     with contextlib.suppress(NotImplementedError):  # no layout before there is an input
         layout_of(config)
     model = meta_model(config)
+    if config.init_from is not None and not checkpoint_steps(Path(config.runs_dir, config.name, "checkpoints")):
+        check_start(config, model.vocab_size)
     config.optimizer.build(parameter_groups(model, model.layers))
     context_split(config, model)
     return model
@@ -268,6 +273,8 @@ def _fixed_values(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         dotted = f"{prefix}{key}"
         if dotted in FREE_KEYS or (prefix == "strategy." and value in (None, "none")):  # a hook that is not used
+            continue
+        if dotted == "init_from" and value is None:
             continue
         if isinstance(value, Mapping):
             values |= _fixed_values(value, f"{dotted}.")

@@ -18,7 +18,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightsparse.data import ByteTokenizer, DataError
+from lightsparse.data import DataError
+from lightsparse.data.kept import tokenizer_of
 from lightsparse.targets import ConfigError
 from lightsparse.training.health import replay_file
 from lightsparse.training.module import LanguageModel, language_model
@@ -51,7 +52,8 @@ def replay(file: Path) -> list[str]:
     if not file.is_file() or file.parent.name != "replay":
         raise ConfigError(f"file is {file}; it must be a file of a run's replay folder, where a run left one")
     folder, content = file.parents[1], torch.load(file, map_location="cpu", weights_only=True)
-    module = language_model(stored_config(folder), ByteTokenizer())
+    config = stored_config(folder)
+    module = language_model(config, tokenizer_of(config.data, folder))
     weights = torch.load(replay_file(folder, content["step"], 0), map_location="cpu", weights_only=True)["state_dict"]
     module.load_state_dict(weights)
     lines = [f"step {content['step']}: {content['reason']}; {len(content['batches'])} micro-batches of {file.name}"]

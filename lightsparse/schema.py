@@ -105,6 +105,7 @@ class Config:
     seed: int
     resume: Literal["auto", "must", "never"]
     precision: Literal["32", "bf16-mixed", "bf16-true"]
+    init_from: str | None  # folder of a transformers model to start from; see training/start.py
     compile: bool
     objective: Literal["causal", "mlm"]
     mlm_ratio: float  # share of tokens that are masked; read by objective=mlm only

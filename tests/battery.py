@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from lightsparse.attention.core import AttentionCore, AttentionShape, SequenceContext
 from lightsparse.build import AttentionChoice
 from lightsparse.kernels import use_backend
+from lightsparse.models import KVCache, ModelConfig, Transformer, context_for, generate
+from lightsparse.models.sampling import GREEDY
 from lightsparse.overrides import conf_dir
 from lightsparse.patterns.mask import document_starts
 
@@ -331,11 +333,82 @@ def decodes_token_by_token(variant: Variant) -> None:
         close(torch.cat(pieces, 2), whole, 1e-9, "decoding")
 
 
+def decodes_from_a_cache(variant: Variant, shape: Shape) -> None:
+    """The same with a cache that forgets what no later query reads, ten windows long, documents packed or not.
+
+    The output is that of the full forward, and after every pass the cache holds what it was told to and no more.
+    """
+    core, given = variant.core(shape, dtype=torch.float64), Inputs.random(shape, dtype=torch.float64)
+    packed = torch.cat([documents_at(shape.n, 11, 50), documents_at(shape.n, 37)])[: shape.batch]
+    for documents in (None, packed) if core.supports_documents else (None,):
+        lifetimes = core.lifetimes(shape.n, documents)
+        cache, pieces = KVCache(lifetimes), []
+        for start, stop in _steps(shape.n):
+            new = given.tokens(start, stop)
+            k, v, held = cache.append(new.k, new.v)
+            of_tokens = None if documents is None else documents[:, :stop]
+            ctx = context(stop, of_tokens, q_start=start, states={core.shape.layer: cache.state})
+            pieces.append(core(new.q, k, v, x=new.x, ctx=replace(ctx, held=held)).out)
+            if lifetimes is not None:
+                row, block = start // lifetimes.block, lifetimes.block
+                wanted = [j for j in range(-(-stop // block)) if j >= row or lifetimes.last_row[j] >= row]
+                assert k.shape[2] == sum(min(block, stop - j * block) for j in wanted)
+        close(torch.cat(pieces, 2), attend(core, given, documents), 1e-9, "decoding")
+
+
+def generates_like_the_full_forward(variant: Variant) -> None:
+    """Logits of a model's cached decoding equal those of its full forward, fp32 ≤ 1e-4, after packed prompts too."""
+    model, n = _model(variant), 150
+    tokens = torch.randint(0, model.vocab_size, (2, n), generator=torch.Generator().manual_seed(3))
+    for documents in (None, torch.cat([documents_at(n, 40), documents_at(n, 9, 30)])):
+        caches, pieces = model.caches(n, documents), []
+        with torch.no_grad():
+            whole = model.logits(model(tokens, context_for(tokens, documents)).hidden)
+            for start, stop in _steps(n):
+                new, of_tokens = tokens[:, start:stop], None if documents is None else documents[:, :stop]
+                hidden = model(new, context_for(new, of_tokens, q_start=start), caches).hidden
+                pieces.append(model.logits(hidden))
+        close(torch.cat(pieces, 1), whole, 1e-4, "the logits of cached decoding")
+
+
+def batches_prompts_of_any_lengths(variant: Variant) -> None:
+    """Each row of a batch of packed prompts of different lengths gets the tokens that it gets alone."""
+    model, draw = _model(variant).double(), torch.Generator().manual_seed(4)
+    prompts = [torch.randint(0, model.vocab_size, (length,), generator=draw) for length in (50, 3, 33)]
+    documents = [
+        documents_at(len(row), *borders)[0] for row, borders in zip(prompts, ((20, 48), (), (16,)), strict=True)
+    ]
+    together = generate(model, prompts, 12, sampling=GREEDY, documents=documents)
+    for row, (alone, of_row) in enumerate(zip(prompts, documents, strict=True)):
+        assert generate(model, [alone], 12, sampling=GREEDY, documents=[of_row]) == [together[row]]
+        tokens = torch.cat([alone, torch.tensor(together[row])])[None]
+        ids = torch.cat([of_row, of_row[-1:].expand(12)])[None]
+        with torch.no_grad():
+            logits = model.logits(model(tokens, context_for(tokens, ids)).hidden)[0]
+        assert logits.argmax(-1)[len(alone) - 1 : -1].tolist() == together[row]
+
+
+def _model(variant: Variant) -> Transformer:
+    """Two layers of the variant around a dense one, queries in groups of two."""
+    torch.manual_seed(0)
+    config = ModelConfig(depth=3, embed_dim=64, heads=4, kv_heads=2, mlp_dim=64, layer_pattern="SDS")
+    core = variant.choice.config.small()
+    model = Transformer(config, lambda of: variant.core_class(core, of), vocab_size=61, context=150).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.dim() > 1 else 1)  # so that the attention matters to the logits
+    return model
+
+
 def _steps(n: int) -> Iterator[tuple[int, int]]:
+    """A prompt, a few tokens, single ones over several blocks, then one and six by turns."""
     yield 0, 29
     yield 29, 34
-    for t in range(34, n):
-        yield t, t + 1
+    start, counts = 34, itertools.chain([1] * 42, itertools.cycle((6, 1)))
+    while start < n:
+        stop = min(start + next(counts), n)
+        yield start, stop
+        start = stop
 
 
 def chooses_again_what_it_chose(variant: Variant) -> None:

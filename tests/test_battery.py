@@ -19,6 +19,9 @@ class Property(NamedTuple):
     shapes: tuple[Shape, ...] = ()  # run once per shape
 
 
+# No groups of queries, groups of 2 and ten windows of the small variants, groups of 8.
+DECODED = (Shape(90, 1, 2, 2, 32), Shape(230, 2, 4, 2, 32), Shape(90, 1, 8, 1, 32))
+
 PROPERTIES = (
     Property(battery.equals_the_reference, shapes=SHAPES),
     Property(battery.passes_gradcheck),
@@ -30,6 +33,9 @@ PROPERTIES = (
     Property(battery.packs_like_separate_documents, "supports_documents"),
     Property(battery.is_dense_at_full_budget, "exact_at_full_budget", SHAPES[:3]),
     Property(battery.decodes_token_by_token, "supports_causal"),
+    Property(battery.decodes_from_a_cache, "supports_causal", DECODED),
+    Property(battery.generates_like_the_full_forward, "supports_causal"),
+    Property(battery.batches_prompts_of_any_lengths, "supports_causal"),
     Property(battery.chooses_again_what_it_chose),
     Property(battery.compiles),
     Property(battery.grows_linearly),

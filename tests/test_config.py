@@ -9,6 +9,9 @@ import yaml
 from hydra.errors import ConfigCompositionException
 
 from lightsparse.config import check, compose, config_hash, differences, explain, parse
+from lightsparse.data.files import FilesData
+from lightsparse.data.prepare import prepare
+from lightsparse.data.tokenizer import BPE
 from lightsparse.models.transformer import Transformer
 from lightsparse.overrides import compose_raw, conf_dir
 from lightsparse.targets import ConfigError
@@ -19,12 +22,35 @@ CHOICES = [
     if group.is_dir()
     for choice in sorted(group.glob("*.yaml"))
 ]
-NEEDS = {"data=files": ["data.path=pyproject.toml"], "data=hub": ["data.name=some/text"]}
+NEEDS = {
+    "data=files": ["data.path=pyproject.toml"],
+    "data=hub": ["data.name=some/text"],
+    "data=prepared": ["data.path={made}"],
+    "data=mixture": ["+data@data.sources.a=stdlib", "+data.weights={{a: 1}}"],
+    "tokenizer=hf": ["tokenizer.path={made}"],
+    "tokenizer=own": ["data=prepared", "data.path={made}"],
+}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A folder of prepared tokens with their tokenizer."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "texts").mkdir()
+    for i in range(4):
+        (folder / "texts" / f"{i}.txt").write_text("text " * 9)
+    data = FilesData(path=str(folder / "texts")).choose_tokenizer(BPE(vocab_size=300))
+    prepare(data, folder / "out")
+    return folder / "out"
+
+
+def needs(choice, made):
+    return [word.format(made=made) for word in NEEDS.get(choice, [])]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_file_of_conf_composes_and_passes_the_check(choice):
-    check(compose([choice, *NEEDS.get(choice, [])]))
+def test_every_file_of_conf_composes_and_passes_the_check(choice, made):
+    check(compose([choice, *needs(choice, made)]))
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -36,8 +62,8 @@ def test_every_file_of_conf_says_in_its_first_line_what_it_is_for(choice):
 
 
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if not choice.startswith(("experiment", "logger"))])
-def test_every_key_of_the_schema_stands_in_the_yaml_so_that_a_plain_override_reaches_it(choice):
-    config = compose([choice, *NEEDS.get(choice, [])])
+def test_every_key_of_the_schema_stands_in_the_yaml_so_that_a_plain_override_reaches_it(choice, made):
+    config = compose([choice, *needs(choice, made)])
     group = choice.split("=")[0]
     given = set(compose_raw([choice])[group]) - {"_target_"}
     part = getattr(config, group)
@@ -45,9 +71,8 @@ def test_every_key_of_the_schema_stands_in_the_yaml_so_that_a_plain_override_rea
         assert given == set(part.kwargs)
     else:
         part = part.config if group == "attention" else part
-        assert given == {field.name for field in dataclasses.fields(part)} - (
-            {"tokenizer"} if group == "data" else set()
-        )
+        chosen_apart = {"tokenizer"} if group == "data" else set()
+        assert given == {field.name for field in dataclasses.fields(part)} - chosen_apart
 
 
 def test_every_key_of_config_yaml_has_a_comment():

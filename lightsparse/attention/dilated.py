@@ -29,12 +29,11 @@ from lightsparse.attention.core import (
 )
 from lightsparse.attention.dense import refuse_unfit
 from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
-from lightsparse.attention.segments import Branch, Gather, Sizes, gathers, last_readers
+from lightsparse.attention.segments import Branch, Gather, Sizes, dense_area, gathers, last_rows
 from lightsparse.attention.segments_over_ranks import share
 from lightsparse.hashing import chain
 from lightsparse.kernels import Dropout
-from lightsparse.patterns import BlockLayout, Pattern, interval_mask
-from lightsparse.patterns.layout import no_dense_rows
+from lightsparse.patterns import Pattern
 
 log = logging.getLogger(__name__)
 
@@ -116,13 +115,10 @@ class DilatedAttention(AttentionCore):
         return self.config.block
 
     def lifetimes(self, until: int, documents: Tensor | None = None) -> Lifetimes | None:
-        """A token is read to the end of the last segment that holds it; with a pattern every token keeps its slots."""
-        if self.config.pattern is not None:
-            return None
-        last_BN = last_readers(self.config.segment_lengths, until, documents)
         block = self.config.block
-        of_blocks = torch.nn.functional.pad(last_BN.amax(0), (0, -until % block)).view(-1, block).amax(1) // block
-        return Lifetimes(until, block, of_blocks.tolist())
+        if self.config.pattern is not None:  # its slots are laid out from the first token on
+            return None
+        return Lifetimes(until, block, last_rows(self.config.segment_lengths, until, block, documents))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         # Where every head has one branch there is nothing to weigh, and kernels without a differentiable lse will do.
@@ -171,7 +167,7 @@ def _plan_of(branches: tuple[Branch, ...], sizes: Sizes, documents: Tensor | Non
     found = [gathers(branch, sizes, documents) for branch in branches]
     if sizes.q_start:
         return _Plan(found, None)
-    dense = _dense_area(sizes, documents) * sizes.kv_heads
+    dense = dense_area(sizes, documents) * sizes.kv_heads
     computed = sum((gather.area for of_branch in found for gather in of_branch), torch.zeros_like(dense))
     return _Plan(found, float((computed / dense).mean()))
 
@@ -180,16 +176,6 @@ def _plan_of(branches: tuple[Branch, ...], sizes: Sizes, documents: Tensor | Non
 def _plan_without_documents(branches: tuple[Branch, ...], sizes: Sizes) -> _Plan:
     with torch.inference_mode(False):  # a plan first made while evaluating serves training too
         return _plan_of(branches, sizes, None)
-
-
-def _dense_area(sizes: Sizes, documents: Tensor | None) -> Tensor:
-    """Query–key area of dense attention over the same tokens in the same tiles: fp64 [B|1]."""
-    mask = interval_mask(
-        sizes.num_keys, q_start=sizes.q_start, causal=sizes.causal, documents=documents, device=sizes.device
-    )
-    q_block = 1 if sizes.q_start % sizes.block else sizes.block
-    table = torch.empty(1, 1, -(-mask.num_queries // q_block), 0, dtype=torch.int32, device=sizes.device)
-    return BlockLayout(table, q_block, sizes.block, mask, no_dense_rows(sizes.device)).areas()[1]
 
 
 class _Part(NamedTuple):

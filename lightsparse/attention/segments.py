@@ -105,8 +105,8 @@ def gathers(branch: Branch, sizes: Sizes, documents: Tensor | None) -> list[Gath
     ]
 
 
-def last_readers(lengths: Sequence[int], until: int, documents: Tensor | None) -> Tensor:
-    """The last token whose segment of some length holds each of the first `until` tokens: int64 [B|1, until].
+def last_rows(lengths: Sequence[int], until: int, block: int, documents: Tensor | None) -> list[int]:
+    """Of each block of the first `until` tokens, the last block that shares a segment of some length with it.
 
     documents  int32 [B, until] or None
     """
@@ -114,7 +114,9 @@ def last_readers(lengths: Sequence[int], until: int, documents: Tensor | None) -
     starts = torch.zeros(1, until, dtype=torch.int64) if documents is None else document_starts(documents.cpu())
     last_BN = torch.stack([index + (length - 1 - (index - starts) % length) for length in lengths]).amax(0)
     borders = torch.where(starts == index, index, until)[:, 1:].flip(1).cummin(1).values.flip(1)
-    return last_BN.minimum(torch.nn.functional.pad(borders, (0, 1), value=until) - 1)  # a document ends its segments
+    ends_BN = torch.nn.functional.pad(borders, (0, 1), value=until) - 1  # a document ends its segments
+    last_N = torch.nn.functional.pad(last_BN.minimum(ends_BN).amax(0), (0, -until % block))
+    return (last_N.view(-1, block).amax(1) // block).tolist()
 
 
 def _segments_to_come(branch: Branch, sizes: Sizes, documents: Tensor | None) -> tuple[int, Tensor]:
@@ -239,3 +241,13 @@ def _of_heads(table: Tensor, kv_heads: Sequence[int], sizes: Sizes) -> Tensor:
     if table.shape[1] == 1:
         return table
     return table.unflatten(1, (sizes.kv_heads, -1))[:, list(kv_heads)].flatten(1, 2)
+
+
+def dense_area(sizes: Sizes, documents: Tensor | None) -> Tensor:
+    """Query–key area of dense attention over the same tokens in the same tiles: fp64 [B|1]."""
+    mask = interval_mask(
+        sizes.num_keys, q_start=sizes.q_start, causal=sizes.causal, documents=documents, device=sizes.device
+    )
+    q_block = 1 if sizes.q_start % sizes.block else sizes.block
+    table = torch.empty(1, 1, -(-mask.num_queries // q_block), 0, dtype=torch.int32, device=sizes.device)
+    return BlockLayout(table, q_block, sizes.block, mask, no_dense_rows(sizes.device)).areas()[1]

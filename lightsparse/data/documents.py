@@ -12,7 +12,7 @@ from typing import Any
 
 from lightsparse.data.source import DataError
 
-READ = 1 << 20  # bytes read at once
+READ = 1 << 17  # bytes read at once: small, or the heap is fragmented over gigabytes
 
 
 @dataclass(frozen=True)

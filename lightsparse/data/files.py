@@ -6,9 +6,10 @@ Tables are read through `datasets` in streaming mode, which needs no network and
 from __future__ import annotations
 
 import glob
+import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -56,6 +57,18 @@ class FilesData(TextConfig):
         if self.val_path is not None:
             yield from self._documents(self.val_path, validation=True)
 
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "files": files_digest(self._paths())}
+
+    def text_bytes(self) -> int | None:
+        paths = self._paths()
+        is_table = any(path.suffix.lower() in TABLE_READERS for path in paths)
+        return None if is_table else sum(path.stat().st_size for path in paths)
+
+    def _paths(self) -> list[Path]:
+        patterns = [self.path] if self.val_path is None else [self.path, self.val_path]
+        return [path for pattern in patterns for path in matching_files(pattern).values()]
+
     def _documents(self, pattern: str, validation: bool | None) -> Iterator[Document]:
         for name, path in matching_files(pattern).items():
             reader = TABLE_READERS.get(path.suffix.lower())
@@ -77,6 +90,15 @@ def matching_files(pattern: str) -> dict[str, Path]:
         below = str(path.relative_to(root))
     found = sorted(Path(name).as_posix() for name in glob.glob(below, root_dir=root, recursive=True))
     return {name: root / name for name in found if (root / name).is_file()}
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """16 hex digits over names, sizes and times of change: another text is another digest, without reading it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        status = path.stat()
+        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 def table_rows(path: Path, reader: str) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import config as datasets_config
@@ -18,6 +19,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lightsparse.data.documents import Document, column_text
+from lightsparse.data.files import files_digest
 from lightsparse.data.source import DataError
 from lightsparse.data.text import TextConfig
 
@@ -35,19 +37,29 @@ class HubData(TextConfig):
     val_split: str | None = None  # split held out; null: hold out val_fraction of `split` by hash
     column: str = "text"  # column that holds the text
     streaming: bool = True  # read over the network as far as needed; false: download the data set to the cache first
-    max_characters: int = 200_000_000  # of each split, from its start: all text read is held in memory
+    max_characters: int | None = 200_000_000  # of each split, from its start; null = all of it, for prepare or a cache
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.name:
             raise ValueError("data.name is empty; name a data set, as in data=hub data.name=emozilla/pg19")
-        if self.max_characters < 1:
-            raise ValueError(f"data.max_characters is {self.max_characters}; it counts characters, at least 1")
+        if self.revision is not None and os.path.isdir(self.name):
+            raise ValueError(f"data.revision is {self.revision!r}, but {self.name} is a local folder, which has none")
+        if self.max_characters is not None and self.max_characters < 1:
+            raise ValueError(
+                f"data.max_characters is {self.max_characters}; it counts characters, at least 1, and null is no limit"
+            )
         if self.val_split == self.split:
             raise ValueError(
                 f"data.split and data.val_split are both {self.split!r}; validation text must not be trained on, "
                 "so name another split, or null to hold out a share of this one"
             )
+
+    def identity(self) -> dict[str, Any]:
+        if not os.path.isdir(self.name):
+            return {**super().identity(), "commit": check_reachable(self.name, self.revision)}
+        files = sorted(path for path in Path(self.name).rglob("*") if path.is_file())
+        return {**super().identity(), "files": files_digest(files)}
 
     def documents(self) -> Iterator[Document]:
         """Documents named by split and row, up to the one that reaches max_characters."""
@@ -59,13 +71,28 @@ class HubData(TextConfig):
 
     def _documents(self, split: str, validation: bool | None) -> Iterator[Document]:
         characters = 0
-        for row, content in enumerate(self._rows(split)):
+        for row, content in enumerate(self._read(split)):
             text = column_text(content, self.column, self.name)
             yield Document(f"{split}:{row}", text, validation)
             characters += len(text)
-            if characters >= self.max_characters:
+            if self.max_characters is not None and characters >= self.max_characters:
                 log.info("%s: stopped at data.max_characters after %d documents of %s", self.name, row + 1, split)
                 return
+
+    def _read(self, split: str) -> Iterator[dict[str, Any]]:
+        rows, row = iter(self._rows(split)), 0
+        while True:
+            try:
+                content = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # a lost connection or a damaged file, with a class of the reader's own
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise DataError(
+                    f"data set {self.name!r}, split {split!r}, cannot be read beyond row {row}: {reason}"
+                ) from error
+            yield content
+            row += 1
 
     def _rows(self, split: str) -> Iterable[dict[str, Any]]:
         try:
@@ -77,12 +104,15 @@ class HubData(TextConfig):
             raise DataError(f"data set {self.name!r}, split {split!r}, cannot be loaded: {reason}") from error
 
 
-def check_reachable(name: str, revision: str | None) -> None:
-    """DataError within seconds if the hub, or this data set on it, cannot be read; nothing in offline mode."""
+def check_reachable(name: str, revision: str | None) -> str | None:
+    """The commit that the revision stands for; None, unasked, in offline mode.
+
+    DataError within seconds if the hub, or this data set on it, cannot be read.
+    """
     if datasets_config.HF_HUB_OFFLINE:
-        return
+        return None
     try:
-        HfApi().dataset_info(name, revision=revision, timeout=CONNECT_SECONDS)
+        return HfApi().dataset_info(name, revision=revision, timeout=CONNECT_SECONDS).sha
     except (HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"data set {name!r}, revision {revision or 'main'}, cannot be read: {reason}") from error

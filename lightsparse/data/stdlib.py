@@ -12,9 +12,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightsparse.data.documents import Document, utf8_text
+from lightsparse.data.files import files_digest
 from lightsparse.data.source import DataError
 from lightsparse.data.text import TextConfig
 
@@ -34,9 +35,12 @@ class StdlibData(TextConfig):
         if self.unit not in ("file", "package"):
             raise ValueError(f"data.unit is {self.unit!r}; it must be file or package, what one document is made of")
 
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "files": files_digest(source_files(library()))}
+
     def documents(self) -> Iterator[Document]:
         """Documents of at least MIN_BYTES, named by their path below the library's folder."""
-        root = Path(sysconfig.get_paths()["stdlib"])
+        root = library()
         files_of = defaultdict(list)
         for path in source_files(root):
             relative = path.relative_to(root)
@@ -46,6 +50,11 @@ class StdlibData(TextConfig):
         for name, paths in files_of.items():
             if sum(path.stat().st_size for path in paths) >= MIN_BYTES:
                 yield Document(name, "".join(utf8_text(path) for path in paths))
+
+
+def library() -> Path:
+    """The folder it lies in."""
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def source_files(root: Path) -> list[Path]:

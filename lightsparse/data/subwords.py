@@ -39,7 +39,8 @@ class SubwordTokenizer:
     """A `tokenizers.Tokenizer` whose special tokens are never found in a text.
 
     name        of the kind, for the fingerprint
-    bos, mask   contents of the special tokens; one that is None, or not in the vocabulary, is put after its end
+    bos, mask   contents of the special tokens; put after the vocabulary's end where they are not in it. bos None: it
+                gets one of ours; mask None: it has none
     vocab_size  at least so many ids, those past the end unused: a model's size is fixed before its BPE is trained
     """
 
@@ -56,11 +57,14 @@ class SubwordTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # special tokens in a text are text
-        self._specials = [bos or BOS, mask or MASK]
+        self._mask = mask
+        self._specials = [bos or BOS, *([mask] if mask is not None else [])]
         special = _package().AddedToken
         tokenizer.add_special_tokens([special(each, special=True, normalized=False) for each in self._specials])
         self._vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-        self.bos, self.mask = (self._vocabulary[each] for each in self._specials)
+        self.bos = self._vocabulary[self._specials[0]]
+        self.mask = None if mask is None else self._vocabulary[mask]
+        self._special_ids = [self._vocabulary[each] for each in self._specials]
         self.vocab_size = max(vocab_size, 1 + max(self._vocabulary.values()))
 
     @cached_property
@@ -77,7 +81,7 @@ class SubwordTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
         found = [np.array(encoding.ids, dtype=token_dtype(self.vocab_size)) for encoding in encodings]
         for i, ids in enumerate(found):
-            if np.isin(ids, (self.bos, self.mask)).any():  # a vocabulary that lists them among its words (Unigram)
+            if np.isin(ids, self._special_ids).any():  # a vocabulary that lists them among its words (Unigram)
                 found[i] = self._encode_apart(pieces[i])
         return found
 
@@ -87,7 +91,7 @@ class SubwordTokenizer:
         parts = [part for part in re.split(inside, piece) if part]
         encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
         ids = np.array([id for encoding in encodings for id in encoding.ids], dtype=token_dtype(self.vocab_size))
-        if np.isin(ids, (self.bos, self.mask)).any():
+        if np.isin(ids, self._special_ids).any():
             raise DataError(
                 f"the tokenizer {self.name} reads its special token {' or '.join(self._specials)} in ordinary text, "
                 "which would end documents where there is no end; use another, such as tokenizer=bpe"
@@ -116,17 +120,18 @@ class SubwordTokenizer:
 
     def save(self, folder: Path) -> None:
         """tokenizer.json and, before it, tokenizer_config.json; transformers' AutoTokenizer reads them, too."""
-        bos, mask = self._specials
-        config = {"bos_token": bos, "mask_token": mask, "vocab_size": self.vocab_size, "name": self.name}
+        config: dict[str, object] = {"bos_token": self._specials[0], "mask_token": self._mask, "name": self.name}
+        config["vocab_size"] = self.vocab_size
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         write_text(folder / TOKENIZER, self._tokenizer.to_str(pretty=True) + "\n")
 
 
-def load_subwords(file: Path, config: Path | None) -> SubwordTokenizer:
+def load_subwords(file: Path, config: Path | None, vocab_size: int | None = None) -> SubwordTokenizer:
     """The tokenizer of a tokenizer.json and, if there is one, its tokenizer_config.json.
 
-    bos is the model's bos_token, else its eos_token (GPT-2's <|endoftext|>), else appended; mask likewise.
+    bos is the model's bos_token, else its eos_token (GPT-2's <|endoftext|>), else appended; mask the model's, if any.
+    vocab_size  ids that its model has rows for, where those are more than its own
     Raises DataError where a file cannot be read as that.
     """
     try:
@@ -142,8 +147,12 @@ def load_subwords(file: Path, config: Path | None) -> SubwordTokenizer:
         name=own or "hf",
         bos=_content(settings.get("bos_token")) or _content(settings.get("eos_token")),
         mask=_content(settings.get("mask_token")),
-        vocab_size=settings.get("vocab_size") or 0,
+        vocab_size=vocab_size or settings.get("vocab_size") or 0,
     )
+    if vocab_size is not None and vocab_size < loaded.vocab_size:
+        raise DataError(
+            f"tokenizer.vocab_size is {vocab_size}, and {file} has {loaded.vocab_size} ids; give at least that"
+        )
     if not loaded.is_byte_level:
         log.info("tokenizer: %s is not byte-level, so bits per byte are what its tokens show, not exact", file)
     return loaded

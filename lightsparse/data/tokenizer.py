@@ -11,6 +11,8 @@ from lightsparse.data.errors import DataError
 from lightsparse.data.subwords import CONFIG, SMALLEST, TOKENIZER, SubwordTokenizer, load_subwords, train_bpe
 from lightsparse.data.tokens import ByteTokenizer, Tokenizer
 
+CONNECT_SECONDS = 5  # within which the hub has to answer
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -19,6 +21,10 @@ class TokenizerConfig:
     def size(self) -> int:
         """Number of ids, known without reading the corpus."""
         raise NotImplementedError(f"{type(self).__name__} has no size")
+
+    def identity(self) -> str:
+        """Differs where the tokens would."""
+        return repr(self)
 
     def build(self, training_text: Callable[[int], Iterator[str]]) -> Tokenizer:
         """The tokenizer.
@@ -62,6 +68,7 @@ class BPE(TokenizerConfig):
 class HuggingFace(TokenizerConfig):
     path: str = ""  # a tokenizer.json, a folder with one, or the name of a model on the hub
     revision: str | None = None  # branch, tag or commit of a model on the hub
+    vocab_size: int | None = None  # rows of its model's embedding, where they are more than its ids; null: its ids
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -84,11 +91,15 @@ class HuggingFace(TokenizerConfig):
     def build(self, training_text: Callable[[int], Iterator[str]]) -> Tokenizer:
         return self._load()
 
+    def identity(self) -> str:
+        return self._load().fingerprint
+
     def _load(self) -> SubwordTokenizer:
         local = Path(self.path).expanduser()
         if local.exists():
-            return load_folder(local if local.is_dir() else local.parent, local.name if local.is_file() else TOKENIZER)
-        return _from_hub(self.path, self.revision)
+            folder, name = (local, TOKENIZER) if local.is_dir() else (local.parent, local.name)
+            return load_folder(folder, name, self.vocab_size)
+        return _from_hub(self.path, self.revision, self.vocab_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,39 +116,48 @@ class Given(TokenizerConfig):
     def size(self) -> int:
         return self.tokenizer.vocab_size
 
+    def identity(self) -> str:
+        return self.tokenizer.fingerprint
+
     def build(self, training_text: Callable[[int], Iterator[str]]) -> Tokenizer:
         return self.tokenizer
 
 
-def load_folder(folder: Path, name: str = TOKENIZER) -> SubwordTokenizer:
+def load_folder(folder: Path, name: str = TOKENIZER, vocab_size: int | None = None) -> SubwordTokenizer:
     """The tokenizer of a model's, a run's or a prepared folder; read once per content."""
     config = folder / CONFIG
     found = [folder / name, *([config] if config.is_file() else [])]
-    return _loaded(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in found))
+    return _loaded(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in found), vocab_size)
 
 
 @lru_cache(maxsize=8)
-def _loaded(files: tuple[tuple[Path, int, int], ...]) -> SubwordTokenizer:
+def _loaded(files: tuple[tuple[Path, int, int], ...], vocab_size: int | None) -> SubwordTokenizer:
     paths = [path for path, *_ in files]
-    return load_subwords(paths[0], paths[1] if len(paths) > 1 else None)
+    return load_subwords(paths[0], paths[1] if len(paths) > 1 else None, vocab_size)
 
 
 @lru_cache(maxsize=8)
-def _from_hub(name: str, revision: str | None) -> SubwordTokenizer:
+def _from_hub(name: str, revision: str | None, vocab_size: int | None) -> SubwordTokenizer:
     """Downloaded, or from the hub's cache. DataError where neither has it."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    unreachable: Exception | None = None
     try:
-        file = Path(hf_hub_download(name, TOKENIZER, revision=revision))
+        HfApi().model_info(name, revision=revision, timeout=CONNECT_SECONDS)  # a download would try for half a minute
+    except Exception as error:  # every HTTP client the hub's package has used has classes of its own
+        unreachable = error
+    try:
+        cached = unreachable is not None
+        file = Path(hf_hub_download(name, TOKENIZER, revision=revision, local_files_only=cached))
         try:
-            config = Path(hf_hub_download(name, CONFIG, revision=revision))
+            config = Path(hf_hub_download(name, CONFIG, revision=revision, local_files_only=cached))
         except EntryNotFoundError:
             config = None
-    except Exception as error:  # every HTTP client the hub's package has used has classes of its own
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:
+        reason = str(unreachable or error).strip().partition("\n")[0]
         raise DataError(
             f"tokenizer.path is {name!r}, which is no file or folder here and cannot be had from the hub ({reason}); "
             "without it work tokenizer=bytes, tokenizer=bpe and a local tokenizer.json"
         ) from error
-    return load_subwords(file, config)
+    return load_subwords(file, config, vocab_size)

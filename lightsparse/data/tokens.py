@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
         """Opens every document: packing finds the documents by it, generation stops at it."""
 
     @property
-    def mask(self) -> int:
+    def mask(self) -> int | None:
         """Hides a token under objective=mlm."""
 
     def encode(self, text: str) -> np.ndarray:

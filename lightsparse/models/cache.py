@@ -80,9 +80,9 @@ class KVCache:
         room = 0 if buffer is None else buffer.shape[2]
         if buffer is not None and stop <= room:
             return buffer
-        if self.lifetimes is None or self._ids is None:
+        if self.lifetimes is None:
             room = max(stop, 2 * room)
-        else:  # it is copied once a block anyway
+        else:  # what forgets is copied once a block anyway
             room = -(-stop // self.lifetimes.block) * self.lifetimes.block
         batch, heads, _, dim = new.shape
         larger = new.new_empty(batch, heads, room, dim)

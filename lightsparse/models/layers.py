@@ -38,10 +38,12 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def matrix(inputs: int, outputs: int, std: float = INIT_STD) -> nn.Linear:
-    """A linear map without bias, its weights drawn from N(0, std²)."""
-    linear = nn.Linear(inputs, outputs, bias=False)
+def matrix(inputs: int, outputs: int, std: float = INIT_STD, *, bias: bool = False) -> nn.Linear:
+    """A linear map, its weights drawn from N(0, std²), its bias, if any, 0."""
+    linear = nn.Linear(inputs, outputs, bias=bias)
     nn.init.normal_(linear.weight, std=std)
+    if bias:
+        nn.init.zeros_(linear.bias)
     return linear
 
 
@@ -52,13 +54,13 @@ class SelfAttention(nn.Module):
     (2048 tokens, E 512, 8 and 2 heads of 64, one thread).
     """
 
-    def __init__(self, core: AttentionCore, *, qk_norm: bool, eps: float, out_std: float):
+    def __init__(self, core: AttentionCore, *, qk_norm: bool, qkv_bias: bool, eps: float, out_std: float):
         super().__init__()
         shape = core.shape
         self.head_dim = shape.head_dim
-        self.q_proj = matrix(shape.embed_dim, shape.heads * shape.head_dim)
-        self.k_proj = matrix(shape.embed_dim, shape.kv_heads * shape.head_dim)
-        self.v_proj = matrix(shape.embed_dim, shape.kv_heads * shape.head_dim)
+        self.q_proj = matrix(shape.embed_dim, shape.heads * shape.head_dim, bias=qkv_bias)
+        self.k_proj = matrix(shape.embed_dim, shape.kv_heads * shape.head_dim, bias=qkv_bias)
+        self.v_proj = matrix(shape.embed_dim, shape.kv_heads * shape.head_dim, bias=qkv_bias)
         self.o_proj = matrix(shape.heads * shape.head_dim, shape.embed_dim, out_std)
         self.q_norm = RMSNorm(shape.head_dim, eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(shape.head_dim, eps) if qk_norm else nn.Identity()
@@ -156,6 +158,7 @@ class Layer(nn.Module):
         mlp_dim: int,
         dropout: float,
         qk_norm: bool,
+        qkv_bias: bool,
         eps: float,
         checkpoint: bool,
         chunk: int,
@@ -165,7 +168,7 @@ class Layer(nn.Module):
         self.checkpoint, self.chunk, self.dropout = checkpoint, chunk, dropout
         self.site = 2 * core.shape.layer + 1
         self.input_layernorm = RMSNorm(embed_dim, eps)
-        self.self_attn = SelfAttention(core, qk_norm=qk_norm, eps=eps, out_std=out_std)
+        self.self_attn = SelfAttention(core, qk_norm=qk_norm, qkv_bias=qkv_bias, eps=eps, out_std=out_std)
         make_mlp = MLPS[mlp]
         self.mlp = None
         if make_mlp is not None:

@@ -24,58 +24,70 @@ class RopeConfig:
     ntk     base · factor^(D / (D − 2)), constant over the run. transformers' "dynamic" with its own factor f, at length
             L over a trained length P, is factor = f · L / P − (f − 1) here: constant, so that a cached key stays valid
     yarn    low frequencies divided by `factor`, high ones kept, a ramp between (Peng et al. 2023, arXiv 2309.00071)
+    llama3  the same with a ramp in turns per original_context, and cos and sin unscaled (Llama 3.1's, arXiv 2407.21783)
     """
 
     base: float = 10_000.0
-    scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
     factor: float = 1.0  # how many times longer the context becomes
-    original_context: int | None = None  # yarn: tokens of context the weights were trained at
+    original_context: int | None = None  # yarn, llama3: tokens of context the weights were trained at
     beta_fast: float = 32.0  # yarn: frequencies turning more often than this within original_context are kept
     beta_slow: float = 1.0  # yarn: frequencies turning less often than this are divided by factor
     attention_factor: float | None = None  # yarn: scale of cos and sin; null: 0.1 · ln(factor) + 1
+    low_freq_factor: float = 1.0  # llama3: frequencies turning less often than this are divided by factor
+    high_freq_factor: float = 4.0  # llama3: frequencies turning more often than this within original_context are kept
 
     def __post_init__(self) -> None:
-        if self.scaling not in ("none", "linear", "ntk", "yarn"):
-            raise ValueError(f"model.rope.scaling is {self.scaling!r}; use none, linear, ntk or yarn")
+        if self.scaling not in ("none", "linear", "ntk", "yarn", "llama3"):
+            raise ValueError(f"model.rope.scaling is {self.scaling!r}; use none, linear, ntk, yarn or llama3")
         if not self.base > 1.0:
             raise ValueError(f"model.rope.base is {self.base}; it must exceed 1 (Llama uses 10000)")
         if not self.factor >= 1.0:
             raise ValueError(f"model.rope.factor is {self.factor}; it stretches the context and must be at least 1")
         if self.scaling == "none" and self.factor != 1.0:
             raise ValueError(
-                f"model.rope.factor is {self.factor} but model.rope.scaling is none; choose linear, ntk or yarn"
+                f"model.rope.factor is {self.factor} but model.rope.scaling is none; choose linear, ntk, yarn or llama3"
             )
-        if self.scaling == "yarn":
-            if self.original_context is None or self.original_context < 1:
+        for name, readers in _READERS.items():
+            value = getattr(self, name)
+            if self.scaling not in readers and value != RopeConfig.__dataclass_fields__[name].default:
                 raise ValueError(
-                    f"model.rope.original_context is {self.original_context}; yarn needs the tokens of context "
-                    "the weights were trained at"
+                    f"model.rope.{name} is {value}, which is for {' and '.join(readers)}, but model.rope.scaling is "
+                    f"{self.scaling}; remove it or use model.rope.scaling={readers[0]}"
                 )
-            if not self.beta_fast > self.beta_slow > 0:
-                raise ValueError(
-                    f"model.rope.beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; "
-                    "yarn needs beta_fast > beta_slow > 0"
-                )
-            if self.attention_factor is not None and not self.attention_factor > 0:
-                raise ValueError(f"model.rope.attention_factor is {self.attention_factor}; it must be above 0, or null")
-            return
-        for name in ("original_context", "beta_fast", "beta_slow", "attention_factor"):
-            if getattr(self, name) != RopeConfig.__dataclass_fields__[name].default:
-                raise ValueError(
-                    f"model.rope.{name} is {getattr(self, name)} but only yarn reads it and model.rope.scaling is "
-                    f"{self.scaling}; remove it or use model.rope.scaling=yarn"
-                )
+        if self.scaling in ("yarn", "llama3") and (self.original_context is None or self.original_context < 1):
+            raise ValueError(
+                f"model.rope.original_context is {self.original_context}; {self.scaling} needs the tokens of context "
+                "the weights were trained at"
+            )
+        if self.scaling == "yarn" and not self.beta_fast > self.beta_slow > 0:
+            raise ValueError(
+                f"model.rope.beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; "
+                "yarn needs beta_fast > beta_slow > 0"
+            )
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            raise ValueError(f"model.rope.attention_factor is {self.attention_factor}; it must be above 0, or null")
+        if self.scaling == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
+            raise ValueError(
+                f"model.rope.high_freq_factor is {self.high_freq_factor} and low_freq_factor {self.low_freq_factor}; "
+                "llama3 needs high_freq_factor > low_freq_factor > 0"
+            )
 
     def frequencies(self, head_dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
         """Radians per token, fp32 [D/2], and the scale of cos and sin."""
         exponent_D = torch.arange(0, head_dim, 2, device=device).float() / head_dim
         if self.scaling == "ntk":
             return 1.0 / (self.base * self.factor ** (head_dim / (head_dim - 2))) ** exponent_D, 1.0
-        if self.scaling != "yarn":
-            return 1.0 / self.base**exponent_D / self.factor, 1.0
+        kept_D = 1.0 / self.base**exponent_D
+        if self.scaling in ("none", "linear"):
+            return kept_D / self.factor, 1.0
 
         assert self.original_context is not None  # __post_init__
-        kept_D = 1.0 / self.base**exponent_D
+        if self.scaling == "llama3":
+            turns_D = self.original_context / (2 * math.pi / kept_D)
+            ramp_D = (turns_D - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            ramp_D = ramp_D.clamp(0, 1)
+            return (1 - ramp_D) * kept_D / self.factor + ramp_D * kept_D, 1.0
         low = max(math.floor(self._turning(self.beta_fast, head_dim)), 0)
         high = min(math.ceil(self._turning(self.beta_slow, head_dim)), head_dim - 1)
         width = high - low if high != low else 0.001
@@ -87,6 +99,16 @@ class RopeConfig:
         """The index in [0, D/2) whose frequency makes `turns` turns within original_context."""
         assert self.original_context is not None
         return head_dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.base))
+
+
+_READERS = {  # the scalings that read a field; elsewhere it must keep its default
+    "original_context": ("yarn", "llama3"),
+    "beta_fast": ("yarn",),
+    "beta_slow": ("yarn",),
+    "attention_factor": ("yarn",),
+    "low_freq_factor": ("llama3",),
+    "high_freq_factor": ("llama3",),
+}
 
 
 class Rotation(NamedTuple):

@@ -24,6 +24,11 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+def document_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a document that begins with this text, as training sees it."""
+    return [tokenizer.bos, *map(int, tokenizer.encode(text))]
+
+
 class TextStream:
     """Tokens of one row in, text out as soon as it is certain. The pieces together are the text of all tokens.
 
@@ -87,22 +92,21 @@ class TextStream:
 def stream_texts(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[list[str | None]]:
-    """Continuations of prompts, each the beginning of a document: per step and row the new piece of text.
+    """Continuations of prompts, given as token ids: per step and row the new piece of text.
 
     A row ends with its document (the tokenizer's bos), before a stop string, or after max_new_tokens; then its pieces
     are None. The other arguments, and what is raised at the first step, are those of Generation and TextStream.
     """
     streams = [TextStream(tokenizer, stop) for _ in prompts]
-    begun = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     steps = Generation(
-        model, begun, max_new_tokens, sampling=sampling, generator=generator, stop_tokens=(tokenizer.bos,)
+        model, prompts, max_new_tokens, sampling=sampling, generator=generator, stop_tokens=(tokenizer.bos,)
     )
     over = [False] * len(prompts)
     for tokens in steps:

@@ -48,6 +48,7 @@ class ModelConfig:
     positions: Literal["rope", "learned"] = "rope"  # learned: a vector per position of data.context, added once
     rope: RopeConfig = field(default_factory=RopeConfig)
     qk_norm: bool = False  # RMSNorm on each head's query and key
+    qkv_bias: bool = False  # biases on queries, keys and values, as in Qwen2
     tie_embeddings: bool = False  # the output matrix is the embedding
     dropout: float = 0.0  # share dropped in training of the embeddings and of what attention and MLP add
     layer_pattern: str = "S"  # repeated over the depth: S the chosen attention, D dense
@@ -114,7 +115,7 @@ class ModelConfig:
 class ModelOutput:
     hidden: Tensor  # [B, N, E] after the final norm
     aux_loss: Tensor | None  # scalar, the sum over layers
-    stats: dict[str, Tensor]  # the mean over the layers that report them; `density` is always there
+    stats: dict[str, Tensor]  # the mean over the layers that report them; `density` is there but while decoding
     choices: list[Tensor]  # tables that layers chose from their input (AttentionResult.choice), in order
 
 
@@ -178,6 +179,7 @@ class Transformer(nn.Module):
                     mlp_dim=mlp_dim,
                     dropout=config.dropout,
                     qk_norm=config.qk_norm,
+                    qkv_bias=config.qkv_bias,
                     eps=config.norm_eps,
                     checkpoint=config.checkpoint,
                     chunk=config.chunk,

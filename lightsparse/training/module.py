@@ -26,6 +26,7 @@ from lightsparse.models.transformer import ModelOutput, Transformer
 from lightsparse.parallel.kinds import ContextRanks
 from lightsparse.parallel.shard import ContextShard
 from lightsparse.parallel.strategies import GridStrategy, ReplicatedStrategy, ShardedStrategy
+from lightsparse.targets import ConfigError
 from lightsparse.training import watched
 from lightsparse.training.health import Health, NonFiniteError, replay_file, save_for_replay
 from lightsparse.training.memory import release_freed
@@ -76,6 +77,11 @@ class StepResult:
 
 def language_model(config: Config, tokenizer: Tokenizer) -> LanguageModel:
     """The freshly drawn model of a config. Raises ConfigError where its attention cannot take the model's shape."""
+    if config.objective == "mlm" and tokenizer.mask is None:
+        raise ConfigError(
+            f"objective is mlm, and the tokenizer {tokenizer.fingerprint} has no mask token to hide others with; use "
+            "tokenizer=bpe, tokenizer=bytes or one that has a mask_token"
+        )
     model = Transformer(
         config.model,
         config.attention.build,
@@ -99,7 +105,7 @@ class LanguageModel(LightningModule):
     token_bytes: Tensor
     bucket_edges: Tensor
 
-    def __init__(self, model: Transformer, config: Config, *, token_bytes: Tensor, mask_id: int) -> None:
+    def __init__(self, model: Transformer, config: Config, *, token_bytes: Tensor, mask_id: int | None) -> None:
         super().__init__()
         self.model, self.config = model, config
         self.objective = Objective(config.objective, config.seed, mask_id, config.mlm_ratio)

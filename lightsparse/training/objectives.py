@@ -29,7 +29,7 @@ class Objective:
 
     name: Literal["causal", "mlm"]
     seed: int
-    mask_id: int
+    mask_id: int | None  # None: the tokenizer has none, which `causal` does not need
     mlm_ratio: float = 0.15  # share of tokens hidden; mlm only
 
     def inputs_and_labels(self, batch: Mapping[str, Tensor], key: int) -> tuple[Tensor, Tensor]:
@@ -41,6 +41,7 @@ class Objective:
         tokens_BN = batch["tokens"]
         if self.name == "causal":
             return tokens_BN, batch["labels"]
+        assert self.mask_id is not None  # as training has checked
         hidden_BN = hiding_chance(key, batch["sample_ids"], tokens_BN.shape[1]) < self.mlm_ratio
         asked_BN = hidden_BN & (batch["labels"] != IGNORED)  # a validation token scored in another sample
         return tokens_BN.masked_fill(hidden_BN, self.mask_id), tokens_BN.masked_fill(~asked_BN, IGNORED)

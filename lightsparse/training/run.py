@@ -38,6 +38,7 @@ from lightsparse.training.outputs import draw_plots, write_sample
 from lightsparse.training.quiet import quiet_lightning
 from lightsparse.training.ranks import is_first_rank, of_all_ranks
 from lightsparse.training.recorder import Recorder
+from lightsparse.training.start import load_start
 from lightsparse.training.summary import show, summarize
 from lightsparse.training.trainer import build_trainer
 
@@ -77,6 +78,8 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
     if start.checkpoint is not None:
         check_resumable(data, module, start.checkpoint)
     model = module.model
+    if config.init_from is not None and start.checkpoint is None:
+        console.print(load_start(config, model))
     if config.compile:
         model.compile()  # in place: the names in the checkpoint stay as they are
     if is_first:  # not before everything that may be refused has been: an earlier run stays as it is

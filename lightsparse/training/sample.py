@@ -49,6 +49,7 @@ def infilling(
     """The first `length` tokens of `text` with a share `ratio` hidden (shown as ▒), and the model's guesses there."""
     tokens = torch.tensor([list(text[: min(length, context)])], device=model.head_weight.device)
     hidden = hiding_chance(seed, torch.zeros(1, dtype=torch.int64, device=tokens.device), tokens.shape[1]) < ratio
+    assert tokenizer.mask is not None  # as training has checked
     read = tokens.masked_fill(hidden, tokenizer.mask)
     guesses = model.logits(model(read, context_for(read)).hidden).argmax(-1)
     with_gaps = "▒".join(tokenizer.decode(part) for part in _split(read[0].tolist(), tokenizer.mask))

@@ -8,8 +8,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from lightsparse.config import Config, parse
+from lightsparse.data import Tokenizer
 from lightsparse.data.kept import tokenizer_of
-from lightsparse.data.tokens import Tokenizer
 from lightsparse.models.transformer import Transformer
 from lightsparse.targets import ConfigError
 from lightsparse.training.checkpoint_files import checkpoint_steps, damage_of, newest_checkpoint, read_checkpoint

@@ -8,6 +8,8 @@ import pytest
 
 from lightsparse.data import hub
 from lightsparse.data.hub import HubData
+from lightsparse.data.prepare import prepare
+from lightsparse.data.shards import complete_shards
 from lightsparse.data.source import DataError
 
 
@@ -115,3 +117,103 @@ def test_a_name_no_data_set_can_have_is_not_called_unreachable(monkeypatch):
 def test_a_wrong_field_is_refused_by_name(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         HubData(**fields)
+
+
+# ---- a mirror of a hub data set: card with two subsets, several parquet files and splits each ---------------------
+
+CARD = """---
+license: cc0-1.0
+configs:
+- config_name: books
+  default: true
+  data_files:
+  - {split: train, path: books/train-*.parquet}
+  - {split: validation, path: books/validation-*.parquet}
+- config_name: papers
+  data_files:
+  - {split: train, path: papers/*.parquet}
+---
+# A mirror
+"""
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "mirror"
+    for subset, split, part, column in [
+        ("books", "train", 0, "text"), ("books", "train", 1, "text"), ("books", "train", 2, "text"),
+        ("books", "validation", 0, "text"), ("papers", "train", 0, "TEXT"),
+    ]:  # fmt: skip
+        texts = [f"{subset} {split} {part}.{row} " + "word " * (7 * row + part) for row in range(5)]
+        table = pa.table({column: [*texts, None], "url": ["u"] * 6})
+        (folder / subset).mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, folder / subset / f"{split}-{part:05}.parquet", row_group_size=2)
+    (folder / "README.md").write_text(CARD)
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_mirror_is_read_as_its_card_says(mirror, streaming):
+    documents = list(HubData(name=str(mirror), val_split="validation", streaming=streaming).documents())
+    assert [document.name for document in documents] == [
+        *(f"train:{row}" for row in range(18)), *(f"validation:{row}" for row in range(6)),
+    ]  # fmt: skip
+    assert [document.text.partition(" word")[0].strip() for document in documents if document.text] == [
+        *(f"books train {part}.{row}" for part in range(3) for row in range(5)),
+        *(f"books validation 0.{row}" for row in range(5)),
+    ]
+    papers = list(HubData(name=str(mirror), config="papers", column="TEXT", streaming=streaming).documents())
+    assert len(papers) == 6 and papers[0].text.startswith("papers train 0.0")
+
+
+def test_streamed_and_downloaded_give_the_same_samples(mirror):
+    fields = {"name": str(mirror), "val_split": "validation", "context": 33}
+    one, other = (HubData(**fields, streaming=streaming).samples(0, 10**6) for streaming in (True, False))
+    assert one.manifest == other.manifest and len(one.train) > 20
+
+
+@pytest.mark.parametrize("killed_after", [1, 8, 14, 17])
+def test_an_interrupted_preparation_of_a_stream_continues_without_loss_or_repetition(mirror, tmp_path, killed_after):
+    data = HubData(name=str(mirror), val_split="validation", max_characters=None)
+    prepare(data, tmp_path / "one", shard_tokens=300)
+    left, encoded = killed_after, 0
+
+    def killing(text_bytes, _):
+        nonlocal left, encoded
+        encoded += text_bytes
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data, tmp_path / "killed", shard_tokens=300, report=killing)
+    kept = sum(shard.text_bytes for shard in complete_shards(tmp_path / "killed"))
+    encoded = 0
+    manifest, _ = prepare(data, tmp_path / "killed", shard_tokens=300, report=killing)
+    assert encoded == manifest.text_bytes - kept  # what is complete is not encoded again
+    for path in (tmp_path / "one").glob("[sm]*"):
+        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_another_state_of_the_mirror_is_not_continued(mirror, tmp_path):
+    prepare(HubData(name=str(mirror)), tmp_path / "out")
+    (mirror / "books" / "train-00003.parquet").write_bytes((mirror / "books" / "train-00000.parquet").read_bytes())
+    with pytest.raises(DataError, match="begun with another source"):
+        prepare(HubData(name=str(mirror)), tmp_path / "out")
+
+
+def test_a_subset_the_card_does_not_have_is_answered_with_those_it_has(mirror):
+    with pytest.raises(DataError, match=r"cannot be loaded: [^\n]*'books', 'papers'"):
+        list(HubData(name=str(mirror), config="articles").documents())
+
+
+def test_a_damaged_file_is_said_with_the_row_before_it(mirror):
+    (mirror / "books" / "train-00001.parquet").write_bytes(b"not a table")
+    with pytest.raises(DataError, match=r"split 'train', cannot be read beyond row 6: [^\n]+$"):
+        list(HubData(name=str(mirror)).documents())
+
+
+def test_a_local_folder_has_no_revisions(mirror):
+    with pytest.raises(ValueError, match=r"data.revision is 'v1', but .* is a local folder"):
+        HubData(name=str(mirror), revision="v1")

@@ -94,6 +94,23 @@ def test_rotation_of_bf16_is_computed_in_fp32_and_returned_in_bf16():
     assert torch.equal(rotation.apply(q), rotation.apply(q.float()).bfloat16())
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("bounds", [(1.0, 4.0), (2.0, 3.5)])
+def test_llama3_frequencies_are_those_of_transformers(head_dim, bounds):
+    low, high = bounds
+    theirs = {"factor": 8.0, "original_max_position_embeddings": 512, "low_freq_factor": low, "high_freq_factor": high}
+    expected, expected_scale = ROPE_INIT_FUNCTIONS["llama3"](llama(head_dim, 5e5, rope_type="llama3", **theirs))
+    rope = RopeConfig(
+        base=5e5, scaling="llama3", factor=8.0, original_context=512, low_freq_factor=low, high_freq_factor=high
+    )
+    frequencies, scale = rope.frequencies(head_dim)
+    torch.testing.assert_close(frequencies, expected, rtol=1e-6, atol=0)
+    assert scale == expected_scale
+    plain = RopeConfig(base=5e5).frequencies(head_dim)[0]
+    between = (frequencies != plain) & (frequencies != plain / 8)
+    assert between.any() and (frequencies == plain).any() and not between.all()  # all three bands occur
+
+
 def test_yarn_lengthens_slow_turns_and_keeps_fast_ones():
     plain, _ = RopeConfig().frequencies(64)
     yarn, scale = RopeConfig(scaling="yarn", factor=16.0, original_context=4096).frequencies(64)
@@ -105,15 +122,19 @@ def test_yarn_lengthens_slow_turns_and_keeps_fast_ones():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"scaling": "cubic"}, "none, linear, ntk or yarn"),
+        ({"scaling": "cubic"}, "none, linear, ntk, yarn or llama3"),
         ({"base": 1.0}, "must exceed 1"),
         ({"scaling": "linear", "factor": 0.5}, "at least 1"),
-        ({"factor": 2.0}, "choose linear, ntk or yarn"),
+        ({"factor": 2.0}, "choose linear, ntk, yarn or llama3"),
         ({"scaling": "yarn", "factor": 2.0}, "yarn needs the tokens of context"),
         ({"scaling": "yarn", "original_context": 64, "beta_fast": 1.0}, "beta_fast > beta_slow"),
         ({"scaling": "yarn", "original_context": 64, "attention_factor": 0.0}, "above 0"),
-        ({"scaling": "ntk", "factor": 2.0, "original_context": 64}, "only yarn reads it"),
-        ({"scaling": "linear", "factor": 2.0, "attention_factor": 1.0}, "only yarn reads it"),
+        ({"scaling": "ntk", "factor": 2.0, "original_context": 64}, "for yarn and llama3, but"),
+        ({"scaling": "llama3", "factor": 2.0}, "llama3 needs the tokens of context"),
+        ({"scaling": "llama3", "original_context": 64, "high_freq_factor": 1.0}, "high_freq_factor > low_freq_factor"),
+        ({"scaling": "llama3", "original_context": 64, "beta_fast": 16.0}, "for yarn, but"),
+        ({"scaling": "yarn", "original_context": 64, "low_freq_factor": 2.0}, "for llama3, but"),
+        ({"scaling": "linear", "factor": 2.0, "attention_factor": 1.0}, "for yarn, but"),
     ],
 )
 def test_a_setting_without_meaning_is_refused(fields, words):

@@ -5,7 +5,7 @@ import torch
 
 from lightsparse.data import ByteTokenizer
 from lightsparse.models.sampling import GREEDY
-from lightsparse.models.text_stream import TextStream, stream_texts
+from lightsparse.models.text_stream import TextStream, document_of, stream_texts
 
 TOKENIZER = ByteTokenizer()
 
@@ -70,7 +70,8 @@ def test_texts_of_a_batch_are_what_each_prompt_gets_alone(make_model):
             parameter.mul_(8 if parameter.dim() > 1 else 1)
 
     def texts(prompts, stop=()):
-        steps = list(stream_texts(model, TOKENIZER, prompts, 12, sampling=GREEDY, stop=stop))
+        begun = [document_of(TOKENIZER, prompt) for prompt in prompts]
+        steps = list(stream_texts(model, TOKENIZER, begun, 12, sampling=GREEDY, stop=stop))
         return ["".join(piece or "" for piece in row) for row in zip(*steps, strict=True)], steps
 
     prompts = ["", "hello wor", "né"]
