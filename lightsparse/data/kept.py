@@ -18,18 +18,14 @@ def tokenizer_of(data: DataConfig, folder: Path) -> Tokenizer:
     return load_folder(folder) if (folder / TOKENIZER).is_file() else data.build_tokenizer()
 
 
-def with_kept_tokenizer(data: DataConfig, folder: Path, *, resumed: bool, write: bool) -> DataConfig:
-    """The data under the run's tokenizer.
+def with_run_tokenizer(data: DataConfig, folder: Path, *, resumed: bool) -> DataConfig:
+    """The data under the run's tokenizer: a run that goes on takes the kept one, a new one builds its own."""
+    return data.with_tokenizer(tokenizer_of(data, folder) if resumed else data.build_tokenizer())
 
-    resumed  a run that goes on takes the one it was trained with; a new one builds its own
-    write    whether this process keeps it in `folder`; ranks that don't train the same BPE
-    """
-    if resumed:
-        return data.with_tokenizer(tokenizer_of(data, folder))
-    tokenizer = data.build_tokenizer()
-    if write:
-        for name in (TOKENIZER, CONFIG):  # of a run that was given up before its first checkpoint
-            (folder / name).unlink(missing_ok=True)
-        if isinstance(tokenizer, SubwordTokenizer):
-            tokenizer.save(folder)
-    return data.with_tokenizer(tokenizer)
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Put a new run's tokenizer into its directory, where it is one that has to be kept."""
+    for name in (TOKENIZER, CONFIG):  # of a run that was given up before its first checkpoint
+        (folder / name).unlink(missing_ok=True)
+    if isinstance(tokenizer, SubwordTokenizer):
+        tokenizer.save(folder)

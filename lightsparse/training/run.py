@@ -17,7 +17,7 @@ from rich.console import Console
 from lightsparse.analysis.curves import count_text
 from lightsparse.bench.machine import current_rss, peak_rss
 from lightsparse.config import Config, layout_of
-from lightsparse.data.kept import with_kept_tokenizer
+from lightsparse.data.kept import keep_tokenizer, with_run_tokenizer
 from lightsparse.data.module import DataModule
 from lightsparse.files import write_text
 from lightsparse.kernels import flash, set_backend
@@ -71,7 +71,7 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
         return start.summary
 
     seed_everything(config.seed, workers=True, verbose=False)
-    tokenized = with_kept_tokenizer(config.data, directory.path, resumed=start.checkpoint is not None, write=is_first)
+    tokenized = with_run_tokenizer(config.data, directory.path, resumed=start.checkpoint is not None)
     data = DataModule(tokenized, config.seed, config.eval.tokens)
     data.setup()
     module = language_model(config, data.tokenizer)
@@ -84,6 +84,8 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
         model.compile()  # in place: the names in the checkpoint stay as they are
     if is_first:  # not before everything that may be refused has been: an earlier run stays as it is
         directory.prepare(raw)
+        if start.checkpoint is None:
+            keep_tokenizer(data.tokenizer, directory.path)
         MetricsFile(directory.metrics, watched.columns(config)).rewind(start.step if start.checkpoint else -1)
     recorder = Recorder(config, raw, directory, started=started)
     trainer = build_trainer(config, raw, directory, recorder, console)
