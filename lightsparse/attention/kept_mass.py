@@ -46,7 +46,9 @@ def kept_mass(q_at: Tensor, k: Tensor, table: Tensor, at: Tensor, block: int, ct
     chosen.scatter_(3, torch.where(table < 0, blocks, table).long(), True)
 
     dtype = torch.promote_types(k.dtype, torch.float32)
-    scores = torch.einsum("bhgmd,bhnd->bhgmn", q_at.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype)).flatten(1, 2)
+    with torch.autocast(device.type, enabled=False):
+        scores = torch.einsum("bhgmd,bhnd->bhgmn", q_at.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype))
+    scores = scores.flatten(1, 2)
     mask = interval_mask(length, documents=ctx.documents, device=device).of_queries(at).to_dense()[..., tokens]
     scores = (scores / k.shape[-1] ** 0.5).masked_fill(~mask, torch.finfo(dtype).min)
     most = scores.amax(-1, keepdim=True)

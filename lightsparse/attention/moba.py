@@ -110,7 +110,7 @@ class MobaAttention(AttentionCore):
             keys = n if ctx.shard is None else k.shape[2]
             if stop < q.shape[2]:
                 keys = ctx.q_start + stop
-            given = (q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys], means, ctx.q_start + start, ctx, dropout)
+            given = (q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys], means, ctx.q_start + start, n, ctx, dropout)
             if torch.is_grad_enabled() and stop - start < q.shape[2]:
                 parts.append(checkpoint(self._attend, *given, use_reentrant=False, preserve_rng_state=False))
             else:
@@ -129,26 +129,34 @@ class MobaAttention(AttentionCore):
     def _parts(self, q: Tensor, n: int, ctx: SequenceContext) -> list[tuple[int, int]]:
         """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
         per_query = q.shape[0] * q.shape[1] * min(self.options.top_k, -(-n // self.options.block))
-        at_once = max(_TABLE // per_query, 1)
+        at_once = max(_TABLE // per_query // self.options.block, 1) * self.options.block
         if ctx.shard is not None or q.shape[2] <= at_once:
             return [(0, q.shape[2])]
         return [(start, min(start + at_once, q.shape[2])) for start in range(0, q.shape[2], at_once)]
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, means: Tensor, first: int, ctx: SequenceContext, dropout: Dropout | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        means: Tensor,
+        first: int,
+        length: int,
+        ctx: SequenceContext,
+        dropout: Dropout | None,
     ) -> _Part:
-        """Queries `first` … of the sequence (with a shard: this rank's) over all keys up to the last of them."""
+        """Queries `first` … of a sequence of `length` (with a shard: this rank's) over the keys up to the last of them."""
         block, device = self.options.block, q.device
         if ctx.shard is None:
             n, tokens = first + q.shape[2], torch.arange(first, first + q.shape[2], device=device)
         else:
-            n, tokens = ctx.shard.length, ctx.shard.tokens.to(device)
+            n, tokens = length, ctx.shard.tokens.to(device)
         table = self.choose(q, means, tokens, ctx)
         documents = None if ctx.documents is None else ctx.documents[:, :n]
         mask = interval_mask(n, documents=documents, device=device).of_queries(tokens)
         layout = BlockLayout(table, 1, block, mask, no_dense_rows(device))
         out, _ = attention(q, k, v, layout, ctx, dropout=dropout)
-        ends = (tokens % block == block - 1) | (tokens == n - 1)
+        ends = (tokens % block == block - 1) | (tokens == length - 1)
         return _Part(out, *layout.areas(), table[:, :, ends])
 
     @torch.compiler.disable  # it goes by values
