@@ -102,14 +102,12 @@ class MobaAttention(AttentionCore):
         dropout = ctx.dropout(
             self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        means, n, decodes = self._block_means(k, ctx), sequence_length(k, ctx), ctx.states is not None
+        means, n = self._block_means(k, ctx), sequence_length(k, ctx)
         if ctx.states is not None:  # of complete blocks: they are final
             ctx.states[self.shape.layer]["block_means"] = means[:, :, : n // self.options.block]
         parts = []
         for start, stop in self._parts(q, n, ctx):
-            keys = n if ctx.shard is None else k.shape[2]
-            if stop < q.shape[2]:
-                keys = ctx.q_start + stop
+            keys = k.shape[2] if stop == q.shape[2] else ctx.q_start + stop
             given = (q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys], means, ctx.q_start + start, n, ctx, dropout)
             if torch.is_grad_enabled() and stop - start < q.shape[2]:
                 parts.append(checkpoint(self._attend, *given, use_reentrant=False, preserve_rng_state=False))
@@ -120,11 +118,11 @@ class MobaAttention(AttentionCore):
         if ctx.shard is not None:
             area, of_dense = sum_over(area, ctx.shard), sum_over(of_dense, ctx.shard)
         stats = {"density": (area / of_dense[:, None]).mean().float()}
-        if not decodes and ctx.q_start == 0:
+        if ctx.states is None and ctx.q_start == 0:
             at = sampled_queries(n, q.device)
             q_at = queries_at(q, at, ctx)
             stats["kept_mass"] = kept_mass(q_at, k, self.choose(q_at, means, at, ctx), at, self.options.block, ctx)
-        return AttentionResult(torch.cat(out, 2), stats=stats, choice=torch.cat(choice, 2))
+        return AttentionResult(out[0] if len(out) == 1 else torch.cat(out, 2), stats=stats, choice=torch.cat(choice, 2))
 
     def _parts(self, q: Tensor, n: int, ctx: SequenceContext) -> list[tuple[int, int]]:
         """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
@@ -145,7 +143,7 @@ class MobaAttention(AttentionCore):
         ctx: SequenceContext,
         dropout: Dropout | None,
     ) -> _Part:
-        """Queries `first` … of a sequence of `length` (with a shard: this rank's) over the keys up to the last of them."""
+        """Queries `first` … of a sequence of `length` (with a shard: this rank's) over keys up to the last of them."""
         block, device = self.options.block, q.device
         if ctx.shard is None:
             n, tokens = first + q.shape[2], torch.arange(first, first + q.shape[2], device=device)
