@@ -259,12 +259,11 @@ def test_a_table_that_names_keys_which_are_not_there_is_refused_and_not_read() -
         block_sparse_attention(q, q, q, layout, backend="native")
 
 
-@pytest.mark.parametrize("rule", ["causal", "both", "documents", "intervals"])
-@pytest.mark.parametrize("kv_block", [16, 24, 200])
+@pytest.mark.parametrize(("rule", "kv_block"), [("causal", 16), ("both", 24), ("documents", 200), ("intervals", 16)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 1)])
 def test_rows_of_single_queries_by_key_block(heads, kv_heads, kv_block, rule, threads):
     """Long enough for the walk by key block, on one thread and with rows cut between threads."""
-    sizes = Sizes(2, heads, kv_heads, nq=300, nkv=311, dim=20 if kv_block == 24 else 32)
+    sizes = Sizes(2, heads, kv_heads, nq=150, nkv=161, dim=20 if kv_block == 24 else 32)
     for count, table_heads in enumerate(sorted({1, kv_heads, heads}), 1):
         threads(count)
         layout = random_layout(sizes, Tables(2, table_heads, 1, kv_block, most=5, dense_rows=(3, 7), rule=rule))
@@ -278,14 +277,10 @@ def test_more_rows_than_a_portion_holds(dtype, threads):
     sizes = Sizes(1, 4, 1, nq=2500, nkv=2500, dim=16)
     layout = random_layout(sizes, Tables(1, 4, 1, 64, most=6, rule="documents"))
     wanted = results("routed", inputs(sizes, dtype), layout)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     for count in (1, 3):
         threads(count)
-        found = results("native", inputs(sizes, dtype), layout)
+        found, again = (results("native", inputs(sizes, dtype), layout) for _ in range(2))
         for name in found:
-            torch.testing.assert_close(
-                found[name],
-                wanted[name],
-                rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
-                atol=2e-2 if dtype == torch.bfloat16 else 1e-5,
-            )
-        assert all(torch.equal(x, results("native", inputs(sizes, dtype), layout)[name]) for name, x in found.items())
+            torch.testing.assert_close(found[name], wanted[name], rtol=tolerance, atol=tolerance)
+            assert torch.equal(found[name], again[name])

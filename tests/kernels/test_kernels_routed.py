@@ -22,9 +22,10 @@ def way(request, monkeypatch) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("rule", ["causal", "both", "documents", "intervals"])
-@pytest.mark.parametrize("kv_block", [4, 7, 16, 64, 256])
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("rule", "kv_block"), [("causal", 4), ("both", 7), ("documents", 16), ("intervals", 64), ("causal", 256)]
+)
+@pytest.mark.parametrize("group", [1, 2, 4])
 def test_both_ways_equal_the_reference_for_every_group_and_block(group, kv_block, rule, way):
     sizes = Sizes(batch=2, heads=8, kv_heads=8 // group, nq=63, nkv=63, dim=32)
     for table_heads in {1, sizes.kv_heads, sizes.heads}:
