@@ -114,15 +114,19 @@ class MobaAttention(AttentionCore):
             else:
                 parts.append(self._attend(*given))
         out, computed, dense, choice = zip(*parts, strict=True)
+        whole = out[0] if len(out) == 1 else torch.cat(out, 2)
+        if ctx.q_start:
+            return AttentionResult(whole)
         area, of_dense = torch.stack(computed).sum(0), torch.stack(dense).sum(0)
         if ctx.shard is not None:
             area, of_dense = sum_over(area, ctx.shard), sum_over(of_dense, ctx.shard)
-        stats = {"density": (area / of_dense[:, None]).mean().float()}
-        if ctx.states is None and ctx.q_start == 0:
-            at = sampled_queries(n, q.device)
-            q_at = queries_at(q, at, ctx)
-            stats["kept_mass"] = kept_mass(q_at, k, self.choose(q_at, means, at, ctx), at, self.options.block, ctx)
-        return AttentionResult(out[0] if len(out) == 1 else torch.cat(out, 2), stats=stats, choice=torch.cat(choice, 2))
+        at = sampled_queries(n, q.device)
+        q_at = queries_at(q, at, ctx)
+        stats = {
+            "density": (area / of_dense[:, None]).mean().float(),
+            "kept_mass": kept_mass(q_at, k, self.choose(q_at, means, at, ctx), at, self.options.block, ctx),
+        }
+        return AttentionResult(whole, stats=stats, choice=torch.cat(choice, 2))
 
     def _parts(self, q: Tensor, n: int, ctx: SequenceContext) -> list[tuple[int, int]]:
         """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
