@@ -57,6 +57,10 @@ class MobaConfig(AttentionConfig):
         return replace(self, top_k=1 << 24)
 
 
+class Selection(NamedTuple):
+    layout: BlockLayout
+
+
 class _Part(NamedTuple):
     """Of some queries."""
 
@@ -148,18 +152,27 @@ class MobaAttention(AttentionCore):
         dropout: Dropout | None,
     ) -> _Part:
         """Queries `first` … of a sequence of `length` (with a shard: this rank's) over keys up to the last of them."""
-        block, device = self.options.block, q.device
-        if ctx.shard is None:
-            n, tokens = first + q.shape[2], torch.arange(first, first + q.shape[2], device=device)
-        else:
-            n, tokens = length, ctx.shard.tokens.to(device)
-        table = self.choose(q, means, tokens, ctx)
-        documents = None if ctx.documents is None else ctx.documents[:, :n]
-        mask = interval_mask(n, documents=documents, device=device).of_queries(tokens)
-        layout = BlockLayout(table, 1, block, mask, no_dense_rows(device))
+        layout, tokens = self._layout(q, means, first, length, ctx)
         out, _ = attention(q, k, v, layout, ctx, dropout=dropout)
-        ends = (tokens % block == block - 1) | (tokens == length - 1)
-        return _Part(out, *layout.areas(), table[:, :, ends])
+        ends = (tokens % self.options.block == self.options.block - 1) | (tokens == length - 1)
+        return _Part(out, *layout.areas(), layout.kv_indices[:, :, ends])
+
+    def _layout(
+        self, q: Tensor, means: Tensor, first: int, length: int, ctx: SequenceContext
+    ) -> tuple[BlockLayout, Tensor]:
+        """What these queries read, and their places in the sequence."""
+        if ctx.shard is None:
+            n, tokens = first + q.shape[2], torch.arange(first, first + q.shape[2], device=q.device)
+        else:
+            n, tokens = length, ctx.shard.tokens.to(q.device)
+        documents = None if ctx.documents is None else ctx.documents[:, :n]
+        mask = interval_mask(n, documents=documents, device=q.device).of_queries(tokens)
+        table = self.choose(q, means, tokens, ctx)
+        return BlockLayout(table, 1, self.options.block, mask, no_dense_rows(q.device)), tokens
+
+    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> Selection:
+        """What forward reads, for pictures; x plays no part. The table of all queries at once."""
+        return Selection(self._layout(q, self._block_means(k, ctx), ctx.q_start, sequence_length(k, ctx), ctx)[0])
 
     @torch.compiler.disable  # it goes by values
     @torch.no_grad()

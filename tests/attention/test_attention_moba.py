@@ -87,6 +87,15 @@ def test_the_choice_depends_on_no_later_token(borders):
         assert torch.equal(chosen(given.perturbed(t, 111))[:, :, :t], table[:, :, :t])
 
 
+def test_the_picture_shows_what_forward_reads():
+    shape = Shape(111, 2, 4, 2, 32)
+    core, given = make(shape), Inputs.random(shape)
+    layout = core.select(given.q, given.k, given.x, context(111)).layout
+    _, read = written_out(given, 16, 3)
+    assert torch.equal(layout.block_map(), read)
+    assert layout.density() == pytest.approx(float(run(core, given).stats["density"]))
+
+
 def test_one_block_is_the_own_one_and_no_other():
     shape = Shape(63, 1, 2, 1, 32)
     choice = run(make(shape, top_k=1), Inputs.random(shape)).choice
