@@ -28,7 +28,7 @@ from lightsparse.patterns import (
     interval_mask,
 )
 from lightsparse.targets import ConfigError
-from lightsparse.training.run import _set_machine
+from lightsparse.training.run import set_machine
 
 HEADS, KV_HEADS = 4, 2
 PATTERNS = {
@@ -353,12 +353,12 @@ def test_the_backend_of_the_process_holds_until_a_block_of_code_says_otherwise()
 @pytest.mark.usefixtures("backend_of_process")
 def test_the_config_sets_the_backend_and_a_machine_that_cannot_says_so():
     layout = layout_of("window")
-    _set_machine(compose(["kernels.backend=sdpa", "threads=1", "matmul_precision=highest"]))
+    set_machine(compose(["kernels.backend=sdpa", "threads=1", "matmul_precision=highest"]))
     with pytest.raises(ValueError, match='backend "sdpa" takes only layouts'):
         block_sparse_attention(*qkv(layout), layout)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r'^kernels\.backend "flex" has no backward on CPU; use backend=blocked'):
-            _set_machine(compose(["kernels.backend=flex", "threads=1", "matmul_precision=highest"]))
+            set_machine(compose(["kernels.backend=flex", "threads=1", "matmul_precision=highest"]))
 
 
 if torch.cuda.is_available():
