@@ -96,9 +96,9 @@ class MobaAttention(AttentionCore):
         return self.options.block
 
     def row_loads(self, length: int, unit: int) -> list[float]:
-        """Keys read by the queries of each unit, without documents."""
+        """Keys that the queries of each unit read, summed, without documents."""
         block, top_k = self.options.block, self.options.top_k
-        blocks = [min(start // block + 1, top_k) * unit for start in range(0, length, block)]
+        blocks = [min(start // block + 1, top_k) * block * block for start in range(0, length, block)]
         of_unit = max(unit // block, 1)
         return [float(sum(blocks[i : i + of_unit])) for i in range(0, len(blocks), of_unit)]
 

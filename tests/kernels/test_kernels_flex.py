@@ -322,13 +322,13 @@ def asked_on_cuda(layout: BlockLayout, bias: bool = False, dtype: torch.dtype = 
     return dispatch.Request(layout, bias, False, False, 256, 256, OnCuda(dtype=dtype), True)
 
 
-def test_on_cuda_dense_goes_to_sdpa_tiles_to_flex_and_the_rest_to_blocked():
+def test_on_cuda_dense_goes_to_sdpa_tiles_to_flex_single_queries_to_routed_and_the_rest_to_blocked():
     tiles, dense = LocalWindow(40).layout(256, block=64), LocalWindow(256).layout(256, block=64)
     assert dispatch._automatic(asked_on_cuda(dense)) == "sdpa"
     assert dispatch._automatic(asked_on_cuda(tiles)) == "flex"
     assert dispatch._automatic(asked_on_cuda(tiles, bias=True)) == "blocked"
     assert dispatch._automatic(asked_on_cuda(LocalWindow(40).layout(256, block=16))) == "blocked"
-    assert dispatch._automatic(asked_on_cuda(tiles.per_token(3, 4))) == "blocked"
+    assert dispatch._automatic(asked_on_cuda(tiles.per_token(3, 4))) == "routed"
 
 
 @pytest.fixture
