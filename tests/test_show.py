@@ -3,6 +3,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from lightsparse.build import AttentionChoice
 from lightsparse.config import parse
 from lightsparse.data.tokens import ByteTokenizer
 from lightsparse.models.transformer import Transformer
@@ -20,7 +21,10 @@ def test_every_variant_is_drawn_to_the_named_file(attention, tmp_path, capsys):
     assert matplotlib.image.imread(out).shape[2] in (3, 4)
     said = capsys.readouterr().out
     assert attention in said and "density" in said
-    assert ("untrained, random input" in said) == (attention == "adaptive")
+    core = AttentionChoice.of(
+        OmegaConf.to_container(OmegaConf.load(conf_dir() / "attention" / f"{attention}.yaml"))
+    ).core
+    assert ("untrained, random input" in said) == core.chooses
 
 
 def test_all_variants_fit_into_one_picture(tmp_path, capsys):

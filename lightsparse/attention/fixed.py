@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightsparse.attention.core import AttentionCore, AttentionResult, Lifetimes, SequenceContext
+from lightsparse.attention.core import (
+    AttentionConfig,
+    AttentionCore,
+    AttentionResult,
+    AttentionShape,
+    Lifetimes,
+    SequenceContext,
+)
 from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
 from lightsparse.patterns import BlockLayout, LayoutKey, Pattern, PersistentPatternCache
 from lightsparse.patterns.parts import of_keys
@@ -20,6 +27,11 @@ class FixedPatternAttention(AttentionCore):
     block: int  # tokens
     context_parallel: tuple[str, ...] = ("sparse", "ring", "gather")
 
+    def __init__(self, config: AttentionConfig, shape: AttentionShape, *, learned_sink: bool = False):
+        super().__init__(config, shape)
+        # [H]: a logit per query head in the softmax's denominator (`with_sink`)
+        self.sink = nn.Parameter(torch.zeros(shape.heads)) if learned_sink else None
+
     def pattern_at(self, num_keys: int) -> Pattern:
         """The pattern over a sequence of `num_keys` tokens."""
         raise NotImplementedError(f"{type(self).__name__} has no pattern_at()")
@@ -30,8 +42,10 @@ class FixedPatternAttention(AttentionCore):
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        rows = of_held_keys(own_rows(layout, ctx), ctx)
-        out, _ = attention(q, k, v, rows, ctx, ring=True, dropout=dropout)
+        rows, with_lse = of_held_keys(own_rows(layout, ctx), ctx), self.sink is not None
+        out, lse = attention(q, k, v, rows, ctx, ring=True, dropout=dropout, return_lse=with_lse)
+        if self.sink is not None and lse is not None:
+            out = with_sink(out, lse, self.sink)
         return AttentionResult(out, stats={} if ctx.q_start else {"density": torch.tensor(layout.density())})
 
     def shard_unit(self) -> int:
@@ -95,3 +109,12 @@ def of_held_keys(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
         behind = torch.arange(-(-layout.num_tokens // layout.kv_block), layout.num_kv_blocks, device=ctx.held.device)
         ctx.layouts[layout] = of_keys(layout, torch.cat([ctx.held, behind]))
     return ctx.layouts[layout]
+
+
+def with_sink(out: Tensor, lse: Tensor, sink_H: Tensor) -> Tensor:
+    """Attention as if its softmax had one more column, of logit sink[h] and value 0: out · σ(lse − sink).
+
+    out [B, H, N, D], lse [B, H, N]; a row that reads nothing stays 0, and a sink of −∞ changes nothing.
+    """
+    share = torch.sigmoid(lse - sink_H.to(lse.dtype)[:, None])
+    return out * share[..., None].to(out.dtype)

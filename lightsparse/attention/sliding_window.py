@@ -1,7 +1,9 @@
 """Sliding window, exact to the token, with optional sinks.
 
 Longformer's local attention (Beltagy et al. 2020, arXiv 2004.05150, section 3.1), as in Mistral 7B (arXiv 2310.06825,
-section 2); sinks after StreamingLLM (Xiao et al. 2023, arXiv 2309.17453, section 3.2).
+section 2); sinks after StreamingLLM (Xiao et al. 2023, arXiv 2309.17453, section 3.2). A learned sink is a logit in the
+softmax's denominator, so that a head can attend to nothing (gpt-oss: OpenAI 2025, arXiv 2508.10925, in
+windows of 128 that alternate with dense layers: model.layer_pattern=SD).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from lightsparse.patterns.pattern import side_by_side
 class SlidingWindowConfig(AttentionConfig):
     window: int = 1024  # tokens: a query reads keys with 0 ≤ i − j < window (bidirectional: |i − j| < window)
     sinks: int = 4  # tokens at the start of each document that everyone reads
+    learned_sink: bool = False  # a learned logit per query head, from 0, in the softmax's denominator
     block: int = 64  # tokens per tile of the computation; changes the speed and the density, never the result
 
     def __post_init__(self) -> None:
@@ -40,7 +43,7 @@ class SlidingWindowConfig(AttentionConfig):
         return replace(self, window=21, sinks=3, block=16)
 
     def full(self) -> Self:
-        return replace(self, window=1 << 24)
+        return replace(self, window=1 << 24, learned_sink=False)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class SlidingWindowAttention(FixedPatternAttention):
     Config = SlidingWindowConfig
 
     def __init__(self, config: SlidingWindowConfig, shape: AttentionShape):
-        super().__init__(config, shape)
+        super().__init__(config, shape, learned_sink=config.learned_sink)
         self.block = config.block
         self.pattern: Pattern = _Covering(config.window, config.sinks)
         if config.density is not None:

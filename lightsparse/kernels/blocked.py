@@ -34,7 +34,7 @@ def forward(
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full(q.shape[:3] if with_lse else (0,), float("-inf"), dtype=sum_dtype(q))
     _forward_rows(Pass(q, k, v, layout, scale, bias, dropout), out, lse, with_lse)
-    for queries, wide in _dense_row_layouts(layout, q):
+    for queries, wide in dense_row_layouts(layout, q):
         part_out, part_lse = forward(q[:, :, queries], k, v, wide, scale, None, dropout, with_lse)
         out[:, :, queries] = part_out
         if with_lse:
@@ -60,14 +60,14 @@ def backward(
     grad_bias_ZGNK = None if run.bias_ZGNK is None else torch.zeros_like(run.bias_ZGNK, dtype=sum_dtype(q))
     _backward_rows(run, sums, grad_out, grad_lse, grad_q, grad_bias_ZGNK)
     grad_k, grad_v = sums.result(k.dtype)
-    for queries, wide in _dense_row_layouts(layout, q):
+    for queries, wide in dense_row_layouts(layout, q):
         part_lse = None if grad_lse is None else grad_lse[:, :, queries]
         part = backward(grad_out[:, :, queries], part_lse, q[:, :, queries], k, v, wide, scale, None, dropout)
         grad_q[:, :, queries] = part[0]
         grad_k, grad_v = grad_k + part[1], grad_v + part[2]
     grad_bias = None
     if bias is not None and grad_bias_ZGNK is not None:
-        grad_bias = _summed_to(grad_bias_ZGNK.view(*q.shape[:2], *bias.shape[2:]), bias.shape).to(bias.dtype)
+        grad_bias = summed_to(grad_bias_ZGNK.view(*q.shape[:2], *bias.shape[2:]), bias.shape).to(bias.dtype)
     return grad_q, grad_k, grad_v, grad_bias
 
 
@@ -179,7 +179,7 @@ class _KeyGradients:
                 rows.zero_()
 
 
-def _dense_row_layouts(layout: BlockLayout, q: Tensor) -> Iterator[tuple[Tensor, BlockLayout]]:
+def dense_row_layouts(layout: BlockLayout, q: Tensor) -> Iterator[tuple[Tensor, BlockLayout]]:
     """Queries of the rows that read every block, and a layout of their own, in tiles small enough to hold the keys."""
     if not len(layout.dense_rows):
         return
@@ -217,7 +217,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _summed_to(x: Tensor, shape: torch.Size) -> Tensor:
+def summed_to(x: Tensor, shape: torch.Size) -> Tensor:
     """[B, H, NQ, K] summed to a bias of [B|1, H|Hkv|1, NQ, K]."""
     x = x.unflatten(1, (shape[1], -1)).sum(2)
     return x.sum(0, keepdim=True) if shape[0] == 1 else x

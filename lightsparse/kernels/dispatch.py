@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightsparse.kernels import blocked_op, flex, native_op, reference, sdpa
+from lightsparse.kernels import blocked_op, flex, native_op, reference, routed_op, sdpa
 from lightsparse.kernels.dropout import Dropout
 from lightsparse.patterns.layout import BlockLayout
 from lightsparse.patterns.mask import ElementMask
@@ -48,6 +48,7 @@ class Backend:
     any_layout: bool = True  # otherwise only layouts that are dense
     explicit_mask: bool = True  # layout.mask.dense
     flex: bool = False  # FlexAttention, whose limits depend on device, dtype and size
+    routed: bool = False  # only layouts whose rows are single queries
     native: bool = False  # the compiled kernel, which needs a CPU, its dtypes and a compiler
 
     def refusal(self, ask: Request) -> str | None:
@@ -62,6 +63,8 @@ class Backend:
             return "returns no differentiable lse"
         if ask.layout.mask.dense is not None and not self.explicit_mask:
             return "takes no mask.dense"
+        if self.routed and ask.layout.q_block != 1:
+            return f"takes layouts with a row per query (q_block = 1), and this one has {ask.layout.q_block}"
         if self.native:
             return _native_refusal(ask)
         return flex.refusal(ask.q, ask.layout, gradients=ask.gradients, lse=ask.lse) if self.flex else None
@@ -79,6 +82,7 @@ BACKENDS = {
     "reference": Backend("reference"),
     "blocked": Backend("blocked"),
     "native": Backend("native", explicit_mask=False, native=True),
+    "routed": Backend("routed", explicit_mask=False, routed=True),
     "flex": Backend("flex", block_bias=False, dropout=False, flex=True),
     "sdpa": Backend("sdpa", block_bias=False, dropout=False, differentiable_lse=False, any_layout=False),
 }
@@ -98,7 +102,7 @@ def use_backend(name: str) -> Iterator[None]:
 def set_backend(name: str) -> None:
     """From now on calls with backend="auto" outside `use_backend` take this one, in all threads of the process.
 
-    With flex, rows of single queries (decoding) stay on automatic: they are no tiles.
+    With flex, rows of single queries (decoding) stay on automatic: they are no tiles. With routed, all others do.
     Raises ValueError for an unknown name, and for flex where no CUDA device could train with it.
     """
     global _of_process
@@ -128,8 +132,8 @@ def block_sparse_attention(
     scale       multiplies q·k; default 1/√D
     block_bias  [B|1, H|Hkv|1, NQ, K]: added to the scores of that entry of the layout's table, differentiable
     dropout     Dropout(rate, keys) on the attention weights
-    backend     auto | native | blocked | reference | flex | sdpa; auto is sdpa for dense layouts, else flex on CUDA and
-                native on CPU where they can, else blocked
+    backend     auto | native | blocked | routed | reference | flex | sdpa; auto is sdpa for dense layouts, else flex on
+                CUDA and native on CPU where they can, else routed for rows of single queries, else blocked
     return_lse  also return the log-sum-exp of each row's scores, [B, H, Nq] fp32, differentiable
 
     Returns out [B, H, Nq, D] in q's dtype; a row with nothing to read is 0 (lse −inf).
@@ -165,18 +169,21 @@ def block_sparse_attention(
             out, lse = reference.attention(q, k, v, layout, scale, block_bias, dropout)
     elif chosen == "native":
         out, lse = native_op.attention(q, k, v, layout, scale, block_bias, dropout)
+    elif chosen == "routed":
+        out, lse = routed_op.attention(q, k, v, layout, scale, block_bias, dropout)
     else:
         out, lse = blocked_op.attention(q, k, v, layout, scale, block_bias, dropout, return_lse)
     return (out, lse) if lse is not None and return_lse else out
 
 
 def _process_choice(layout: BlockLayout) -> str:
-    return "auto" if _of_process == "flex" and layout.q_block == 1 else _of_process
+    fits = {"flex": layout.q_block > 1, "routed": layout.q_block == 1}
+    return _of_process if fits.get(_of_process, True) else "auto"
 
 
 def _automatic(ask: Request) -> str:
     """The first backend in the order of speed that can serve the call."""
-    names = ("sdpa", "flex") if ask.q.device.type == "cuda" else ("sdpa", "native")
+    names = ("sdpa", "flex", "routed") if ask.q.device.type == "cuda" else ("sdpa", "native", "routed")
     return next((name for name in names if BACKENDS[name].refusal(ask) is None), "blocked")
 
 

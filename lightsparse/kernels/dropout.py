@@ -43,13 +43,27 @@ def keep_scale(dropout: Dropout, heads: Tensor, queries: Tensor, keys: Tensor, d
 
     heads [H]: query heads; queries: positions [B|1, Q]; keys: key numbers [B|1, H|1, K]. Returns [B, H, Q, K].
     """
-    row_BHQ = chain(dropout.keys[:, None, None], heads[None, :, None], queries[:, None, :])
+    row_BHQ = row_hashes(dropout.keys[:, None, None], heads[None, :, None], queries[:, None, :])
+    return kept(dropout.rate, row_BHQ[..., None], key_hashes(dropout, keys)[:, :, None, :], dtype)
+
+
+def row_hashes(sample_keys: Tensor, heads: Tensor, queries: Tensor) -> Tensor:
+    """A hash for each row of weights; the three broadcast."""
+    return chain(sample_keys, heads, queries)
+
+
+def key_hashes(dropout: Dropout, keys: Tensor) -> Tensor:
+    """A hash for each key number: once per key, so that only one mix is left for every pair."""
     if dropout.key_ids is not None:  # what fills up a last, short block is nobody's key
         keys = dropout.key_ids[keys.long().clamp(max=len(dropout.key_ids) - 1)]
-    key_BHK = mix(keys.long() * _KEY)  # once per key, so that only one mix is left for every pair
-    bits = mix(row_BHQ[..., None] ^ key_BHK[:, :, None, :])
-    kept = ((bits >> 20) & ((1 << _BITS) - 1)) >= drop_below(dropout.rate)
-    return kept.to(dtype) * (1.0 / (1.0 - dropout.rate))
+    return mix(keys.long() * _KEY)
+
+
+def kept(rate: float, rows: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / (1 − rate) or 0 for each pair of two hashes, which broadcast."""
+    bits = mix(rows ^ keys)
+    stays = ((bits >> 20) & ((1 << _BITS) - 1)) >= drop_below(rate)
+    return stays.to(dtype) * (1.0 / (1.0 - rate))
 
 
 def drop_below(rate: float) -> int:

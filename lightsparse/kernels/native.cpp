@@ -2,6 +2,8 @@
 //
 // Forward (Dao et al. 2022, arXiv 2205.14135): a row's keys come in chunks; a running maximum m and sum l rescale what
 // has been summed so far. Backward: P = exp(S − lse) again, delta = rowsum(dO · O) − dlse, dS = P · (dP − delta).
+// Where every query has a list of blocks of its own (q_block = 1) and many choose the same, the walk goes by key block
+// over the rows of some thousand queries at a time: the rows that chose it meet it together (`Portion`).
 // Memory is linear in the tokens. Results depend on the number of threads only, never on their timing.
 //
 // Names: a unit is one (sample, key/value head); G query heads of it walk one table together, or nz tables one by one.
@@ -49,6 +51,8 @@ constexpr int ROWS = 64;    // query rows of a score tile
 constexpr int SEGMENT = 64; // keys that lie side by side
 constexpr int CHUNK = 128;  // keys of a score tile
 constexpr int STRIDE = CHUNK + 16;  // of its rows: a power of two would crowd a column into few cache sets
+constexpr int64_t PORTION_ROWS = 4096;  // query rows whose picks are walked by key block
+constexpr int64_t FEW_PICKS = 2;        // of a key block in a portion, on average: below, every row walks its own list
 constexpr int64_t ITEM_ROWS = 512;  // query rows (times G) that meet a chunk of keys while it is in cache
 
 // ---- vectors ---------------------------------------------------------------------------------------------------
@@ -362,6 +366,10 @@ struct Live {  // a segment that the rows of a tile see at least a part of
   bool masked;
 };
 
+struct Pick {  // one entry of the table of one query head
+  int32_t row, entry;  // row of the portion: (query − its first) · heads + head
+};
+
 struct Scratch {  // of one thread
   float *q, *dout, *sums, *dq;          // [item rows][Dp]; sums: out
   float *m, *l, *delta;                 // [item rows]; in the backward m is the lse
@@ -373,6 +381,10 @@ struct Scratch {  // of one thread
   int64_t *ids;
   uint64_t *hashes;
   float *rows16;                        // [16][Dp]
+  Pick *picks;                          // of a portion, block by block
+  int64_t *stop;                        // [NB + 1]: where the picks of the blocks before end
+  float *row_m, *row_l, *row_delta;     // [portion rows]
+  float *row_sums, *row_dout;           // [portion rows][Dp]; in the backward row_sums is dq
 };
 
 struct Carver {  // hands out pieces of one buffer, or only counts them
@@ -388,8 +400,8 @@ struct Carver {  // hands out pieces of one buffer, or only counts them
 
 struct Call {
   const Args &a;
-  bool backward, gather, direct;  // gather: nothing is packed ahead; direct: rows of k, v, dk, dv are used as they are
-  int64_t Dp, kbp, NB, G, nz, units, panels, item_rows, mask_batch, kn_stride, vn_stride;
+  bool backward, gather, direct, by_block;  // by_block: rows of single queries, walked by key block; gather: nothing is packed ahead; direct: rows of k, v, dk, dv are used as they are
+  int64_t Dp, kbp, NB, G, nz, units, panels, item_rows, portion, mask_batch, kn_stride, vn_stride;
   int threads;
   float *kt = nullptr, *vt = nullptr, *kn = nullptr, *vn = nullptr, *dk = nullptr, *dv = nullptr, *slabs = nullptr;
   Bounds *bounds = nullptr;
@@ -410,6 +422,10 @@ struct Call {
     gather = a.kv_block < 16 || nz * (a.NQ * a.K + a.dense_count * NB) <= 2 * NB;
     direct = !a.bf16 && Dp == a.D;
     item_rows = std::min(std::max(ITEM_ROWS / G, (int64_t)1), a.q_block) * G;
+    portion = std::min(std::max(PORTION_ROWS / (a.H / a.Hkv), (int64_t)1), a.Nq);
+    int64_t portion_rows = portion * (a.H / a.Hkv);
+    by_block = a.q_block == 1 && !gather && portion_rows * a.K >= FEW_PICKS * NB;
+    if (by_block) item_rows = std::max(item_rows, (int64_t)ROWS);
     mask_batch = (a.from_b || a.until_b || a.kv_doc_b) ? a.B : 1;
     kn_stride = gather || !direct ? Dp : a.sk[2];
     vn_stride = gather || !direct ? Dp : a.sv[2];
@@ -449,6 +465,11 @@ struct Call {
       s.kv_doc = carve.take<int32_t>(CHUNK), s.ids = carve.take<int64_t>(CHUNK);
       s.hashes = carve.take<uint64_t>(CHUNK);
       s.rows16 = carve.take<float>(16 * Dp);
+      int64_t rows = by_block ? portion_rows : 0;
+      s.picks = carve.take<Pick>(rows * a.K);
+      s.stop = carve.take<int64_t>(by_block ? NB + 1 : 0);
+      s.row_m = carve.take<float>(rows), s.row_l = carve.take<float>(rows), s.row_delta = carve.take<float>(rows);
+      s.row_sums = carve.take<float>(rows * Dp), s.row_dout = carve.take<float>(backward ? rows * Dp : 0);
     }
     bytes = carve.used;
   }
@@ -459,6 +480,7 @@ struct Call {
     return a.table + (((a.table_batch == 1 ? 0 : b) * a.table_heads + head) * a.NQ + row) * a.K;
   }
   int64_t first_head(int64_t unit, int64_t z) const { return unit % a.Hkv * (a.H / a.Hkv) + z; }  // G follow one another
+  int64_t heads() const { return a.H / a.Hkv; }
   uint64_t hash_of_key(int64_t key) const { return key_hash((uint64_t)(a.key_ids ? a.key_ids[key] : key)); }
   int64_t offset_k(int64_t unit, int64_t key) const {
     return unit / a.Hkv * a.sk[0] + unit % a.Hkv * a.sk[1] + key * a.sk[2];
@@ -538,6 +560,24 @@ struct Call {
     });
   }
 
+  // Of one row: the gradient of its output, its lse (+inf where it reads nothing: P = exp(S − inf) = 0) and delta.
+  void read_gradient(int64_t b, int64_t h, int64_t i, float *dout, float *out, float &lse, float &delta) const {
+    int64_t at = (b * a.H + h) * a.Nq + i;
+    read_row(a.bf16, a.dout, b * a.sdo[0] + h * a.sdo[1] + i * a.sdo[2], a.D, Dp, 1.f, dout);
+    read_row(a.bf16, a.out_saved, at * a.D, a.D, Dp, 1.f, out);
+    vf sum = vf{};
+    for (int64_t d = 0; d < Dp; d += W) sum += load(dout + d) * load(out + d);
+    const bool empty = a.lse[at] == -INF;
+    lse = empty ? INF : a.lse[at];
+    delta = empty ? 0.f : sum_of(sum) - (a.dlse ? a.dlse[at] : 0.f);
+  }
+
+  void write_out(int64_t to, float m, float l, const float *sums) const {
+    bool empty = m == -INF;
+    write_row(a.bf16, a.out, to * a.D, a.D, empty ? 0.f : 1.f / l, sums);
+    a.lse[to] = empty ? -INF : m + std::log(l);
+  }
+
   int64_t keys_of_row(const int32_t *entries, int64_t row) const {
     if (a.dense_row[row]) return a.Nkv;
     int64_t count = 0;
@@ -552,6 +592,7 @@ struct Chunks {
   Scratch &s;
   int64_t unit, b;
   const int32_t *entries;
+  int64_t count;  // of entries
   bool dense;
   float *dk, *dv;                  // of the unit: [Nkv][Dp]
   int64_t entry = -1, block = -1;  // where the walk stands
@@ -561,8 +602,10 @@ struct Chunks {
   Span span[CHUNK];
   int spans = 0;
 
-  Chunks(const Call &call_, Scratch &s_, int64_t unit_, const int32_t *entries_, bool dense_, float *dk_, float *dv_)
-      : call(call_), s(s_), unit(unit_), b(unit_ / call_.a.Hkv), entries(entries_), dense(dense_), dk(dk_), dv(dv_) {}
+  Chunks(const Call &call_, Scratch &s_, int64_t unit_, const int32_t *entries_, int64_t count_, bool dense_,
+         float *dk_, float *dv_)
+      : call(call_), s(s_), unit(unit_), b(unit_ / call_.a.Hkv), entries(entries_), count(count_), dense(dense_),
+        dk(dk_), dv(dv_) {}
 
   bool more() {  // whether there are keys left; moves on to the next block when one is done
     const Args &a = call.a;
@@ -570,7 +613,7 @@ struct Chunks {
       if (dense) {
         if (++block >= call.NB) return false;
       } else {
-        if (++entry >= a.K) return false;
+        if (++entry >= count) return false;
         block = entries[entry];
         if (block < 0) continue;
       }
@@ -680,19 +723,30 @@ struct Chunks {
 };
 
 // Some rows of a table's row, for the G query heads that read the same keys: row m = g · R + i is query first + i.
+// Or rows of a portion that begins with query `first`, as their picks say.
 struct Item {
   Call &call;
   Scratch &s;
   int64_t unit, z, row, first, R, M, b;
+  const Pick *picks = nullptr;
   Live live[CHUNK / 16];
   int lives = 0, width = 0;
 
   Item(Call &call_, Scratch &s_, int64_t unit_, int64_t z_, int64_t row_, int64_t first_, int64_t R_)
       : call(call_), s(s_), unit(unit_), z(z_), row(row_), first(first_), R(R_), M(call_.G * R_),
         b(unit_ / call_.a.Hkv) {
+    read();
+  }
+  Item(Call &call_, Scratch &s_, int64_t unit_, int64_t first_, const Pick *picks_, int64_t M_)
+      : call(call_), s(s_), unit(unit_), z(0), row(0), first(first_), R(1), M(M_), b(unit_ / call_.a.Hkv),
+        picks(picks_) {
+    read();
+  }
+
+  void read() {
     const Args &a = call.a;
     for (int64_t m = 0; m < M; m++) {
-      int64_t i = first + m % R, h = head(m);
+      int64_t i = query(m), h = head(m);
       read_row(a.bf16, a.q, b * a.sq[0] + h * a.sq[1] + i * a.sq[2], a.D, call.Dp, (float)a.scale, s.q + m * call.Dp);
       s.pos[m] = a.q_pos[b * a.q_pos_b + i];
       s.doc[m] = a.q_doc ? a.q_doc[b * a.q_doc_b + i] : 0;
@@ -700,8 +754,11 @@ struct Item {
         s.hash[m] = chained(chained((uint64_t)a.drop_keys[b], (uint64_t)h), (uint64_t)(int64_t)s.pos[m]);
     }
   }
-  int64_t head(int64_t m) const { return call.first_head(unit, z) + m / R; }
-  int64_t index(int64_t m) const { return (b * call.a.H + head(m)) * call.a.Nq + first + m % R; }  // into [B, H, Nq]
+  int64_t head(int64_t m) const {
+    return picks ? call.first_head(unit, 0) + picks[m].row % call.heads() : call.first_head(unit, z) + m / R;
+  }
+  int64_t query(int64_t m) const { return first + (picks ? picks[m].row / call.heads() : m % R); }
+  int64_t index(int64_t m) const { return (b * call.a.H + head(m)) * call.a.Nq + query(m); }  // into [B, H, Nq]
 
   // Scores of rows m0 … m0 + rows − 1 against what they see of a chunk, −inf where they may not read. False: nothing.
   bool scores(const Chunks &chunk, int64_t m0, int rows) {
@@ -750,7 +807,13 @@ struct Item {
   void add_bias(const Chunks &chunk, const Segment &x, int64_t m0, int rows, float *to) const {
     const Args &a = call.a;
     for (int r = 0; r < rows; r++, to += STRIDE) {
-      const float *bias = a.bias + b * a.bias_b + head(m0 + r) / a.bias_group * a.bias_h + row * a.K;
+      const float *bias = a.bias + b * a.bias_b + head(m0 + r) / a.bias_group * a.bias_h;
+      if (picks) {  // all keys here are of the block that this row picked
+        const float add = bias[query(m0 + r) * a.K + picks[m0 + r].entry];
+        for (int c = 0; c < x.n; c++) to[c] += add;
+        continue;
+      }
+      bias += row * a.K;
       for (int k = x.first_span; k < x.first_span + x.spans; k++) {
         const Span &of = chunk.span[k];
         if (of.entry < 0) continue;
@@ -787,6 +850,12 @@ struct Item {
     std::fill(s.m, s.m + M, -INF);
     std::fill(s.l, s.l + M, 0.f);
     std::memset(s.sums, 0, M * Dp * 4);
+    read_keys(chunks);
+    for (int64_t m = 0; m < M; m++) call.write_out(index(m), s.m[m], s.l[m], s.sums + m * Dp);
+  }
+
+  void read_keys(Chunks &chunks) {
+    const int64_t Dp = call.Dp;
     while (chunks.next())
       for (int64_t m0 = 0; m0 < M; m0 += ROWS) {
         int rows = (int)std::min((int64_t)ROWS, M - m0);
@@ -797,11 +866,6 @@ struct Item {
                          true);
         });
       }
-    for (int64_t m = 0; m < M; m++) {
-      bool empty = s.m[m] == -INF;
-      write_row(call.a.bf16, call.a.out, index(m) * call.a.D, call.a.D, empty ? 0.f : 1.f / s.l[m], s.sums + m * Dp);
-      call.a.lse[index(m)] = empty ? -INF : s.m[m] + std::log(s.l[m]);
-    }
   }
 
   void online_softmax(int64_t m, float *p) {
@@ -841,19 +905,17 @@ struct Item {
   void backward(Chunks &chunks) {
     const Args &a = call.a;
     const int64_t Dp = call.Dp;
-    for (int64_t m = 0; m < M; m++) {
-      int64_t i = first + m % R;
-      float *dout = s.dout + m * Dp, *out = s.dq + m * Dp;  // dq is not in use yet
-      read_row(a.bf16, a.dout, b * a.sdo[0] + head(m) * a.sdo[1] + i * a.sdo[2], a.D, Dp, 1.f, dout);
-      read_row(a.bf16, a.out_saved, index(m) * a.D, a.D, Dp, 1.f, out);
-      vf sum = vf{};
-      for (int64_t d = 0; d < Dp; d += W) sum += load(dout + d) * load(out + d);
-      const float lse = a.lse[index(m)];
-      const bool empty = lse == -INF;
-      s.m[m] = empty ? INF : lse;  // P = exp(S − inf) = 0
-      s.delta[m] = empty ? 0.f : sum_of(sum) - (a.dlse ? a.dlse[index(m)] : 0.f);
-    }
+    for (int64_t m = 0; m < M; m++)  // dq is not in use yet: there is room for the output
+      call.read_gradient(b, head(m), first + m % R, s.dout + m * Dp, s.dq + m * Dp, s.m[m], s.delta[m]);
     std::memset(s.dq, 0, M * Dp * 4);
+    add_gradients(chunks);
+    for (int64_t m = 0; m < M; m++)
+      write_row(a.bf16, a.dq, index(m) * a.D, a.D, (float)a.scale, s.dq + m * Dp);
+  }
+
+  void add_gradients(Chunks &chunks) {
+    const Args &a = call.a;
+    const int64_t Dp = call.Dp;
     while (chunks.next()) {
       for (int64_t m0 = 0; m0 < M; m0 += ROWS) {
         int rows = (int)std::min((int64_t)ROWS, M - m0);
@@ -872,8 +934,6 @@ struct Item {
       }
       chunks.scatter();
     }
-    for (int64_t m = 0; m < M; m++)
-      write_row(a.bf16, a.dq, index(m) * a.D, a.D, (float)a.scale, s.dq + m * Dp);
   }
 
   // s: scores → weights (after dropout), dp → gradient of the scores
@@ -899,8 +959,12 @@ struct Item {
     const Args &a = call.a;
     for (int i = 0; i < lives; i++)
       for (int r = 0; r < rows; r++) {
-        float *to = a.dbias + ((b * a.H + head(m0 + r)) * a.NQ + row) * a.K;
+        float *to = a.dbias + ((b * a.H + head(m0 + r)) * a.NQ + (picks ? query(m0 + r) : row)) * a.K;
         const float *ds = s.dp + r * STRIDE + live[i].column;
+        if (picks) {
+          for (int c = 0; c < live[i].of->n; c++) to[picks[m0 + r].entry] += ds[c];
+          continue;
+        }
         for (int k = live[i].of->first_span; k < live[i].of->first_span + live[i].of->spans; k++) {
           const Span &of = chunk.span[k];
           float sum = 0;
@@ -916,7 +980,7 @@ void row_of_table(Call &call, Scratch &s, int64_t unit, int64_t z, int64_t row, 
   const int64_t stop = std::min((row + 1) * a.q_block, a.Nq), at_once = call.item_rows / call.G;
   for (int64_t first = row * a.q_block; first < stop; first += at_once) {
     Item item(call, s, unit, z, row, first, std::min(at_once, stop - first));
-    Chunks chunks(call, s, unit, call.table_row(unit, z, row), a.dense_row[row], dk, dv);
+    Chunks chunks(call, s, unit, call.table_row(unit, z, row), a.K, a.dense_row[row], dk, dv);
     if (call.backward)
       item.backward(chunks);
     else
@@ -924,10 +988,123 @@ void row_of_table(Call &call, Scratch &s, int64_t unit, int64_t z, int64_t row, 
   }
 }
 
+// Queries first … stop − 1 of a unit, by key block: the rows that picked one meet it in tiles, in the order of the
+// queries. What a row has summed so far, or its dq, waits in the portion's buffers from one of its blocks to the next.
+struct Portion {
+  Call &call;
+  Scratch &s;
+  int64_t unit, first, stop, heads, b;
+  float *dk, *dv;
+
+  Portion(Call &call_, Scratch &s_, int64_t unit_, int64_t first_, int64_t stop_, float *dk_, float *dv_)
+      : call(call_), s(s_), unit(unit_), first(first_), stop(stop_), heads(call_.heads()), b(unit_ / call_.a.Hkv),
+        dk(dk_), dv(dv_) {
+    const Args &a = call.a;
+    std::fill(s.stop, s.stop + call.NB + 1, 0);
+    each_pick([&](int64_t block, int64_t, int64_t) { s.stop[block + 1] += call.G; });
+    for (int64_t block = 0; block < call.NB; block++) s.stop[block + 1] += s.stop[block];
+    each_pick([&](int64_t block, int64_t row, int64_t entry) {  // moves stop[block] from its first pick behind its last
+      for (int64_t g = 0; g < call.G; g++) s.picks[s.stop[block]++] = Pick{(int32_t)(row + g), (int32_t)entry};
+    });
+    for (int64_t i = first; i < stop; i++)
+      if (a.dense_row[i])
+        for (int64_t z = 0; z < call.nz; z++) row_of_table(call, s, unit, z, i, dk, dv);
+    call.backward ? backward() : forward();
+  }
+
+  template <class Use>
+  void each_pick(Use use) const {  // use(block, first row that reads it there, entry)
+    for (int64_t i = first; i < stop; i++)
+      for (int64_t z = 0; z < call.nz; z++) {
+        const int32_t *entries = call.table_row(unit, z, i);
+        for (int64_t e = 0; e < call.a.K; e++)
+          if (entries[e] >= 0) use(entries[e], (i - first) * heads + z, e);
+      }
+  }
+
+  template <class Use>
+  void each_tile(Use use) {  // use(item, chunks of its block)
+    for (int32_t block = 0; block < call.NB; block++)
+      for (int64_t at = block ? s.stop[block - 1] : 0; at < s.stop[block]; at += ROWS) {
+        Item item(call, s, unit, first, s.picks + at, std::min((int64_t)ROWS, s.stop[block] - at));
+        Chunks chunks(call, s, unit, &block, 1, false, dk, dv);
+        use(item, chunks);
+      }
+  }
+
+  template <class Use>
+  void each_row(Use use) const {  // use(row, head, query); dense rows are done
+    for (int64_t i = first; i < stop; i++)
+      if (!call.a.dense_row[i])
+        for (int64_t h = 0; h < heads; h++) use((i - first) * heads + h, call.first_head(unit, 0) + h, i);
+  }
+
+  void forward() {
+    const int64_t Dp = call.Dp, rows = (stop - first) * heads;
+    std::fill(s.row_m, s.row_m + rows, -INF);
+    std::fill(s.row_l, s.row_l + rows, 0.f);
+    std::memset(s.row_sums, 0, rows * Dp * 4);
+    each_tile([&](Item &item, Chunks &chunks) {
+      for (int64_t m = 0; m < item.M; m++) {
+        const int64_t row = item.picks[m].row;
+        s.m[m] = s.row_m[row], s.l[m] = s.row_l[row];
+        std::memcpy(s.sums + m * Dp, s.row_sums + row * Dp, Dp * 4);
+      }
+      item.read_keys(chunks);
+      for (int64_t m = 0; m < item.M; m++) {
+        const int64_t row = item.picks[m].row;
+        s.row_m[row] = s.m[m], s.row_l[row] = s.l[m];
+        std::memcpy(s.row_sums + row * Dp, s.sums + m * Dp, Dp * 4);
+      }
+    });
+    each_row([&](int64_t row, int64_t h, int64_t i) {
+      call.write_out((b * call.a.H + h) * call.a.Nq + i, s.row_m[row], s.row_l[row], s.row_sums + row * Dp);
+    });
+  }
+
+  void backward() {
+    const Args &a = call.a;
+    const int64_t Dp = call.Dp, rows = (stop - first) * heads;
+    each_row([&](int64_t row, int64_t h, int64_t i) {
+      call.read_gradient(b, h, i, s.row_dout + row * Dp, s.rows16, s.row_m[row], s.row_delta[row]);
+    });
+    std::memset(s.row_sums, 0, rows * Dp * 4);
+    each_tile([&](Item &item, Chunks &chunks) {
+      for (int64_t m = 0; m < item.M; m++) {
+        const int64_t row = item.picks[m].row;
+        s.m[m] = s.row_m[row], s.delta[m] = s.row_delta[row];
+        std::memcpy(s.dout + m * Dp, s.row_dout + row * Dp, Dp * 4);
+        std::memcpy(s.dq + m * Dp, s.row_sums + row * Dp, Dp * 4);
+      }
+      item.add_gradients(chunks);
+      for (int64_t m = 0; m < item.M; m++)
+        std::memcpy(s.row_sums + item.picks[m].row * Dp, s.dq + m * Dp, Dp * 4);
+    });
+    each_row([&](int64_t row, int64_t h, int64_t i) {
+      write_row(a.bf16, a.dq, ((b * a.H + h) * a.Nq + i) * a.D, a.D, (float)a.scale, s.row_sums + row * Dp);
+    });
+  }
+};
+
+void portions(Call &call, Scratch &s, int64_t unit, int64_t first, int64_t stop, float *dk, float *dv) {
+  for (; first < stop; first += call.portion)
+    Portion(call, s, unit, first, std::min(first + call.portion, stop), dk, dv);
+}
+
 void forward(Call &call) {
   Team team(call.threads);
   call.prepare(team);
   std::atomic<int64_t> next{0};
+  if (call.by_block) {
+    const int64_t per_unit = (call.a.Nq + call.portion - 1) / call.portion;
+    team.run([&](int me) {
+      for (int64_t i; (i = next++) < call.units * per_unit;) {
+        int64_t first = i % per_unit * call.portion;
+        portions(call, call.scratch[me], i / per_unit, first, std::min(first + call.portion, call.a.Nq), nullptr, nullptr);
+      }
+    });
+    return;
+  }
   const int64_t NQ = call.a.NQ, rows = call.units * call.nz * NQ;
   team.run([&](int me) {
     for (int64_t i; (i = next++) < rows;)
@@ -942,10 +1119,11 @@ void backward(Call &call) {
   Team team(call.threads);
   const int shares = team.size();
   call.prepare(team);
-  const int64_t NQ = a.NQ, per_unit = call.nz * NQ, rows = call.units * per_unit;
+  const int64_t NQ = a.NQ, tables = call.by_block ? 1 : call.nz;  // by block a query's rows are walked together
+  const int64_t per_unit = tables * NQ, rows = call.units * per_unit;
   std::vector<double> cost(rows + 1, 0.0);
   for (int64_t i = 0; i < rows; i++) {
-    int64_t unit = i / per_unit, z = i / NQ % call.nz, row = i % NQ;
+    int64_t unit = i / per_unit, z = i / NQ % tables, row = i % NQ;
     int64_t queries = std::min(a.q_block, a.Nq - row * a.q_block) * call.G;
     cost[i + 1] = cost[i] + (double)(call.keys_of_row(call.table_row(unit, z, row), row) + 1) * (queries + 8);
   }
@@ -964,7 +1142,13 @@ void backward(Call &call) {
         std::memset(dk, 0, size * 4);
         std::memset(dv, 0, size * 4);
       }
-      row_of_table(call, call.scratch[me], unit, i / NQ % call.nz, i % NQ, dk, dv);
+      if (call.by_block) {  // all of the share's queries of this unit
+        const int64_t stop = std::min(cut[me + 1], (unit + 1) * per_unit);
+        portions(call, call.scratch[me], unit, i - unit * per_unit, stop - unit * per_unit, dk, dv);
+        i = stop - 1;
+      } else {
+        row_of_table(call, call.scratch[me], unit, i / NQ % tables, i % NQ, dk, dv);
+      }
     }
   });
   std::atomic<int64_t> next{0};

@@ -33,6 +33,7 @@ from lightsparse.training.memory import release_freed
 from lightsparse.training.objectives import IGNORED, Objective
 from lightsparse.training.optimizers import parameter_groups
 from lightsparse.training.ranks import of_all_ranks
+from lightsparse.training.routers import RouterWatch
 from lightsparse.training.scores import Scores, score_sums
 from lightsparse.training.sharding import context_split
 
@@ -144,6 +145,7 @@ class LanguageModel(LightningModule):
     def on_train_start(self) -> None:
         self._stop_at_goal()  # where it had been reached and the run was killed before it could say so
         # nats, targets, bytes, density, and what the attention reports of itself
+        self.routers = RouterWatch(self.model)
         self._sums = torch.zeros(4 + len(self.watched_columns), device=self.device, dtype=torch.float32)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -168,6 +170,7 @@ class LanguageModel(LightningModule):
         micro_batches = self.config.accumulate * self.trainer.world_size
         nats, targets, text_bytes, density, *reports = self._over_ranks(self._sums).tolist()
         self._sums.zero_()
+        self.routers.look(self._over_ranks)
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, micro_batches / max(targets, 1.0))
         total = torch.nn.utils.get_total_norm(gradients)

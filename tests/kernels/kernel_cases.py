@@ -77,6 +77,11 @@ def finest(backend: str) -> tuple[torch.dtype, float]:
     return (torch.float32, 1e-5) if backend == "native" else (torch.float64, 1e-10)
 
 
+def fitting(backend: str, layout: BlockLayout) -> BlockLayout:
+    """The layout in the form that the backend takes: `routed` wants a row per query."""
+    return layout.per_token(0, layout.num_queries) if backend == "routed" else layout
+
+
 def with_dense_mask(layout: BlockLayout, dense: Tensor) -> BlockLayout:
     return replace(layout, mask=replace(layout.mask, dense=dense))
 
@@ -99,7 +104,11 @@ def results(
     backend: str, qkv: tuple[Tensor, ...], layout: BlockLayout, *, bias: Tensor | None = None, **options
 ) -> dict[str, Tensor]:
     """Output, lse and the gradients of all inputs, for output and lse gradients that are the same on every call."""
-    out, lse = block_sparse_attention(*qkv, layout, block_bias=bias, backend=backend, return_lse=True, **options)
+    own = bias
+    if backend == "routed" and bias is not None:
+        own = bias[:, :, torch.arange(layout.num_queries) // layout.q_block]
+    layout = fitting(backend, layout)
+    out, lse = block_sparse_attention(*qkv, layout, block_bias=own, backend=backend, return_lse=True, **options)
     generator = torch.Generator().manual_seed(7)
     of_out, of_lse = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (out, lse))
     of_lse = of_lse.masked_fill(lse == float("-inf"), 0.0)

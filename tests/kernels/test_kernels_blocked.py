@@ -1,4 +1,4 @@
-"""`blocked` and `native` equal `reference`, outputs and all gradients, over everything a layout can be."""
+"""`blocked`, `native` and `routed` equal `reference`, outputs and all gradients, over everything a layout can be."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from kernel_cases import (
     assert_equals_reference,
     dropout,
     finest,
+    fitting,
     inputs,
     random_layout,
     results,
@@ -155,7 +156,7 @@ def test_an_expanded_gradient_of_the_output(backend):
     grads = []
     for name in (backend, "reference"):
         qkv = inputs(SMALL)
-        grads.append(torch.autograd.grad(block_sparse_attention(*qkv, layout, backend=name).sum(), qkv))
+        grads.append(torch.autograd.grad(block_sparse_attention(*qkv, fitting(name, layout), backend=name).sum(), qkv))
     for found, wanted in zip(*grads, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -168,7 +169,7 @@ def test_gradients_of_the_lse_alone_and_of_the_output_alone(backend):
         grads = []
         for name in (backend, "reference"):
             qkv = inputs(SMALL, finest(backend)[0])
-            result = block_sparse_attention(*qkv, layout, backend=name, return_lse=True)[of]
+            result = block_sparse_attention(*qkv, fitting(name, layout), backend=name, return_lse=True)[of]
             grads.append(torch.autograd.grad(result.square().sum(), qkv[: 3 - of]))
         for found, wanted in zip(*grads, strict=True):
             torch.testing.assert_close(found, wanted, rtol=10 * finest(backend)[1], atol=10 * finest(backend)[1])
@@ -181,7 +182,8 @@ def test_merging_by_lse_equals_one_softmax_over_both_parts(backend):
     own = torch.arange(4, dtype=torch.int32)[None, None, :, None]
     rest.kv_indices[rest.kv_indices == own] = -1  # own blocks stand last in their rows
     qkv = inputs(sizes, finest(backend)[0])
-    parts = [block_sparse_attention(*qkv, part, backend=backend, return_lse=True) for part in (near, rest)]
+    fit = [fitting(backend, part) for part in (near, rest)]
+    parts = [block_sparse_attention(*qkv, part, backend=backend, return_lse=True) for part in fit]
     outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))
     merged = (outs * lses.softmax(0)[..., None]).sum(0)
     whole = block_sparse_attention(*qkv, far, backend="reference")
@@ -206,7 +208,7 @@ def test_dropout_drops_the_same_weights_as_the_reference(rule, table_heads, dens
 
 def test_dropout_depends_on_the_sample_alone_and_not_on_the_batch_or_the_tiles(backend):
     qkv = inputs(SMALL)
-    coarse, fine = (LocalWindow(64).layout(63, block=block) for block in (32, 8))
+    coarse, fine = (fitting(backend, LocalWindow(64).layout(63, block=block)) for block in (32, 8))
     keys = sample_keys(5, 1, torch.tensor([10, 11]))
     both = block_sparse_attention(*qkv, coarse, dropout=Dropout(0.3, keys), backend=backend)
     again = block_sparse_attention(*qkv, fine, dropout=Dropout(0.3, keys), backend=backend)
@@ -220,7 +222,7 @@ def test_dropout_depends_on_the_sample_alone_and_not_on_the_batch_or_the_tiles(b
 def test_dropout_has_the_right_expectation(backend):
     sizes = Sizes(batch=256, heads=4, kv_heads=4, nq=16, nkv=16, dim=8)
     q, k, v = (x.detach()[:1].expand(256, -1, -1, -1) for x in inputs(sizes))
-    layout = LocalWindow(16).layout(16, block=16)
+    layout = fitting(backend, LocalWindow(16).layout(16, block=16))
     plain = block_sparse_attention(q, k, v, layout, backend=backend)[0]
     dropped = block_sparse_attention(q, k, v, layout, dropout=dropout(sizes, 0.5), backend=backend)
     error = (dropped.mean(0) - plain) / (dropped.std(0) / 16 + 1e-6)

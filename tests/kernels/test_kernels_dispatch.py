@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import Sizes, Tables, dropout, inputs, random_layout, results, with_dense_mask
+from kernel_cases import Sizes, Tables, dropout, fitting, inputs, random_layout, results, with_dense_mask
 
 from lightsparse.kernels import (
     BACKENDS,
@@ -15,6 +15,7 @@ from lightsparse.kernels import (
     dispatch,
     native_op,
     reference,
+    routed_op,
     sample_keys,
     sdpa,
     use_backend,
@@ -32,7 +33,8 @@ EVERYTHING = GlobalTokens(63).layout(63, block=16, causal=False)
 def served(monkeypatch):
     """The backends called, in order."""
     calls: list[str] = []
-    for name, module in {"blocked": blocked_op, "native": native_op, "reference": reference, "sdpa": sdpa}.items():
+    modules = {"blocked": blocked_op, "native": native_op, "routed": routed_op, "reference": reference, "sdpa": sdpa}
+    for name, module in modules.items():
         original = module.attention
 
         def attention(*args, name=name, original=original):
@@ -75,6 +77,8 @@ def test_auto_takes_blocked_where_the_compiled_kernel_cannot_serve(served, monke
     monkeypatch.setattr(native_op, "available", lambda: False)
     block_sparse_attention(*inputs(SIZES), SPARSE)
     assert served == ["blocked"] * 4
+    block_sparse_attention(*inputs(SIZES), SPARSE.per_token(0, 63))
+    assert served.pop() == "routed"  # made for rows of single queries
 
 
 def test_a_named_backend_is_taken_and_use_backend_decides_for_auto_only(served):
@@ -136,6 +140,12 @@ REFUSED = {
     'backend "native" takes torch.float32 and torch.bfloat16, not torch.float64; use backend=blocked': lambda: (
         block_sparse_attention(*inputs(SIZES, torch.float64), SPARSE, backend="native")
     ),
+    'backend "routed" takes layouts with a row per query (q_block = 1), and this one has 16; use backend=blocked': (
+        lambda: attend(backend="routed")
+    ),
+    'backend "routed" takes no mask.dense; use backend=blocked': lambda: attend(
+        masked(dense=torch.zeros(1, 1, 63, 63)), backend="routed"
+    ),
     'backend "blocked" gives mask.dense no gradient; detach it or use backend=reference': lambda: attend(
         masked(dense=torch.zeros(1, 1, 63, 63, requires_grad=True))
     ),
@@ -195,7 +205,7 @@ def test_what_does_not_fit_is_one_sentence(sentence):
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("backend", ["blocked", "native", "reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["blocked", "native", "routed", "reference", "sdpa"])
 @pytest.mark.parametrize(
     ("layout", "sizes"),
     [
@@ -214,7 +224,8 @@ def test_every_backend_is_dense_attention_where_the_layout_is(layout, sizes, bac
         generator = torch.Generator().manual_seed(1)
         return out.detach(), *torch.autograd.grad(out, qkv, torch.randn(out.shape, generator=generator))
 
-    found = grads_of(lambda *qkv: block_sparse_attention(*qkv, layout, backend=backend, scale=0.3))
+    fit = fitting(backend, layout)
+    found = grads_of(lambda *qkv: block_sparse_attention(*qkv, fit, backend=backend, scale=0.3))
     wanted = grads_of(
         lambda *qkv: torch.nn.functional.scaled_dot_product_attention(
             *qkv, attn_mask=layout.mask.to_dense(), scale=0.3, enable_gqa=True

@@ -11,7 +11,7 @@ from lightsparse.config import compose
 from lightsparse.kernels import block_sparse_attention, flash, sdpa
 from lightsparse.patterns import LocalWindow
 from lightsparse.targets import ConfigError
-from lightsparse.training.run import _set_machine
+from lightsparse.training.run import set_machine
 
 
 class Handle:
@@ -114,7 +114,7 @@ def test_without_cuda_auto_has_nothing_to_do_and_a_name_is_an_error(monkeypatch,
     with pytest.raises(
         ConfigError, match=r"^kernels\.flash is fa4; FA4 runs on CUDA only and there is no CUDA device here"
     ):
-        _set_machine(compose(["kernels.flash=fa4", "threads=1", "matmul_precision=highest"]))
+        set_machine(compose(["kernels.flash=fa4", "threads=1", "matmul_precision=highest"]))
 
 
 def test_a_name_the_config_does_not_know_is_refused():

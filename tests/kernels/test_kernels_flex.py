@@ -28,7 +28,7 @@ from lightsparse.patterns import (
     interval_mask,
 )
 from lightsparse.targets import ConfigError
-from lightsparse.training.run import _set_machine
+from lightsparse.training.run import set_machine
 
 HEADS, KV_HEADS = 4, 2
 PATTERNS = {
@@ -322,13 +322,13 @@ def asked_on_cuda(layout: BlockLayout, bias: bool = False, dtype: torch.dtype = 
     return dispatch.Request(layout, bias, False, False, 256, 256, OnCuda(dtype=dtype), True)
 
 
-def test_on_cuda_dense_goes_to_sdpa_tiles_to_flex_and_the_rest_to_blocked():
+def test_on_cuda_dense_goes_to_sdpa_tiles_to_flex_single_queries_to_routed_and_the_rest_to_blocked():
     tiles, dense = LocalWindow(40).layout(256, block=64), LocalWindow(256).layout(256, block=64)
     assert dispatch._automatic(asked_on_cuda(dense)) == "sdpa"
     assert dispatch._automatic(asked_on_cuda(tiles)) == "flex"
     assert dispatch._automatic(asked_on_cuda(tiles, bias=True)) == "blocked"
     assert dispatch._automatic(asked_on_cuda(LocalWindow(40).layout(256, block=16))) == "blocked"
-    assert dispatch._automatic(asked_on_cuda(tiles.per_token(3, 4))) == "blocked"
+    assert dispatch._automatic(asked_on_cuda(tiles.per_token(3, 4))) == "routed"
 
 
 @pytest.fixture
@@ -353,12 +353,12 @@ def test_the_backend_of_the_process_holds_until_a_block_of_code_says_otherwise()
 @pytest.mark.usefixtures("backend_of_process")
 def test_the_config_sets_the_backend_and_a_machine_that_cannot_says_so():
     layout = layout_of("window")
-    _set_machine(compose(["kernels.backend=sdpa", "threads=1", "matmul_precision=highest"]))
+    set_machine(compose(["kernels.backend=sdpa", "threads=1", "matmul_precision=highest"]))
     with pytest.raises(ValueError, match='backend "sdpa" takes only layouts'):
         block_sparse_attention(*qkv(layout), layout)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r'^kernels\.backend "flex" has no backward on CPU; use backend=blocked'):
-            _set_machine(compose(["kernels.backend=flex", "threads=1", "matmul_precision=highest"]))
+            set_machine(compose(["kernels.backend=flex", "threads=1", "matmul_precision=highest"]))
 
 
 if torch.cuda.is_available():

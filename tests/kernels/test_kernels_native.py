@@ -257,3 +257,30 @@ def test_a_table_that_names_keys_which_are_not_there_is_refused_and_not_read() -
     q = torch.zeros(1, 1, 256, 16)
     with pytest.raises(ValueError, match="kv_indices names key block 8 and the keys have 8 blocks of 32"):
         block_sparse_attention(q, q, q, layout, backend="native")
+
+
+@pytest.mark.parametrize(("rule", "kv_block"), [("causal", 16), ("both", 24), ("documents", 200), ("intervals", 16)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 1)])
+def test_rows_of_single_queries_by_key_block(heads, kv_heads, kv_block, rule, threads):
+    """Long enough for the walk by key block, on one thread and with rows cut between threads."""
+    sizes = Sizes(2, heads, kv_heads, nq=150, nkv=161, dim=20 if kv_block == 24 else 32)
+    for count, table_heads in enumerate(sorted({1, kv_heads, heads}), 1):
+        threads(count)
+        layout = random_layout(sizes, Tables(2, table_heads, 1, kv_block, most=5, dense_rows=(3, 7), rule=rule))
+        bias = torch.randn(2, heads, *layout.kv_indices.shape[2:]).requires_grad_()
+        assert_equals_reference("native", inputs(sizes), layout, bias=bias, dropout=dropout(sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_rows_than_a_portion_holds(dtype, threads):
+    """The walk by key block takes some thousand rows at a time; results are those of `routed`, which takes others."""
+    sizes = Sizes(1, 4, 1, nq=2500, nkv=2500, dim=16)
+    layout = random_layout(sizes, Tables(1, 4, 1, 64, most=6, rule="documents"))
+    wanted = results("routed", inputs(sizes, dtype), layout)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for count in (1, 3):
+        threads(count)
+        found, again = (results("native", inputs(sizes, dtype), layout) for _ in range(2))
+        for name in found:
+            torch.testing.assert_close(found[name], wanted[name], rtol=tolerance, atol=tolerance)
+            assert torch.equal(found[name], again[name])

@@ -2,19 +2,30 @@
 
 import pytest
 import torch
-from kernel_cases import Sizes, Tables, assert_equal_results, dropout, inputs, random_layout, results, with_dense_mask
+from kernel_cases import (
+    Sizes,
+    Tables,
+    assert_equal_results,
+    dropout,
+    fitting,
+    inputs,
+    random_layout,
+    results,
+    with_dense_mask,
+)
 
-from lightsparse.kernels import block_sparse_attention
+from lightsparse.kernels import block_sparse_attention, routed
 from lightsparse.kernels.workspace import workspace
 from lightsparse.patterns import GlobalTokens, LocalWindow, Strided
 
 SIZES = Sizes(batch=2, heads=4, kv_heads=2, nq=20, nkv=31, dim=8)
 
 
-def calls():
+def calls(backend: str = "blocked"):
     """Name → (layout, bias, dropout): every optional argument of the operators, given and not."""
     plain = random_layout(SIZES, Tables(1, 2, 8, 4, most=3, dense_rows=(1,)))
     packed = random_layout(SIZES, Tables(2, 4, 8, 4, most=3, rule="documents"))
+    plain, packed = fitting(backend, plain), fitting(backend, packed)
     bias = torch.randn(1, 2, *packed.kv_indices.shape[2:]).requires_grad_()
     masked = with_dense_mask(plain, torch.rand(2, 1, 20, 31) < 0.7)
     return {"plain": (plain, None, None), "packed": (packed, bias, dropout(SIZES)), "masked": (masked, None, None)}
@@ -22,10 +33,10 @@ def calls():
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, of) for name in calls() for of in ("blocked", "native") if (name, of) != ("masked", "native")],
+    [(name, of) for name in calls() for of in ("blocked", "native", "routed") if name != "masked" or of == "blocked"],
 )
 def test_compiled_with_one_graph_equals_eager(name, backend):
-    layout, bias, drop = calls()[name]
+    layout, bias, drop = calls(backend)[name]
 
     def attend(q, k, v, bias):
         return block_sparse_attention(
@@ -48,10 +59,10 @@ def test_compiled_with_one_graph_equals_eager(name, backend):
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, of) for name in calls() for of in ("blocked", "native") if (name, of) != ("masked", "native")],
+    [(name, of) for name in calls() for of in ("blocked", "native", "routed") if name != "masked" or of == "blocked"],
 )
 def test_the_operators_pass_pytorchs_own_checks(name, watched, backend):
-    layout, bias, drop = calls()[name]
+    layout, bias, drop = calls(backend)[name]
     _, ours = watched(lambda: results(backend, inputs(SIZES), layout, bias=bias, dropout=drop))
     assert len(ours) >= 2  # forward and backward
     for operator, args in ours:
@@ -69,7 +80,7 @@ def test_the_operators_pass_pytorchs_own_checks(name, watched, backend):
 
 
 def test_only_what_asks_for_a_gradient_gets_one(backend):
-    layout, _, _ = calls()["plain"]
+    layout, _, _ = calls(backend)["plain"]
     q, k, v = inputs(SIZES)
     out = block_sparse_attention(q.detach(), k, v.detach(), layout, backend=backend)
     assert out.requires_grad
@@ -80,7 +91,7 @@ def test_only_what_asks_for_a_gradient_gets_one(backend):
 
 
 def test_inputs_are_left_as_they_are(backend):
-    layout, bias, drop = calls()["packed"]
+    layout, bias, drop = calls(backend)["packed"]
     qkv = inputs(SIZES)
     before = [x.detach().clone() for x in (*qkv, bias, layout.kv_indices)]
     results(backend, qkv, layout, bias=bias, dropout=drop)
@@ -89,7 +100,9 @@ def test_inputs_are_left_as_they_are(backend):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_no_tensor_is_as_large_as_the_square_of_the_length(causal, watched, backend):
+def test_no_tensor_is_as_large_as_the_square_of_the_length(causal, watched, backend, monkeypatch):
+    monkeypatch.setattr(routed, "_PARTS", 1 << 16)  # or all rows here would be worked on at once
+
     def largest(n: int) -> int:
         sizes = Sizes(batch=1, heads=2, kv_heads=1, nq=n, nkv=n, dim=16)
         layout = (LocalWindow(40) | GlobalTokens(2)).layout(n, block=32, heads=2, kv_heads=1, causal=causal)
@@ -111,7 +124,7 @@ def test_the_walk_sees_what_the_reference_makes(watched):
 
 
 def test_a_compiled_call_equals_the_reference(backend):
-    layout, bias, drop = calls()["packed"]
+    layout, bias, drop = calls(backend)["packed"]
     with torch.no_grad():
         compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager")
         q, k, v = inputs(SIZES)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import Sizes, Tables, dropout, inputs, random_layout, results, with_dense_mask
+from kernel_cases import Sizes, Tables, dropout, fitting, inputs, random_layout, results, with_dense_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from lightsparse.kernels import block_sparse_attention
@@ -11,9 +11,17 @@ from lightsparse.patterns import GlobalTokens, LocalWindow
 TINY = Sizes(batch=1, heads=4, kv_heads=2, nq=3, nkv=4, dim=2)
 
 
-@pytest.mark.parametrize("extra", ["plain", "bias", "dropout", "mask", "per head"])
-def test_gradients_are_those_of_finite_differences(extra):
-    tables = Tables(1, 4 if extra == "per head" else 2, 2, 3, most=2, dense_rows=(1,))
+@pytest.mark.parametrize(
+    ("extra", "backend"),
+    [
+        (extra, of)
+        for extra in ("plain", "bias", "dropout", "mask", "per head")
+        for of in ("blocked", "routed")
+        if (extra, of) != ("mask", "routed")
+    ],
+)
+def test_gradients_are_those_of_finite_differences(extra, backend):
+    tables = Tables(1, 4 if extra == "per head" else 2, 1 if backend == "routed" else 2, 3, most=2, dense_rows=(1,))
     layout = random_layout(TINY, tables)
     if extra == "mask":
         layout = with_dense_mask(layout, torch.randn(1, 4, 3, 4, dtype=torch.float64))
@@ -30,7 +38,7 @@ def test_gradients_are_those_of_finite_differences(extra):
             layout,
             block_bias=bias[0] if bias else None,
             dropout=dropout(TINY) if extra == "dropout" else None,
-            backend="blocked",
+            backend=backend,
             return_lse=True,
         )
         return out, lse.masked_fill(empty, 0.0)  # −inf has no finite difference
@@ -62,14 +70,21 @@ def test_bf16_errs_at_most_twice_as_much_as_dense_attention_in_bf16(dim, causal,
 
     exact = all_results(attend, tuple(x.detach().double().requires_grad_() for x in qkv))
     dense = all_results(attend, qkv)
-    ours = all_results(lambda given: block_sparse_attention(*given, layout, backend=backend), qkv)
+    ours = all_results(lambda given: block_sparse_attention(*given, fitting(backend, layout), backend=backend), qkv)
     assert [x.dtype for x in ours] == [torch.bfloat16] * 4
     for name, found, of_dense, wanted in zip(["out", "q", "k", "v"], ours, dense, exact, strict=True):
         assert relative_error(found, wanted) <= 2 * relative_error(of_dense, wanted), name
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend"), [(torch.bfloat16, "blocked"), (torch.float16, "blocked"), (torch.bfloat16, "native")]
+    ("dtype", "backend"),
+    [
+        (torch.bfloat16, "blocked"),
+        (torch.float16, "blocked"),
+        (torch.bfloat16, "native"),
+        (torch.bfloat16, "routed"),
+        (torch.float16, "routed"),
+    ],
 )
 def test_half_precision_returns_its_dtype_and_an_fp32_lse_near_the_reference(dtype, backend):
     sizes = Sizes(dim=32)
@@ -94,7 +109,7 @@ def test_fp32_errs_no_more_than_dense_attention(backend):
     qkv = inputs(sizes)
     exact = block_sparse_attention(*(x.double() for x in qkv), layout, backend="reference")
     dense = scaled_dot_product_attention(*qkv, attn_mask=layout.to_dense(), enable_gqa=True)
-    ours = block_sparse_attention(*qkv, layout, backend=backend)
+    ours = block_sparse_attention(*qkv, fitting(backend, layout), backend=backend)
     assert relative_error(ours, exact) <= 2 * relative_error(dense, exact) + 1e-7
 
 
@@ -111,7 +126,7 @@ def test_the_same_call_gives_the_same_bits(backend):
 
 def test_activation_checkpointing_recomputes_the_same_bits(backend):
     sizes = Sizes(dim=32)
-    layout = random_layout(sizes, Tables(1, 2, 16, 16, most=4))
+    layout = fitting(backend, random_layout(sizes, Tables(1, 2, 16, 16, most=4)))
     options = {"dropout": dropout(sizes), "backend": backend}
     grads = []
     for recompute in (False, True):

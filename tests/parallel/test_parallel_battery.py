@@ -44,6 +44,10 @@ CASES = {
 }
 # What one variant alone can do.
 SPECIAL = {
+    "sliding_window": {
+        "a learned sink": Case(fields=(("learned_sink", True),), kind="head_tail", borders=(37, 160)),
+        "a learned sink, ring": Case(fields=(("learned_sink", True),), exchange="ring", borders=(100,)),
+    },
     "big_bird": {"random blocks per head": Case(fields=(("per_head", True),), kind="head_tail")},
     "dilated": {
         "a segment length per group of heads": Case(
