@@ -8,9 +8,8 @@ to no number whether ranks hold different samples or different tokens of one.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -36,44 +35,11 @@ from lightsparse.training.ranks import of_all_ranks
 from lightsparse.training.routers import RouterWatch
 from lightsparse.training.scores import Scores, score_sums
 from lightsparse.training.sharding import context_split
+from lightsparse.training.totals import StepResult, Totals
 
 log = logging.getLogger(__name__)
 
 FIRST_BUCKET = 16  # tokens; loss by position is kept for positions 0…15, 16…31, 32…63, …
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over a set of targets, and what follows from them. Without any target everything is nan."""
-
-    nats: float
-    targets: float  # tokens that count
-    bytes: float  # of text behind those tokens
-
-    @property
-    def loss(self) -> float:
-        """Nats per target."""
-        return self.nats / self.targets if self.targets else math.nan
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step over all its micro-batches and ranks."""
-
-    taken: bool  # False where it would have done harm (health.py)
-    totals: Totals
-    density: float  # achieved by attention, mean over layers and micro-batches
-    grad_norm: float  # before clipping
-    learning_rate: float
-    watched: dict[str, float]  # what a learned attention reports, by column (watched.step_columns)
 
 
 def language_model(config: Config, tokenizer: Tokenizer) -> LanguageModel:

@@ -15,7 +15,8 @@ from lightsparse.files import write_text
 from lightsparse.training.checkpoint import validation_follows
 from lightsparse.training.directory import RunDirectory
 from lightsparse.training.metrics import read_metrics
-from lightsparse.training.module import LanguageModel, Totals
+from lightsparse.training.module import LanguageModel
+from lightsparse.training.totals import Totals
 from lightsparse.training.version import code_version
 from lightsparse.training.watched import CHURN
 

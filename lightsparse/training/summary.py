@@ -15,9 +15,10 @@ from lightsparse.analysis.curves import count_text
 from lightsparse.bench.machine import MIB, hardware, versions
 from lightsparse.config import Config
 from lightsparse.parallel.kinds import ContextRanks
-from lightsparse.training.module import LanguageModel, Totals
+from lightsparse.training.module import LanguageModel
 from lightsparse.training.progress import duration
 from lightsparse.training.recorder import Recorder
+from lightsparse.training.totals import Totals
 
 WRONG = "1 - val_accuracy"
 

@@ -18,7 +18,8 @@ from lightsparse.data import ByteTokenizer
 from lightsparse.models.transformer import Transformer
 from lightsparse.schema import Config
 from lightsparse.training.health import NonFiniteError
-from lightsparse.training.module import LanguageModel, Totals
+from lightsparse.training.module import LanguageModel
+from lightsparse.training.totals import Totals
 
 Tiny = Callable[..., tuple[Config, dict[str, Any]]]
 

@@ -23,8 +23,9 @@ from lightsparse.training import checkpoint, run
 from lightsparse.training.checkpoint_files import checkpoint_steps, read_checkpoint
 from lightsparse.training.health import NonFiniteError
 from lightsparse.training.metrics import COLUMNS, read_metrics
-from lightsparse.training.module import LanguageModel, Totals
+from lightsparse.training.module import LanguageModel
 from lightsparse.training.run import fit
+from lightsparse.training.totals import Totals
 
 Tiny = Callable[..., tuple[Config, dict[str, Any]]]
 TIMINGS = {"wall_s", "tokens_per_s", "flops_per_s", "dense_flops_per_s", "mfu"}
