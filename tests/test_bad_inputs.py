@@ -24,7 +24,8 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-from lightsparse.training import directory, files, run
+from lightsparse import files
+from lightsparse.training import directory, run
 from lightsparse.training import main as command
 from lightsparse.training.metrics import read_metrics
 from lightsparse.training.module import LanguageModel

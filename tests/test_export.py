@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightsparse.config import parse
 from lightsparse.data import ByteTokenizer
+from lightsparse.data.subwords import train_bpe
 from lightsparse.export import main
 from lightsparse.models import context_for, hf
 from lightsparse.overrides import compose_raw
@@ -24,7 +25,7 @@ TEXT = "to bé or not to be, that is the question"
 def run(tmp_path):
     """run(*overrides) → the directory of a run with a checkpoint of step 7, and its model."""
 
-    def made(*overrides):
+    def made(*overrides, tokenizer=None):
         directory = tmp_path / "run"
         raw = compose_raw(
             [
@@ -34,7 +35,7 @@ def run(tmp_path):
         )
         config = parse(raw)
         torch.manual_seed(2)
-        module = language_model(config, ByteTokenizer()).eval()
+        module = language_model(config, tokenizer or ByteTokenizer()).eval()
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(("norm" in name) + 0.2 * torch.randn(parameter.shape))
@@ -110,9 +111,12 @@ def test_the_tokenizer_gives_the_ids_of_training_and_generation_ends_with_the_do
 
 
 def test_a_tokenizer_kept_in_the_run_comes_along(run):
-    directory, _ = run("attention=dense")
-    (directory / "tokenizer.json").write_text('{"kept": true}')
-    assert json.loads((exported(directory) / "tokenizer.json").read_text()) == {"kept": True}
+    bpe = train_bpe(iter(["some words to learn from, and some more"]), 300)
+    directory, _ = run("attention=dense", "tokenizer=bpe", "tokenizer.vocab_size=300", tokenizer=bpe)
+    bpe.save(directory)
+    out = exported(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (directory / name).read_bytes()
 
 
 def test_weights_come_in_the_dtype_and_the_number_of_files_asked_for(run, capsys):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightsparse.files import DiskFullError
 from lightsparse.training import writer as module
 from lightsparse.training.checkpoint_files import read_checkpoint
 from lightsparse.training.writer import CheckpointWriter
@@ -59,7 +60,7 @@ def test_a_failure_is_raised_in_training_once_and_leaves_the_one_before(tmp_path
 
     monkeypatch.setattr(module.torch, "save", full)
     writer.save_checkpoint({"i": 1}, tmp_path / "a")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFullError, match="could not be written: its disk has"):
         for _ in range(100):
             time.sleep(0.05)
             writer.check()
