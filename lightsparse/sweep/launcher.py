@@ -165,11 +165,8 @@ class TrialLauncher(Launcher):
         trial.error, trial.exit_code = None, None
         self.sweep.save()
         started = time.perf_counter()
-        command, environment = (
-            trial_command(plan.overrides, plan.config.ranks),
-            trial_environment(self.sweep.directory.name),
-        )
-        trial.exit_code = run_trial(command, environment, log, preemption)
+        command = trial_command(plan.overrides, plan.config.ranks)
+        trial.exit_code = run_trial(command, trial_environment(self.sweep.directory.name), log, preemption)
         trial.seconds = round(trial.seconds + time.perf_counter() - started, 3)
         if trial.exit_code or not self._note_finished(trial, plan):
             trial.status = "stopped" if trial.exit_code == EXIT_CODE else "failed"
@@ -179,12 +176,11 @@ class TrialLauncher(Launcher):
 
     def _note_finished(self, trial: TrialRecord, plan: _Plan) -> bool:
         """Whether the run directory holds what the trial would give; then the record says so."""
-        summary, config = plan.directory.summary, plan.directory.config
-        if not summary.exists() or not config.exists():
+        directory = plan.directory
+        if not directory.summary.exists() or not directory.config.exists():
             return False
-        found = json.loads(summary.read_text(encoding="utf-8"))
-        stored = plain(OmegaConf.create(config.read_text(encoding="utf-8")))
-        if not found["finished"] or found["steps"] < plan.config.trainer.max_steps or differences(stored, plan.raw):
+        found = json.loads(directory.summary.read_text(encoding="utf-8"))
+        if found["steps"] < plan.config.trainer.max_steps or differences(directory.stored, plan.raw):
             return False
         trial.status, trial.objective, trial.error = "finished", found["val_bits_per_byte"], None
         self.sweep.save()
