@@ -15,7 +15,7 @@ from lightsparse.sweep import launcher
 from lightsparse.sweep.record import load_record
 from lightsparse.sweep.trial import last_words, run_trial, trial_command, trial_environment
 from lightsparse.training import main as command
-from lightsparse.training.lock import lock, owner_of, unlock
+from lightsparse.training.lock import holder, lock, unlock
 from lightsparse.training.preemption import Preemption
 
 ROOT = Path(__file__).parent.parent
@@ -152,9 +152,9 @@ def test_the_key_in_the_name_lets_them_differ(trials, monkeypatch):
 def test_a_sweep_has_one_controller(trials, monkeypatch, capsys):
     folder = Path("runs/s")
     folder.mkdir(parents=True)
-    holder = [sys.executable, "-c", "import fcntl,sys,time;f=open('runs/s/.lock','w');fcntl.flock(f,2);print(flush=1);"]
-    holder[-1] += "time.sleep(60)"
-    with subprocess.Popen(holder, stdout=subprocess.PIPE) as other:
+    owner = [sys.executable, "-c", "import fcntl,sys,time;f=open('runs/s/.lock','w');fcntl.flock(f,2);print(flush=1);"]
+    owner[-1] += "time.sleep(60)"
+    with subprocess.Popen(owner, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
         assert sweep(monkeypatch, *SWEEP) == 2 and trials.started == []
@@ -202,10 +202,10 @@ def test_w_and_b_groups_the_runs_by_the_sweep_unless_told_otherwise(monkeypatch)
 
 
 def test_who_holds_a_folder_is_told_to_others_only(tmp_path):
-    assert owner_of(tmp_path) is None
+    assert holder(tmp_path) is None
     lock(tmp_path)
-    assert owner_of(tmp_path) is None  # ours
-    asks = "from pathlib import Path; from lightsparse.training.lock import owner_of; print(owner_of(Path('.')))"
+    assert holder(tmp_path) is None  # ours
+    asks = "from pathlib import Path; from lightsparse.training.lock import holder; print(holder(Path('.')))"
     told = subprocess.run([sys.executable, "-c", asks], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert told.stdout.startswith(f"process {os.getpid()} on ")
     unlock(tmp_path)

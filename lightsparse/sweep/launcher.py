@@ -26,7 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
-from lightsparse.config import check, differences, parse
+from lightsparse.config import check, parse
 from lightsparse.overrides import plain
 from lightsparse.parallel.errors import EXIT_CODE
 from lightsparse.schema import Config
@@ -34,7 +34,7 @@ from lightsparse.sweep.record import SweepRecord, TrialRecord, load_record
 from lightsparse.sweep.trial import last_words, run_trial, trial_command, trial_environment
 from lightsparse.targets import ConfigError
 from lightsparse.training.directory import RunDirectory
-from lightsparse.training.lock import lock, owner_of
+from lightsparse.training.lock import holder, lock
 from lightsparse.training.preemption import Preemption
 from lightsparse.training.progress import duration
 from lightsparse.training.ranks import launched_ranks
@@ -107,6 +107,8 @@ class TrialLauncher(Launcher):
             del composed["hydra"]
         raw = plain(composed)
         config = parse(raw)
+        if config.doctor:
+            raise ConfigError("doctor is true, which examines one run; leave out -m and the values beside the first")
         if config.trainer.num_nodes > 1:
             raise ConfigError(
                 f"trainer.num_nodes is {config.trainer.num_nodes}, and trials of this launcher stay on this machine; "
@@ -128,7 +130,7 @@ class TrialLauncher(Launcher):
             lock(self.sweep.directory)
         except ConfigError as error:
             raise ConfigError(
-                f"{self.sweep.directory} is a sweep that {owner_of(self.sweep.directory)} runs; wait until it has "
+                f"{self.sweep.directory} is a sweep that {holder(self.sweep.directory)} runs; wait until it has "
                 "ended, or use hydra.launcher.name=<another>"
             ) from error
 
@@ -176,11 +178,11 @@ class TrialLauncher(Launcher):
 
     def _note_finished(self, trial: TrialRecord, plan: _Plan) -> bool:
         """Whether the run directory holds what the trial would give; then the record says so."""
-        directory = plan.directory
-        if not directory.summary.exists() or not directory.config.exists():
+        try:
+            found = plan.directory.look("auto", plan.raw, plan.config.trainer.max_steps).summary
+        except ConfigError:  # a directory that the trial refuses, with its sentence
             return False
-        found = json.loads(directory.summary.read_text(encoding="utf-8"))
-        if found["steps"] < plan.config.trainer.max_steps or differences(directory.stored, plan.raw):
+        if found is None:
             return False
         trial.status, trial.objective, trial.error = "finished", found["val_bits_per_byte"], None
         self.sweep.save()
@@ -188,10 +190,10 @@ class TrialLauncher(Launcher):
 
     def _wait_for_other(self, plan: _Plan, preemption: Preemption, label: str) -> None:
         """A sweep killed at once leaves its trial running, which then is the best one to finish it."""
-        owner = owner_of(plan.directory.path)
+        owner = holder(plan.directory.path)
         if owner is not None:
             self.console.print(f"{label}  {plan.directory.path} is being written by {owner}; waiting for its end")
-        while owner_of(plan.directory.path) is not None:
+        while holder(plan.directory.path) is not None:
             time.sleep(0.5)
             self._leave_if(preemption)
 

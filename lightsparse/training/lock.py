@@ -59,19 +59,6 @@ def unlock(folder: Path) -> None:
         os.close(descriptor)
 
 
-def owner_of(folder: Path) -> str | None:
-    """Which other process has the folder; None where nobody has it, it is ours or not there."""
-    path = folder.resolve() / ".lock"
-    if folder.resolve() in _held or not path.exists():
-        return None
-    with path.open(encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # gone with the file
-        except BlockingIOError:
-            return file.read().strip() or "another process"
-    return None
-
-
 def _forget() -> None:
     """A forked worker must not hold the lock after its parent has ended."""
     for descriptor in _held.values():
