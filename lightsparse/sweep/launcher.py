@@ -78,7 +78,9 @@ class TrialLauncher(Launcher):
                 "set hydra.sweeper.sampler.seed=<a number>"
             )
         command = [str(word) for word in config.hydra.overrides.task]
-        directory = Path(config.runs_dir) / (self.name or f"sweep-{_digest(command, config.hydra.overrides.hydra)}")
+        params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
+        digest = _digest([*command, *params], config.hydra.overrides.hydra)
+        directory = Path(config.runs_dir) / (self.name or f"sweep-{digest}")
         self.sweep = load_record(directory) or SweepRecord(directory, command)
         self._plans: dict[Path, _Plan] = {}  # run directory → its trial
         with read_write(config.hydra), open_dict(config.hydra):
