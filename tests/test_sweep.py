@@ -123,9 +123,9 @@ def test_a_trial_under_way_when_the_sweep_was_killed_is_started_again(trials, mo
     assert sweep(monkeypatch, *SWEEP) == 0 and trials.started == [1, 2, 3, 2]
 
 
-def test_sigterm_reaches_the_trial_and_ends_the_sweep_with_75(trials, monkeypatch, capsys):
-    ask = f"kill -TERM {os.getpid()}; trap 'exit 75' TERM; while :; do sleep 0.05; done"
-    trials.instead = {2: ask}
+@pytest.mark.parametrize("answer", ["trap 'exit 75' TERM;", ""], ids=["saves", "still imports"])
+def test_sigterm_reaches_the_trial_and_ends_the_sweep_with_75(trials, monkeypatch, capsys, answer):
+    trials.instead = {2: f"{answer} kill -TERM {os.getpid()}; while :; do sleep 0.05; done"}
     assert sweep(monkeypatch, *SWEEP) == 75 and trials.started == [1, 2]
     assert statuses() == ["finished", "stopped"] and "the same command goes on" in capsys.readouterr().err
 

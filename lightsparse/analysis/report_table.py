@@ -89,7 +89,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     keys = differing(runs)
     names = _short(keys)
     found: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.summary["seed"]):
         found.setdefault(tuple(_value(key, run.config) for key in keys), []).append(run)
     made = [
         Group({names[key]: value for key, value in zip(keys, values, strict=True) if value}, members)

@@ -173,7 +173,8 @@ class TrialLauncher(Launcher):
         trial.exit_code = run_trial(command, trial_environment(self.sweep.directory.name), log, preemption)
         trial.seconds = round(trial.seconds + time.perf_counter() - started, 3)
         if trial.exit_code or not self._note_finished(trial, plan):
-            trial.status = "stopped" if trial.exit_code == EXIT_CODE else "failed"
+            # Asked to stop while Python still imported, a trial ends with the signal and not with 75.
+            trial.status = "stopped" if trial.exit_code == EXIT_CODE or preemption.asked else "failed"
             how = f"signal {-trial.exit_code}" if trial.exit_code < 0 else f"code {trial.exit_code}"
             trial.error = f"{how}: {last_words(log)}"
         self.sweep.save()
