@@ -21,10 +21,10 @@ from rich.table import Table
 from lightsparse.analysis import report_picture
 from lightsparse.analysis.report_page import page, remark_lines
 from lightsparse.analysis.report_table import METRICS, Group, Run, csv_text, flat, groups
+from lightsparse.files import write_text
 from lightsparse.sweep.record import SweepRecord, load_record
 from lightsparse.targets import ConfigError
 from lightsparse.training.directory import RunDirectory
-from lightsparse.training.files import write_text
 from lightsparse.training.metrics import read_metrics
 
 _SHOWN = METRICS[:4]
