@@ -194,6 +194,29 @@ def test_several_ranks_take_one_torchrun_and_its_report_tells_75_apart(tmp_path)
     assert run_trial(["sh", "-c", "exit 1"], dict(os.environ), log, Preemption()) == 1  # the report is the last start's
 
 
+REPORT = """
+E1126 00:28:59.752000 8846 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9) local_rank: 1
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 8858)  (SIGTERM)
+Root Cause (first observed failure):
+[0]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 8859)  (SIGKILL)
+  traceback : Signal 9 (SIGKILL) received by PID 8859
+"""
+
+
+def test_a_killed_rank_is_named_where_no_rank_could_say_a_word(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text(REPORT)
+    assert last_words(log) == "rank 1 ended with code -9"
+    log.write_text(f"rank 0 of 2 has lost another rank\n{REPORT}")
+    assert last_words(log) == "rank 0 of 2 has lost another rank"
+
+
 def test_w_and_b_groups_the_runs_by_the_sweep_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
     assert trial_environment("s")["WANDB_RUN_GROUP"] == "s"

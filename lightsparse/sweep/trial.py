@@ -16,6 +16,8 @@ from lightsparse.training.preemption import Preemption
 _PROGRAM = ("-m", "lightsparse.training.main")
 _POLL = 0.2  # seconds between looks
 _RANK_CODE = re.compile(r"^\s*exitcode\s*:\s*(-?\d+)", re.MULTILINE)  # torchrun's report of each rank that failed
+_RANK = re.compile(r"^\s*rank\s*:\s*(\d+)", re.MULTILINE)
+_OF_TORCHRUN = re.compile(r"torch[./]distributed[./](elastic|run)")
 
 
 def trial_command(overrides: Sequence[str], ranks: int) -> list[str]:
@@ -64,11 +66,16 @@ def run_trial(command: Sequence[str], environment: dict[str, str], log: Path, pr
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that says something; torchrun's report of where it stands itself does not."""
-    lines = [line.strip() for line in _written(log, 0).splitlines()]
-    own = next((number for number, line in enumerate(lines) if "torch.distributed.elastic" in line), None)
-    said = [line for line in lines[: own or None] if line] or [line for line in lines if line]
-    return said[-1] if said else "it wrote nothing"
+    """The last line that a trial wrote about itself; where only torchrun has written, which rank ended how."""
+    written = _written(log, 0)
+    root = written.rpartition("Root Cause")[2]
+    lines = [line.strip() for line in written.splitlines()]
+    report = next((number for number, line in enumerate(lines) if _OF_TORCHRUN.search(line)), len(lines))
+    said = [line for line in lines[:report] if line]
+    if said:
+        return said[-1]
+    rank, code = _RANK.search(root), _RANK_CODE.search(root)
+    return f"rank {rank[1]} ended with code {code[1]}" if rank and code else "it wrote nothing"
 
 
 def _written(log: Path, start: int) -> str:
