@@ -20,14 +20,15 @@ from rich.table import Table
 
 from lightsparse.analysis import report_picture
 from lightsparse.analysis.report_page import page, remark_lines
-from lightsparse.analysis.report_table import METRICS, Group, Run, csv_text, flat, groups
+from lightsparse.analysis.report_table import METRICS, QUALITY, Group, Run, csv_text, flat, groups, measured
 from lightsparse.files import write_text
 from lightsparse.sweep.record import SweepRecord, load_record
 from lightsparse.targets import ConfigError
 from lightsparse.training.directory import RunDirectory
 from lightsparse.training.metrics import read_metrics
+from lightsparse.training.summary import objective
 
-_SHOWN = METRICS[:4]
+_SHOWN = METRICS[:5]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,6 +95,7 @@ def _beside(sweep: SweepRecord, run: str) -> Path:
 def _load(path: Path) -> Run:
     directory = RunDirectory(path)
     summary = json.loads(directory.summary.read_text(encoding="utf-8"))
+    summary[QUALITY] = objective(summary)
     return Run(path, flat(directory.stored), summary, read_metrics(directory.metrics))
 
 
@@ -103,11 +105,12 @@ def _table(found: Sequence[Group]) -> Table:
     for key in keys:
         table.add_column(key)
     table.add_column("runs", justify="right")
-    for _, heading, _ in _SHOWN:
+    shown = [metric for metric in measured(found) if metric in _SHOWN]
+    for _, heading, _ in shown:
         table.add_column(heading, justify="right")
     for group in found:
         cells = [group.values.get(key, "–") for key in keys]
-        table.add_row(*cells, str(len(group.runs)), *(str(group.spread(name)) for name, _, _ in _SHOWN))
+        table.add_row(*cells, str(len(group.runs)), *(str(group.spread(name)) for name, _, _ in shown))
     return table
 
 

@@ -87,6 +87,17 @@ def test_every_trial_runs_once_and_a_second_start_repeats_none(trials, monkeypat
     assert "finished before" in capsys.readouterr().out
 
 
+def test_a_trial_counts_by_what_it_minimises(trials, monkeypatch, capsys):
+    sweep(monkeypatch, *SWEEP)
+    record = load_record(Path("runs/s"))
+    wrong = {"finished": True, "steps": 20, "val_bits_per_byte": 9.0, "val_accuracy": 0.75}
+    summary = Path(record.trials[1].run) / "summary.json"
+    summary.write_text(json.dumps(wrong | {"minimised": "1 - val_accuracy"}))
+    sweep(monkeypatch, *SWEEP)
+    assert load_record(Path("runs/s")).trials[1].objective == 0.25
+    assert "0.2500 = 1 - val_accuracy, finished before" in capsys.readouterr().out
+
+
 def test_a_trial_that_crashes_or_is_killed_is_named_and_the_others_run(trials, monkeypatch, capsys):
     trials.instead = {1: "echo the disk is full >&2; exit 3", 2: "kill -9 $$"}
     assert sweep(monkeypatch, *SWEEP) == 1 and trials.started == [1, 2, 3]

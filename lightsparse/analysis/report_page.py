@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from lightsparse.analysis.report_picture import COLOURS, panels
-from lightsparse.analysis.report_table import METRICS, QUALITY, Group, differing, front, number
+from lightsparse.analysis.report_table import QUALITY, Group, differing, front, measured, number, quality_name
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _CURVES = ("val_bits_per_byte", "train_bits_per_byte", "tokens_per_s", "grad_norm", "learning_rate")
@@ -30,12 +30,13 @@ def page(title: str, found: Sequence[Group], remarks: Sequence[str] = ()) -> str
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{runs} runs in {len(found)} groups; mean ± standard deviation over seeds. "
-        "A tap on a heading sorts; ● marks groups that no other one beats in density and bits per byte.</p>",
+        "A tap on a heading sorts; ● marks groups that no other one beats in density and "
+        f"{escape(quality_name(found))}.</p>",
         *(f'<p class="remark">{escape(remark)}</p>' for remark in remarks),
         _group_table(found),
         "<h2>What quality costs</h2>",
         '<div class="pictures">',
-        *(_image(png, f"bits per byte against {against}") for against, png in panels(found).items()),
+        *(_image(png, f"{quality_name(found)} against {against}") for against, png in panels(found).items()),
         "</div>",
         "<h2>Curves</h2>",
         _curve_controls(),
@@ -70,24 +71,24 @@ def _group_table(found: Sequence[Group]) -> str:
         cells = [_cell("●" if place in best else "", 0 if place in best else 1, colour=COLOURS[place % len(COLOURS)])]
         cells += [_cell(group.values.get(key, "–"), group.values.get(key, "")) for key in keys]
         cells += [_cell(str(len(group.runs)), len(group.runs))]
-        spreads = [group.spread(name) for name, _, _ in METRICS]
+        spreads = [group.spread(name) for name, _, _ in measured(found)]
         cells += [_cell(str(spread), "" if spread.mean is None else spread.mean) for spread in spreads]
         rows.append(cells)
-    return _table(["", *keys, "runs", *(heading for _, heading, _ in METRICS)], rows, 1 + len(keys))
+    return _table(["", *keys, "runs", *(heading for _, heading, _ in measured(found))], rows, 1 + len(keys))
 
 
 def _run_table(found: Sequence[Group]) -> str:
     rows = []
     for group in found:
         for run in group.runs:
-            values = [run.summary.get(name) for name, _, _ in METRICS]
+            values = [run.summary.get(name) for name, _, _ in measured(found)]
             cells = [_cell(run.path.name, run.path.name), _cell(group.label, group.label)]
             cells += [_cell(str(run.summary["seed"]), run.summary["seed"])]
             cells += [
                 _cell("–" if value is None else number(value), "" if value is None else value) for value in values
             ]
             rows.append(cells)
-    return _table(["run", "group", "seed", *(heading for _, heading, _ in METRICS)], rows, 2)
+    return _table(["run", "group", "seed", *(heading for _, heading, _ in measured(found))], rows, 2)
 
 
 def _configs(found: Sequence[Group]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightsparse.analysis.report_table import METRICS, QUALITY, Group, front
+from lightsparse.analysis.report_table import METRICS, QUALITY, Group, front, quality_name
 
 AGAINST = ("attention_density", "tokens_per_s", "peak_memory_mib")
 COLOURS = ("#29337a", "#c4571b", "#1d7a5f", "#8a3fa0", "#b08a00", "#2a8fc4", "#b02a4c", "#6b6e80")  # one per group
@@ -59,7 +59,7 @@ def _draw(axes: Axes, found: Sequence[Group], metric: str) -> None:
     if len(best) > 1:
         axes.plot(*zip(*best, strict=True), color=_SOFT, linewidth=1.2, zorder=0)
     axes.set_xlabel(f"{heading} ({'more' if better > 0 else 'less'} is better)")
-    axes.set_ylabel("validation bits per byte")
+    axes.set_ylabel(f"validation: {quality_name(found)}")
     axes.grid(color=_SOFT, alpha=0.35, linewidth=0.6)
     axes.margins(0.1, 0.15)
     axes.tick_params(labelsize=10, length=3, color=_SOFT)

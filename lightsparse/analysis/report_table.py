@@ -13,6 +13,7 @@ from typing import Any
 # Of summary.json: name, heading, which way is better (+1 up, −1 down, 0 neither).
 METRICS = (
     ("val_bits_per_byte", "bits per byte", -1),
+    ("val_accuracy", "accuracy", 1),
     ("attention_density", "achieved density", -1),
     ("tokens_per_s", "tokens/s", 1),
     ("peak_memory_mib", "peak MiB", -1),
@@ -20,7 +21,7 @@ METRICS = (
     ("parameters", "parameters", 0),
     ("steps", "steps", 0),
 )
-QUALITY = "val_bits_per_byte"
+QUALITY = "objective"  # what the run minimises: bits per byte, or the share of wrong answers
 # Where a run lies and how it was watched makes no group; the seed is what groups are means over.
 _NO_GROUP = ("name", "runs_dir", "resume", "seed", "allow_targets", "trainer.progress", "trainer.log_every_n_steps")
 
@@ -110,6 +111,17 @@ def front(points: Sequence[tuple[float, float]], better: int) -> list[int]:
         if not any((x2 - x) * better >= 0 and y2 <= y and (x2, y2) != (x, y) for x2, y2 in points)
     ]
     return sorted(keep, key=lambda i: points[i])
+
+
+def measured(found: Sequence[Group]) -> list[tuple[str, str, int]]:
+    """The METRICS that some group has."""
+    return [metric for metric in METRICS if any(group.spread(metric[0]).mean is not None for group in found)]
+
+
+def quality_name(found: Sequence[Group]) -> str:
+    """What QUALITY is here."""
+    names = {run.summary.get("minimised", "val_bits_per_byte") for group in found for run in group.runs}
+    return " or ".join(sorted(name.replace("val_", "").replace("_", " ") for name in names))
 
 
 def csv_text(found: Sequence[Group]) -> str:

@@ -38,6 +38,7 @@ from lightsparse.training.lock import holder, lock
 from lightsparse.training.preemption import Preemption
 from lightsparse.training.progress import duration
 from lightsparse.training.ranks import launched_ranks
+from lightsparse.training.summary import objective
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class _Plan:
 
 
 class TrialLauncher(Launcher):
-    """conf/hydra/launcher/trials.yaml has its arguments. `launch` returns each trial's validation bits per byte, and
+    """conf/hydra/launcher/trials.yaml has its arguments. `launch` returns what each trial minimises, and
     infinity for one that failed: sweepers minimise."""
 
     __module__ = "hydra_plugins.lightsparse_trials"  # the name by which Hydra builds it
@@ -146,7 +147,7 @@ class TrialLauncher(Launcher):
             self.sweep.trials.append(trial)
         self._wait_for_other(plan, preemption, label)
         if self._note_finished(trial, plan):
-            self.console.print(f"{label}  {trial.title}  {trial.objective:.4f} bits per byte, finished before")
+            self.console.print(f"{label}  {trial.title}  {trial.result}, finished before")
             return trial
         if trial.status == "failed" and not self.retry:
             self.console.print(f"{label}  {trial.title}  failed before; hydra.launcher.retry=true tries it again")
@@ -158,7 +159,7 @@ class TrialLauncher(Launcher):
             self.sweep.save()
         else:
             self._start(trial, plan, preemption)
-        word = f"{trial.status}: {trial.error}" if trial.objective is None else f"{trial.objective:.4f} bits per byte"
+        word = f"{trial.status}: {trial.error}" if trial.objective is None else trial.result
         self.console.print(f"{label}  {trial.title}  {word}  ({duration(trial.seconds)})")
         self._leave_if(preemption)
         return trial
@@ -187,7 +188,8 @@ class TrialLauncher(Launcher):
             return False
         if found is None:
             return False
-        trial.status, trial.objective, trial.error = "finished", found["val_bits_per_byte"], None
+        trial.status, trial.objective, trial.error = "finished", objective(found), None
+        trial.minimised = found.get("minimised", "val_bits_per_byte")
         self.sweep.save()
         return True
 

@@ -27,7 +27,8 @@ class TrialRecord:
     run: str  # the run directory
     ranks: int
     status: Status
-    objective: float | None = None  # validation bits per byte
+    objective: float | None = None  # what sweepers minimise
+    minimised: str = "val_bits_per_byte"  # what that is, in terms of summary.json
     exit_code: int | None = None  # of the last start
     seconds: float = 0.0  # of all starts
     starts: int = 0
@@ -38,6 +39,13 @@ class TrialRecord:
     def title(self) -> str:
         """The chosen values, as one reads them in a line."""
         return " ".join(self.varied) or self.run
+
+    @property
+    def result(self) -> str:
+        """The objective, as one reads it in a line; of a finished trial."""
+        assert self.objective is not None
+        name = "bits per byte" if self.minimised == "val_bits_per_byte" else f"= {self.minimised}"
+        return f"{self.objective:.4f} {name}"
 
 
 @dataclass

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lightsparse.analysis.report_page import page
 from lightsparse.analysis.report_table import Run, Spread, csv_text, front, groups
-from lightsparse.report import main
+from lightsparse.report import main, report
 from lightsparse.sweep.record import SweepRecord, TrialRecord
 
 EVIL = "</script><script>alert(1)</script>&\"'"
@@ -153,3 +153,14 @@ def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys
     assert main([words]) == 2
     said = capsys.readouterr().err
     assert said.startswith(sentence) and said.count("\n") == 1
+
+
+def test_runs_that_minimise_wrong_answers_are_compared_by_them(tmp_path):
+    for seed, accuracy in ((1, 0.5), (2, 0.75)):
+        folder = write_run(tmp_path / f"s{seed}", seed, 0.2, 3.0)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary |= {"val_accuracy": accuracy, "minimised": "1 - val_accuracy"}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    found, _, _ = report([str(tmp_path / "s1"), str(tmp_path / "s2"), f"out={tmp_path}"])
+    assert found[0].spread("objective").mean == 0.375 and found[0].spread("val_accuracy").mean == 0.625
+    assert "1 - accuracy" in (tmp_path / "report.html").read_text()
