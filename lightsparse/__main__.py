@@ -12,6 +12,7 @@ COMMANDS = {
     "python -m lightsparse.show": "draw an attention pattern as PNG",
     "python -m lightsparse.export": "a trained run for transformers",
     "python -m lightsparse.analysis": "how far back an attention reaches",
+    "python -m lightsparse.report": "a sweep or runs side by side",
     "python -m lightsparse.replay": "take the step again that ended a run",
     "python -m lightsparse.bench kernels": "speed of sparse attention against dense",
     "python -m lightsparse.bench memory": "peak memory as the sequence grows",

@@ -41,8 +41,8 @@ def test_a_good_command_line_reaches_training_once_and_hydra_writes_nothing(run,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_m_runs_every_value_in_this_process(run, tmp_path):
-    assert [config.seed for config in run("-m", "experiment=smoke", "seed=1,2,3")] == [1, 2, 3]
+def test_hydras_own_launcher_runs_every_value_in_this_process(run, tmp_path):
+    assert [config.seed for config in run("-m", "hydra/launcher=basic", "experiment=smoke", "seed=1,2,3")] == [1, 2, 3]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["multirun.yaml"]
 
 
@@ -60,6 +60,8 @@ WRONG = {
     "data=files data.path=nowhere/": "data.path is 'nowhere/' and no file is there",
     "-m seed=1,2 trainer.max_stps=1": "trainer.max_stps is not a key; did you mean trainer.max_steps?",
     "-m seed=1,x": "seed is 'x'; it must be an integer",
+    "-m hydra/launcher=basic seed=1,2 strategy=ddp trainer.devices=2": "the trial has 2 ranks (trainer.devices × "
+    "trainer.num_nodes) and runs inside the sweep's process; use hydra/launcher=trials",
     "-m attention=dense,nope": "attention is nope; conf/attention has ",
 }
 

@@ -3,7 +3,7 @@
 Libraries raise a plain RuntimeError for all that goes wrong between ranks. The exit codes of `train.py`, on every rank:
 
 0    the run is finished
-1    an error of the program, or a second Ctrl-C, which waits for no step
+1    an error of the program, or a second Ctrl-C, which waits for no step; after -m, trials have failed
 2    the config or its data cannot be used; one sentence on stderr says why
 75   not done, and the same command goes on: asked to stop (SIGTERM, SIGUSR1, Ctrl-C, trainer.max_time), with the step
      saved; asked before the first step or after the last one, with nothing to save; or another rank was lost or late

@@ -41,6 +41,17 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def stored(self) -> dict[str, Any]:
+        """The composed config that the run was started with. Raises ConfigError for a damaged file."""
+        try:
+            stored = OmegaConf.to_container(OmegaConf.load(self.config))
+        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            raise ConfigError(_damaged(self.config, error)) from error
+        if not isinstance(stored, dict):
+            raise ConfigError(_damaged(self.config, f"holds a {type(stored).__name__}"))
+        return {str(key): value for key, value in stored.items()}
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.csv"
 
@@ -151,13 +162,7 @@ class RunDirectory:
             )
         if start.checkpoint is None or not self.config.exists():
             return
-        try:
-            stored = OmegaConf.to_container(OmegaConf.load(self.config))
-        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-            raise ConfigError(_damaged(self.config, error)) from error
-        if not isinstance(stored, dict):
-            raise ConfigError(_damaged(self.config, f"holds a {type(stored).__name__}"))
-        changed = differences({str(key): value for key, value in stored.items()}, raw)
+        changed = differences(self.stored, raw)
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run with another config; use the old values to continue it or name=<another> to "

@@ -3,8 +3,8 @@
 What the run cannot do with is one sentence on stderr. Exit code 2: a wrong config, unusable data, a loss that is no
 number, too little memory. Exit code 75: the same command continues the run, which was stopped by a signal and has saved
 its step, or whose disk is full, or which has lost another rank of its job (all codes: parallel/errors.py). With `-m`,
-sweepers minimise what `train` returns; with doctor=true nothing is trained (doctor.py), and exit code 2 says that
-something is wrong.
+sweepers minimise what `train` returns, each trial is a program of its own, and code 1 says that trials have failed
+(sweep/launcher.py); with doctor=true nothing is trained (doctor.py), and exit code 2 says that something is wrong.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightsparse.config import check, explain, parse, with_launched_ranks
@@ -25,6 +27,7 @@ from lightsparse.files import DiskFullError, disk_named
 from lightsparse.overrides import HYDRA_VERSION, conf_dir, plain, raised_by_hydra
 from lightsparse.parallel.errors import EXIT_CODE, RankError
 from lightsparse.schema import Config
+from lightsparse.sweep.launcher import ending, register_launcher
 from lightsparse.targets import ConfigError
 from lightsparse.training.checkpoint_files import checkpoint_steps
 from lightsparse.training.directory import RunDirectory
@@ -32,7 +35,7 @@ from lightsparse.training.doctor import examine
 from lightsparse.training.estimate import estimate
 from lightsparse.training.health import NonFiniteError
 from lightsparse.training.preemption import leave_when_asked
-from lightsparse.training.ranks import is_first_rank
+from lightsparse.training.ranks import is_first_rank, launched_ranks
 from lightsparse.training.run import fit
 from lightsparse.training.shortage import MemoryShortError, check_memory, memory_named, warn_of_memory
 from lightsparse.training.summary import objective
@@ -44,6 +47,7 @@ def train(composed: DictConfig) -> float:
     with refusals_as_one_sentence():
         raw = with_launched_ranks(plain(composed))
         config = parse(raw)
+        _refuse_ranks_inside_a_sweep(config)
         if config.doctor:
             return examine(config, raw)
         check_memory(config)
@@ -61,8 +65,23 @@ def main() -> None:
     logging.getLogger("lightsparse").setLevel(logging.INFO if is_first_rank() else logging.WARNING)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them in its own way
     leave_when_asked()
+    register_launcher()
     with refusals_as_one_sentence():
         train()
+    code, sentence = ending()
+    if code:
+        sys.stderr.write(f"{sentence}\n")
+        sys.exit(code)
+
+
+def _refuse_ranks_inside_a_sweep(config: Config) -> None:
+    """Lightning starts ranks as this command line once more: each would run the whole sweep."""
+    inside = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if inside and config.ranks > 1 and launched_ranks() is None:
+        raise ConfigError(
+            f"the trial has {config.ranks} ranks (trainer.devices × trainer.num_nodes) and runs inside the sweep's "
+            "process; use hydra/launcher=trials (the default), which starts a torchrun for each trial"
+        )
 
 
 @contextmanager

@@ -77,6 +77,11 @@ class Preemption:
         return bool(self._agreed)
 
     @property
+    def asked(self) -> bool:
+        """Whether this process has been asked to stop."""
+        return bool(self._asked)
+
+    @property
     def reason(self) -> str:
         return "trainer.max_time" if self._agreed == _TIME_IS_UP else signal.Signals(self._agreed).name
 

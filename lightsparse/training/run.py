@@ -35,6 +35,7 @@ from lightsparse.training.lock import unlock
 from lightsparse.training.metrics import MetricsFile, read_metrics
 from lightsparse.training.module import LanguageModel, language_model
 from lightsparse.training.outputs import draw_plots, write_sample
+from lightsparse.training.pictures import send_pictures
 from lightsparse.training.quiet import quiet_lightning
 from lightsparse.training.ranks import is_first_rank, of_all_ranks
 from lightsparse.training.recorder import Recorder
@@ -104,6 +105,7 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
         weights = strategy.gathered_weights() if isinstance(strategy, ShardedStrategy) else None
     if is_first:
         draw_plots(config, module, directory, layout, read_metrics(directory.metrics))
+        send_pictures(trainer.loggers[1:], directory.plots, trainer.global_step)
         writer = module
         if weights is not None:  # what is left of a sharded model on one rank cannot run
             writer = language_model(config, data.tokenizer)

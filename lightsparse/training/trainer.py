@@ -15,6 +15,7 @@ from lightsparse.config import Config
 from lightsparse.evaluation.callback import TaskEvaluation
 from lightsparse.parallel.strategies import strategy_for
 from lightsparse.training import watched
+from lightsparse.training.agreement import SameConfig
 from lightsparse.training.checkpoint import StepCheckpoint
 from lightsparse.training.directory import RunDirectory
 from lightsparse.training.metrics import MetricsFile
@@ -38,7 +39,7 @@ def build_trainer(
             takes = inspect.signature(target).parameters
             given = {key: value for key, value in ours.items() if key in takes and key not in node}
             loggers.append(build(node, f"logger.{name}", kind=Logger, allow=config.allow_targets, **given))
-    callbacks: list[Callback] = [recorder]
+    callbacks: list[Callback] = [SameConfig(raw), recorder]
     if config.trainer.progress:
         callbacks.append(TrainingProgress(recorder, console))
     if config.eval.tasks.names:
