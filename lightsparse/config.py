@@ -234,7 +234,8 @@ def check_disk(config: Config, model: nn.Module) -> None:
     size = 3 * bytes_each * sum(parameter.numel() for parameter in model.parameters())
     run = Path(config.runs_dir, config.name).absolute()
     written = len(list((run / "checkpoints").glob("step-*.ckpt")))
-    needed = size * max(1, config.checkpoint.keep + 1 - written)  # a new one is whole before the oldest goes
+    kept = config.checkpoint.keep + config.checkpoint.keep_best
+    needed = size * max(1, kept + 1 - written)  # a new one is whole before the oldest goes
     folder = next(folder for folder in (run, *run.parents) if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         reason = "is no folder" if not folder.is_dir() else "cannot be written to"

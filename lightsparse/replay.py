@@ -54,6 +54,8 @@ def replay(file: Path) -> list[str]:
     folder, content = file.parents[1], torch.load(file, map_location="cpu", weights_only=True)
     config = stored_config(folder)
     module = language_model(config, tokenizer_of(config.data, folder))
+    if not replay_file(folder, content["step"], 0).is_file():
+        raise ConfigError(f"{replay_file(folder, content['step'], 0)} is missing, which holds the weights of the step")
     weights = torch.load(replay_file(folder, content["step"], 0), map_location="cpu", weights_only=True)["state_dict"]
     module.load_state_dict(weights)
     lines = [f"step {content['step']}: {content['reason']}; {len(content['batches'])} micro-batches of {file.name}"]

@@ -4,9 +4,10 @@ Libraries raise a plain RuntimeError for all that goes wrong between ranks. The 
 
 0    the run is finished
 1    an error of the program, or a second Ctrl-C, which waits for no step; after -m, trials have failed
-2    the config or its data cannot be used; one sentence on stderr says why
+2    the config, its data, the loss or the memory cannot be used; one sentence on stderr says why
 75   not done, and the same command goes on: asked to stop (SIGTERM, SIGUSR1, Ctrl-C, trainer.max_time), with the step
-     saved; asked before the first step or after the last one, with nothing to save; or another rank was lost or late
+     saved; asked before the first step or after the last one, with nothing to save; or another rank was lost or late, a
+     disk was full, a checkpoint not written in time
 -15  (143 in a shell, SIGTERM) asked while Python still imported
 
 torchrun's own code is 1 whenever a rank's is not 0, or when it was asked to stop itself: it hands SIGTERM and Ctrl-C on

@@ -14,8 +14,9 @@ import os
 import pickle
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -85,9 +87,16 @@ def start_writing(folder: Path, shards: Shards, group: dist.ProcessGroup, *, bac
     if background:
         return dcp.async_save(dict(shards), storage_writer=writer, process_group=group)  # type: ignore[return-value]
     done: Future[None] = Future()
-    dcp.save(dict(shards), storage_writer=writer, process_group=group)
+    with _named_errors():
+        dcp.save(dict(shards), storage_writer=writer, process_group=group)
     done.set_result(None)
     return done
+
+
+def wait_for(writing: Future[None]) -> None:
+    """Until `start_writing` is done. Raises what went wrong on any rank."""
+    with _named_errors():
+        writing.result()
 
 
 def finish_writing(folder: Path, rest: Any) -> None:
@@ -105,8 +114,21 @@ def read(folder: Path, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
     own  this rank's parameters by name, to which shards come back split alike, every rank calling this; None: as whole
          tensors on the CPU, each process by itself
     """
-    reader = _SafeReader(folder)
-    sizes = reader.read_metadata().state_dict_metadata
+    content, found = _with_room(folder, own, "cpu")
+    with _named_errors(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it is meant here
+        dcp.load(found, storage_reader=_SafeReader(folder), no_dist=own is None)
+    return content
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """The content of a folder with tensors on the meta device in place of shards: their shapes, and no memory."""
+    return _with_room(folder, None, "meta")[0]
+
+
+def _with_room(folder: Path, own: Mapping[str, Any] | None, device: str) -> tuple[Any, dict[str, Tensor]]:
+    """The content with empty tensors where the shards belong, and those by name."""
+    sizes = _SafeReader(folder).read_metadata().state_dict_metadata
     found: dict[str, Tensor] = {}
 
     def filled(node: Any) -> Any:
@@ -119,17 +141,22 @@ def read(folder: Path, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
             if isinstance(like, DTensor) and like.shape == kind.size:
                 found[name] = torch.empty_like(like, dtype=kind.properties.dtype)
             else:
-                found[name] = torch.empty(kind.size, dtype=kind.properties.dtype)
+                found[name] = torch.empty(kind.size, dtype=kind.properties.dtype, device=device)
             return found[name]
         if isinstance(node, list | tuple):
             return type(node)(filled(value) for value in node)
         return node
 
-    content = filled(torch.load(folder / REST, map_location="cpu", weights_only=True))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it is meant here
-        dcp.load(found, storage_reader=reader, no_dist=own is None)
-    return content
+    return filled(torch.load(folder / REST, map_location="cpu", weights_only=True)), found
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """DCP raises the errors of all ranks in one BaseException; here comes the first of them by itself."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def damage_of_folder(folder: Path) -> str | None:

@@ -18,7 +18,7 @@ from lightsparse.training.preemption import EXIT_CODE, Preemption
 from lightsparse.training.random_state import random_state, set_random_state
 from lightsparse.training.ranks import of_all_ranks
 from lightsparse.training.version import code_version
-from lightsparse.training.writer import CheckpointWriter, remove
+from lightsparse.training.writer import CheckpointLateError, CheckpointWriter, remove
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +92,19 @@ class StepCheckpoint(Checkpoint):
         self.writer.finish()
         self._tell()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also where all steps had been taken before this start, which then only finishes what the last one began."""
+        if trainer.is_global_zero and trainer.global_step and trainer.global_step in checkpoint_steps(self.folder):
+            self._tidy(trainer.global_step, self.best_step, self.best_loss)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):  # the second Ctrl-C: at once
             log.info("stopped; the same command continues from step %d", self._on_disk)
+        elif not isinstance(exception, CheckpointLateError | SystemExit):
+            try:
+                self.writer.finish()  # what is under way is worth having, whatever ends the run
+            except Exception as error:
+                log.warning("the checkpoint under way was not written: %s", error)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._preemption.stop_listening()
@@ -125,7 +135,7 @@ class StepCheckpoint(Checkpoint):
         self.writer.check()
         self._tell()
         step = trainer.global_step
-        if step == self._done_step:  # a micro-batch inside a step leaves the step as it was
+        if step == self._done_step and not is_best:  # a micro-batch inside a step leaves the step as it was
             return
         self._done_step = step
         stops = self._preemption.is_asked(trainer) and step < self.max_steps
@@ -145,18 +155,22 @@ class StepCheckpoint(Checkpoint):
         best_step, best_loss, is_first = self.best_step, self.best_loss, trainer.is_global_zero
 
         def on_disk() -> None:  # on the first rank, in the writer's thread
-            if best_step:
-                write_text(self.folder / BEST, json.dumps({"step": best_step, "val_loss": best_loss}) + "\n")
-            older = [saved for saved in checkpoint_steps(self.folder) if saved <= step]
-            for outdated in older[: -self.keep]:
-                if outdated != best_step:
-                    remove(checkpoint_path(self.folder, outdated))
+            self._tidy(step, best_step, best_loss)
             self._on_disk = step
 
         trainer.save_checkpoint(checkpoint_path(self.folder, step), storage_options=on_disk)
         self._last_step = step
         if not is_first:
             self._on_disk = step
+
+    def _tidy(self, step: int, best_step: int, best_loss: float) -> None:
+        """After the checkpoint of `step` is on disk: name the best one, remove those that are neither new nor best."""
+        if best_step:
+            write_text(self.folder / BEST, json.dumps({"step": best_step, "val_loss": best_loss}) + "\n")
+        older = [saved for saved in checkpoint_steps(self.folder) if saved <= step]
+        for outdated in older[: -self.keep]:
+            if outdated != best_step:
+                remove(checkpoint_path(self.folder, outdated))
 
     def _tell(self) -> None:
         if self._on_disk > self._told:

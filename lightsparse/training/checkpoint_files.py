@@ -70,6 +70,11 @@ def damage_of(path: Path) -> str | None:
     return f"the checksum of {part} differs"
 
 
+def described_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of either kind, for its plain values and the shapes of its tensors."""
+    return sharded_files.described(path) if path.is_dir() else read_checkpoint(path)
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint of either kind, whole tensors on the CPU; nothing of it is run."""
     if path.is_dir():

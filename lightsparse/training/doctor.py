@@ -140,12 +140,13 @@ def _disk(config: Config) -> Iterator[Line]:
     run = Path(config.runs_dir, config.name).absolute()
     folder = next(folder for folder in (run, *run.parents) if folder.exists())
     free = shutil.disk_usage(folder).free
-    kept = (config.checkpoint.keep + 1) * one  # a new one is whole before the oldest goes
+    most = config.checkpoint.keep + config.checkpoint.keep_best + 1  # a new one is whole before the oldest goes
+    kept = most * one
     level: Literal["ok", "warning"] = "warning" if kept > _SPARE * free else "ok"
     yield Line(
         level,
         "disk",
-        f"checkpoints of {size(one)}, at most {config.checkpoint.keep} + 1 at a time, {size(free)} free at {folder}",
+        f"checkpoints of {size(one)}, at most {most} at a time, {size(free)} free at {folder}",
     )
 
 

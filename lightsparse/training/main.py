@@ -39,6 +39,7 @@ from lightsparse.training.ranks import is_first_rank, launched_ranks
 from lightsparse.training.run import fit
 from lightsparse.training.shortage import MemoryShortError, check_memory, memory_named, warn_of_memory
 from lightsparse.training.summary import objective
+from lightsparse.training.writer import CheckpointLateError, is_writing
 
 
 @hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name="config")
@@ -66,8 +67,15 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them in its own way
     leave_when_asked()
     register_launcher()
-    with refusals_as_one_sentence():
-        train()
+    try:
+        with refusals_as_one_sentence():
+            train()
+    except SystemExit as end:
+        if is_writing():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        raise
     code, sentence = ending()
     if code:
         sys.stderr.write(f"{sentence}\n")
@@ -110,7 +118,7 @@ def refusals_as_one_sentence() -> Iterator[None]:
         os._exit(EXIT_CODE)  # at once: threads of a broken process group may wait for the lost rank once more
     except (ConfigError, DataError, NonFiniteError, MemoryShortError) as error:
         sentence = str(error)
-    except DiskFullError as error:
+    except (DiskFullError, CheckpointLateError) as error:
         sentence, code = str(error), EXIT_CODE
     except Exception as error:
         if not raised_by_hydra(error):

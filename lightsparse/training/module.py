@@ -175,6 +175,7 @@ class LanguageModel(LightningModule):
             content["state_dict"] = weights
         path = replay_file(Path(self.trainer.default_root_dir), step, self.global_rank)
         save_for_replay(path, content)
+        strategy.barrier()  # a rank that has ended would have the others ended before they have written
         raise NonFiniteError(
             f"{objection} at step {step}, and health.skip_steps={self.config.health.skip_steps} steps in a row may be "
             f"left out; lower optimizer.lr, lengthen schedule.warmup_steps or set trainer.grad_clip "

@@ -102,6 +102,9 @@ class Recorder(Callback):
         self._send(trainer)
         self._mark = time.perf_counter()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        self.release(trainer.global_step)  # a start that had nothing left to train sends what the last one could not
+
     def state_dict(self) -> dict[str, Any]:
         return {"wall_s": self.wall_s, "train_s": self.train_s, "steps": [list(step) for step in self._steps]}
 
@@ -114,6 +117,8 @@ class Recorder(Callback):
         if not self._others:
             return
         sent = int(self.directory.sent.read_text()) if self.directory.sent.exists() else -1
+        if step <= sent:  # the run was rolled back behind what they have
+            return
         for row in read_metrics(self.directory.metrics):
             row_step = int(row.pop("step"))
             if sent < row_step <= step:

@@ -28,7 +28,7 @@ from lightsparse.parallel.strategies import ShardedStrategy
 from lightsparse.patterns import BlockLayout
 from lightsparse.targets import ConfigError
 from lightsparse.training import watched
-from lightsparse.training.checkpoint_files import checkpoint_steps, read_checkpoint
+from lightsparse.training.checkpoint_files import checkpoint_steps, described_checkpoint
 from lightsparse.training.directory import RunDirectory, Start
 from lightsparse.training.flops import matmul_error, matmul_peak
 from lightsparse.training.lock import unlock
@@ -89,7 +89,7 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
             keep_tokenizer(data.tokenizer, directory.path)
         MetricsFile(directory.metrics, watched.columns(config)).rewind(start.step if start.checkpoint else -1)
     recorder = Recorder(config, raw, directory, started=started)
-    trainer = build_trainer(config, raw, directory, recorder, console)
+    trainer = build_trainer(config, raw, start.step, directory, recorder, console)
     device = trainer.strategy.root_device
     layout = _layout(config)
     if is_first:
@@ -150,7 +150,7 @@ def check_resumable(data: DataModule, module: LanguageModel, checkpoint: Path) -
 
     Raises DataError in the data module's words, and ConfigError for weights of another shape.
     """
-    saved = read_checkpoint(checkpoint)
+    saved = described_checkpoint(checkpoint)
     data.load_state_dict(saved[type(data).__qualname__])
     own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     there = {name: tuple(value.shape) for name, value in saved["state_dict"].items()}

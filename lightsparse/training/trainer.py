@@ -26,7 +26,12 @@ from lightsparse.training.writer import CheckpointWriter
 
 
 def build_trainer(
-    config: Config, raw: Mapping[str, Any], directory: RunDirectory, recorder: Recorder, console: Console
+    config: Config,
+    raw: Mapping[str, Any],
+    start_step: int,
+    directory: RunDirectory,
+    recorder: Recorder,
+    console: Console,
 ) -> Trainer:
     """Lightning's trainer with our files and clocks; validation before the first step and after the last one."""
     loggers: list[Logger] = [MetricsFile(directory.metrics, watched.columns(config))]
@@ -39,7 +44,7 @@ def build_trainer(
             takes = inspect.signature(target).parameters
             given = {key: value for key, value in ours.items() if key in takes and key not in node}
             loggers.append(build(node, f"logger.{name}", kind=Logger, allow=config.allow_targets, **given))
-    callbacks: list[Callback] = [SameConfig(raw), recorder]
+    callbacks: list[Callback] = [SameConfig(raw, start_step), recorder]
     if config.trainer.progress:
         callbacks.append(TrainingProgress(recorder, console))
     if config.eval.tasks.names:

@@ -25,6 +25,16 @@ from lightsparse.parallel.sharded_files import Shards
 from lightsparse.training.checkpoint_files import read_checkpoint
 
 Then = Callable[[], None]
+_THREAD = "checkpoint"
+
+
+class CheckpointLateError(RuntimeError):
+    """A checkpoint is not on disk in time; the one before it is whole."""
+
+
+def is_writing() -> bool:
+    """Whether a checkpoint of this process is under way. Python's own end would abort inside the writing library."""
+    return any(thread.name == _THREAD and thread.is_alive() for thread in threading.enumerate())
 
 
 class CheckpointWriter(CheckpointIO):
@@ -57,7 +67,8 @@ class CheckpointWriter(CheckpointIO):
                 remove(path)
             with atomic_write(path) as file:
                 torch.save(content, file)
-            self._check_readable(path)
+                file.flush()
+                self._check_readable(Path(file.name))
             if storage_options is not None:
                 storage_options()
 
@@ -79,7 +90,7 @@ class CheckpointWriter(CheckpointIO):
         shards_written = sharded_files.start_writing(partial, shards, group, background=self.background)
 
         def write() -> None:
-            shards_written.result()
+            sharded_files.wait_for(shards_written)
             if not is_first:
                 return
             sharded_files.finish_writing(partial, rest)
@@ -110,11 +121,11 @@ class CheckpointWriter(CheckpointIO):
             raise error
 
     def finish(self) -> None:
-        """Wait until the checkpoint under way is on disk. Raises what went wrong, TimeoutError after `timeout`."""
+        """Wait until the checkpoint under way is on disk. Raises its error; CheckpointLateError after `timeout`."""
         if self._thread is not None:
             self._thread.join(self.timeout)
             if self._thread.is_alive():
-                raise TimeoutError(
+                raise CheckpointLateError(
                     f"a checkpoint was not on disk after {self.timeout:g} s (checkpoint.timeout); the one before it is "
                     "whole, and the same command continues from there"
                 )
@@ -138,7 +149,7 @@ class CheckpointWriter(CheckpointIO):
         if not self.background:
             return job()
         # A daemon: the second Ctrl-C leaves without waiting for it; what it leaves half-written bears no valid name.
-        self._thread = threading.Thread(target=self._guarded, args=(job,), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._guarded, args=(job,), name=_THREAD, daemon=True)
         self._thread.start()
 
     def _guarded(self, job: Callable[[], None]) -> None:

@@ -110,7 +110,7 @@ def test_too_little_memory_is_a_problem_with_settings_that_fit(tiny: Tiny, monke
 
 def test_a_disk_that_is_nearly_full_is_a_warning(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    config, raw = tiny("optimizer=adamw")
+    config, raw = tiny("optimizer=adamw", "checkpoint.keep_best=false")
     one = 3 * 4 * sum(p.numel() for p in doctor.meta_model(config).parameters())
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, int(3.1 * one)))
     assert said(config, raw)["disk"][0] == "warning"

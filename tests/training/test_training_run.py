@@ -280,6 +280,31 @@ def test_loggers_that_take_nothing_back_get_each_step_once_over_restarts(step: i
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_run_killed_as_its_last_checkpoint_got_its_name_is_tidied_by_the_next_start(tiny: Tiny) -> None:
+    """Loggers get their last rows, best.json and the checkpoints are those of an untouched run."""
+    words = ("+logger.also._target_=lightning.pytorch.loggers.CSVLogger", "checkpoint.background=false")
+    whole, raw = tiny("name=whole", *words)
+    fit(whole, raw)
+    config, raw = tiny("name=parts", *words)
+    tidy = checkpoint.StepCheckpoint._tidy
+
+    def dying(self: checkpoint.StepCheckpoint, step: int, *best: Any) -> None:
+        if step == 12:
+            raise Killed
+        tidy(self, step, *best)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint.StepCheckpoint, "_tidy", dying)
+        fit(config, raw)
+    fit(config, raw)
+    tables = [read_metrics(path) for path in sorted(folder(config).rglob("lightning_logs/*/metrics.csv"))]
+    assert [int(row["step"]) for table in tables for row in table] == list(range(13))
+    left = [folder(each) / "checkpoints" for each in (config, whole)]
+    assert (left[0] / "best.json").read_text() == (left[1] / "best.json").read_text()
+    assert list(checkpoint_steps(left[0])) == list(checkpoint_steps(left[1]))
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_best_checkpoint_stays_beside_the_newest(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validations after steps 2, 4, … give 5, 3, 4, 6, 7, 8: that of step 4 is the best."""
     config, raw = tiny("eval.every_n_steps=2", "checkpoint.every_n_steps=5")

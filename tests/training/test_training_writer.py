@@ -13,7 +13,7 @@ import torch
 from lightsparse.files import DiskFullError
 from lightsparse.training import writer as module
 from lightsparse.training.checkpoint_files import read_checkpoint
-from lightsparse.training.writer import CheckpointWriter
+from lightsparse.training.writer import CheckpointLateError, CheckpointWriter
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_failure_is_raised_in_training_once_and_leaves_the_one_before(tmp_path
 def test_the_wait_at_the_end_is_bounded(tmp_path: Path, gate: threading.Event) -> None:
     writer = CheckpointWriter(True, 0.2)
     writer.save_checkpoint({}, tmp_path / "a")
-    with pytest.raises(TimeoutError, match=r"after 0\.2 s \(checkpoint\.timeout\)"):
+    with pytest.raises(CheckpointLateError, match=r"after 0\.2 s \(checkpoint\.timeout\)"):
         writer.finish()
     gate.set()
 
