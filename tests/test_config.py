@@ -168,7 +168,8 @@ def test_the_second_of_two_unknown_keys_does_not_hide_the_first():
 
 def test_a_run_whose_checkpoints_do_not_fit_on_the_disk_is_refused(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
-    config = compose([f"runs_dir={tmp_path}/not/yet/there", "name=run", "checkpoint.keep=3", "checkpoint.keep_best=false"])
+    words = ["name=run", "checkpoint.keep=3", "checkpoint.keep_best=false"]
+    config = compose([f"runs_dir={tmp_path}/not/yet/there", *words])
     asked = []
 
     def disk_with(free):
