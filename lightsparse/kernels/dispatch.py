@@ -241,8 +241,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, bias: Tensor | 
         )
     if bias is not None and (
         bias.shape[2:] != layout.kv_indices.shape[2:]
-        or bias.shape[0] not in (1, q.shape[0])
-        or bias.shape[1] not in (1, kv_heads, heads)
+        or (bias.shape[0] != 1 and bias.shape[0] != q.shape[0])
+        or (bias.shape[1] != 1 and bias.shape[1] != kv_heads and bias.shape[1] != heads)
     ):
         raise ValueError(
             f"block_bias is {tuple(bias.shape)}; it must be [B|1, H|Hkv|1, NQ, K] "
@@ -258,7 +258,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, bias: Tensor | 
 def _check_mask(mask: ElementMask, q: Tensor) -> None:
     for name in ("q_pos", "visible_from", "visible_until", "q_doc", "kv_doc"):
         held = getattr(mask, name)
-        if held is not None and held.shape[0] not in (1, q.shape[0]):
+        # Here and above not `in (1, batch)`: torch.compile takes that for false where the batch is a symbol.
+        if held is not None and held.shape[0] != 1 and held.shape[0] != q.shape[0]:
             raise ValueError(
                 f"mask.{name} is for batch {held.shape[0]}; q has batch {q.shape[0]}, of which it takes 1 or all"
             )

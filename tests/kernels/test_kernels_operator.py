@@ -131,3 +131,19 @@ def test_a_compiled_call_equals_the_reference(backend):
         out = compiled(q, k, v, layout, block_bias=bias, dropout=drop, backend=backend)
         exact = block_sparse_attention(q, k, v, layout, block_bias=bias, dropout=drop, backend="reference")
     assert_equal_results({"out": out}, {"out": exact}, 1e-5)
+
+
+@pytest.mark.parametrize("of", ["blocked", "native"])
+def test_a_compiled_call_takes_batches_of_any_size(of):
+    """Sizes that vary become symbols to the compiler, which the checks of a call have to understand."""
+    compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager")
+    for batch, length in ((1, 64), (2, 64), (3, 96), (2, 128)):
+        documents = (torch.arange(length)[None] >= torch.arange(1, batch + 1)[:, None] * 16).int()
+        layout = LocalWindow(16).layout(length, block=16, documents=documents)
+        q = torch.randn(batch, 2, length, 8)
+        with torch.no_grad():
+            exact = block_sparse_attention(q, q, q, layout, backend="reference")
+            block_sparse_attention(
+                q, q, q, layout, backend=of
+            )  # says once which backend it is, outside of the compiler
+            torch.testing.assert_close(compiled(q, q, q, layout, backend=of), exact, rtol=1e-5, atol=1e-5)
