@@ -145,5 +145,5 @@ def test_a_compiled_call_takes_batches_of_any_size(of):
             exact = block_sparse_attention(q, q, q, layout, backend="reference")
             block_sparse_attention(
                 q, q, q, layout, backend=of
-            )  # says once which backend it is, outside of the compiler
+            )  # says which it is, outside of the compiler
             torch.testing.assert_close(compiled(q, q, q, layout, backend=of), exact, rtol=1e-5, atol=1e-5)
