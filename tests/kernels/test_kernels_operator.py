@@ -143,7 +143,5 @@ def test_a_compiled_call_takes_batches_of_any_size(of):
         q = torch.randn(batch, 2, length, 8)
         with torch.no_grad():
             exact = block_sparse_attention(q, q, q, layout, backend="reference")
-            block_sparse_attention(
-                q, q, q, layout, backend=of
-            )  # says which it is, outside of the compiler
+            block_sparse_attention(q, q, q, layout, backend=of)  # says which it is, outside of the compiler
             torch.testing.assert_close(compiled(q, q, q, layout, backend=of), exact, rtol=1e-5, atol=1e-5)

@@ -141,7 +141,8 @@ def _rows(config: Config) -> list[dict[str, float]]:
 def test_a_run_killed_anywhere_ends_with_the_same_bits(
     kills: int, variant: str, tiny: Callable[..., tuple[Config, dict[str, Any]]]
 ) -> None:
-    words = (*RUNS[variant], "checkpoint.every_n_steps=2", "eval.every_n_steps=3", "trainer.max_steps=14")
+    last = 5 * kills  # a start that is killed takes about four steps
+    words = (*RUNS[variant], "checkpoint.every_n_steps=2", "eval.every_n_steps=3", f"trainer.max_steps={last}")
     whole, raw = tiny("name=whole", *words)
     assert not _run(whole, raw)
     config, raw = tiny("name=killed", *words)
@@ -151,10 +152,12 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(
     for moment in moments:
         # Late enough that most starts save something, so that the next one continues.
         done += _run(config, raw, moment, chance.randint(2, 9))
-    assert done >= kills / 2  # a run that had finished can be killed no more
+    assert done >= 0.9 * kills  # a run that had finished can be killed no more
     assert not _run(config, raw)
     assert _rows(config) == _rows(whole)
-    one, two = (read_checkpoint(checkpoint_path(Path(c.runs_dir, c.name, "checkpoints"), 14)) for c in (whole, config))
+    one, two = (
+        read_checkpoint(checkpoint_path(Path(c.runs_dir, c.name, "checkpoints"), last)) for c in (whole, config)
+    )
     for name, value in one["state_dict"].items():
         assert torch.equal(value, two["state_dict"][name]), name
     for key in ("DataModule", "lr_schedulers", "global_step", "validation"):
