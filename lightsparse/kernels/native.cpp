@@ -51,6 +51,8 @@ constexpr int ROWS = 64;    // query rows of a score tile
 constexpr int SEGMENT = 64; // keys that lie side by side
 constexpr int CHUNK = 128;  // keys of a score tile
 constexpr int STRIDE = CHUNK + 16;  // of its rows: a power of two would crowd a column into few cache sets
+constexpr int64_t HALF_SUMS = 64;    // terms that are summed in fp16
+constexpr float SLACK = 2.f;       // growth of a row's maximum that changes nothing
 constexpr int64_t PORTION_ROWS = 4096;  // query rows whose picks are walked by key block
 constexpr int64_t FEW_PICKS = 2;        // of a key block in a portion, on average: below, every row walks its own list
 constexpr int64_t ITEM_ROWS = 512;  // query rows (times G) that meet a chunk of keys while it is in cache
@@ -91,6 +93,16 @@ inline float largest_of(vf x) {
   float r = x[0];
   for (int i = 1; i < W; i++) r = std::max(r, (float)x[i]);
   return r;
+#endif
+}
+
+inline bool any_above(vf x, float bound) {  // or no number
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)all(bound), _CMP_NLE_UQ) != 0;
+#else
+  for (int i = 0; i < W; i++)
+    if (!(x[i] <= bound)) return true;
+  return false;
 #endif
 }
 
@@ -139,7 +151,7 @@ inline vf exp_of(vf x) {
 
 template <int MR, int NP, bool TA>
 __attribute__((noinline)) void product_tile(int64_t K, const float *a, int64_t lda, const float *b, int64_t bk,
-                                            int64_t bj, float *c, int64_t ldc, bool add) {
+                                            int64_t bj, float *c, int64_t ldc, bool add, const char *ahead) {
   constexpr int NV = NP * PV;
   vf sum[MR][NV];
 #pragma GCC unroll 16
@@ -162,6 +174,8 @@ __attribute__((noinline)) void product_tile(int64_t K, const float *a, int64_t l
     }
     b += bk;
     a += TA ? lda : 1;
+    __builtin_prefetch(ahead);
+    ahead += 64;
   }
   asm("" : "+r"(c), "+r"(ldc));  // else the addresses of the loads above are kept through the loop, on the stack
 #pragma GCC unroll 16
@@ -173,14 +187,14 @@ __attribute__((noinline)) void product_tile(int64_t K, const float *a, int64_t l
 
 template <int NP, bool TA>
 void product_panels(int M, int64_t K, const float *a, int64_t lda, const float *b, int64_t bk, int64_t bj, float *c,
-                    int64_t ldc, bool add) {
+                    int64_t ldc, bool add, const char *&ahead) {
   constexpr int MR = W == 4 ? 3 : (W == 8 || NP == 4) ? 6 : NP == 3 ? 8 : 12;  // sums that fit into the registers
   int i = 0;
   auto rows = [&](auto count) {
     constexpr int n = decltype(count)::value;
     if constexpr (n <= MR)
-      for (; i + n <= M; i += n)
-        product_tile<n, NP, TA>(K, a + (TA ? i : i * lda), lda, b, bk, bj, c + i * ldc, ldc, add);
+      for (; i + n <= M; i += n, ahead += 64 * K)
+        product_tile<n, NP, TA>(K, a + (TA ? i : i * lda), lda, b, bk, bj, c + i * ldc, ldc, add, ahead);
   };
   rows(std::integral_constant<int, MR>());
   rows(std::integral_constant<int, 4>());
@@ -190,21 +204,104 @@ void product_panels(int M, int64_t K, const float *a, int64_t lda, const float *
 
 template <bool TA>
 void product(int M, int panels, int64_t K, const float *a, int64_t lda, const float *b, int64_t bk, int64_t bj,
-             float *c, int64_t ldc, bool add) {
+             float *c, int64_t ldc, bool add, const void *next) {
+  const char *ahead = (const char *)next;
   while (panels > 0) {
     int now = std::min(panels, MOST_PANELS);
     if (MOST_PANELS == 4 && panels == 5) now = 3;
     switch (now) {
-      case 1: product_panels<1, TA>(M, K, a, lda, b, bk, bj, c, ldc, add); break;
+      case 1: product_panels<1, TA>(M, K, a, lda, b, bk, bj, c, ldc, add, ahead); break;
 #if defined(__AVX512F__)
-      case 2: product_panels<2, TA>(M, K, a, lda, b, bk, bj, c, ldc, add); break;
-      case 3: product_panels<3, TA>(M, K, a, lda, b, bk, bj, c, ldc, add); break;
-      case 4: product_panels<4, TA>(M, K, a, lda, b, bk, bj, c, ldc, add); break;
+      case 2: product_panels<2, TA>(M, K, a, lda, b, bk, bj, c, ldc, add, ahead); break;
+      case 3: product_panels<3, TA>(M, K, a, lda, b, bk, bj, c, ldc, add, ahead); break;
+      case 4: product_panels<4, TA>(M, K, a, lda, b, bk, bj, c, ldc, add, ahead); break;
 #endif
     }
     panels -= now, b += now * bj, c += now * 16;
   }
 }
+
+#if defined(__AVX512FP16__)
+
+inline void store_twice(float *to, vf x) {  // 16 numbers, each as two equal fp16 numbers side by side
+  const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4,
+                                         4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m256i halves = _mm256_castph_si256(_mm512_cvtxps_ph((__m512)x));
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(halves)));
+}
+
+// C += factor · A · B in fp16, summed over HALF_SUMS terms at most before they join C in fp32. A as `store_twice` leaves
+// it, B [K][ldb] in fp16.
+template <int MR, int NV, bool TA>
+__attribute__((noinline)) void half_tile(int64_t K, const float *a, int64_t lda, const uint16_t *b, int64_t ldb,
+                                         float factor, float *c, int64_t ldc, const char *ahead) {
+  for (int i = 0; i < MR; i++)
+    for (int j = 0; j < 2 * NV; j++) __builtin_prefetch(c + i * ldc + j * 16, 1);
+  while (K > 0) {
+    const int64_t terms = std::min(K, HALF_SUMS);
+    __m512h sum[MR][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; j++) sum[i][j] = _mm512_setzero_ph();
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < terms; k++) {
+      __m512h row[NV];
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; j++) row[j] = _mm512_loadu_ph(b + j * 32);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; i++) {
+        const __m512h x = _mm512_castps_ph(_mm512_set1_ps(TA ? a[i] : a[i * lda]));
+#pragma GCC unroll 16
+        for (int j = 0; j < NV; j++) sum[i][j] = _mm512_fmadd_ph(x, row[j], sum[i][j]);
+      }
+      b += ldb;
+      a += TA ? lda : 1;
+      __builtin_prefetch(ahead);
+      ahead += 64;
+    }
+    asm("" : "+r"(c), "+r"(ldc));
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; j++) {
+        float *to = c + i * ldc + j * 32;
+        const __m512d both = (__m512d)sum[i][j];
+        const vf low = (vf)_mm512_cvtxph_ps(_mm256_castpd_ph(_mm512_castpd512_pd256(both)));
+        const vf high = (vf)_mm512_cvtxph_ps(_mm256_castpd_ph(_mm512_extractf64x4_pd(both, 1)));
+        store(to, load(to) + low * factor);
+        store(to + 16, load(to + 16) + high * factor);
+      }
+    K -= terms;
+  }
+}
+
+template <int NV, bool TA>
+void half_columns(int M, int64_t K, const float *a, int64_t lda, const uint16_t *b, int64_t ldb, float factor, float *c,
+                  int64_t ldc, const char *&ahead) {
+  int i = 0;
+  auto rows = [&](auto count) {
+    constexpr int n = decltype(count)::value;
+    for (; i + n <= M; i += n, ahead += 64 * K)
+      half_tile<n, NV, TA>(K, a + (TA ? i : i * lda), lda, b, ldb, factor, c + i * ldc, ldc, ahead);
+  };
+  rows(std::integral_constant<int, 12>());
+  rows(std::integral_constant<int, 4>());
+  rows(std::integral_constant<int, 1>());
+}
+
+template <bool TA>
+void half_product(int M, int64_t Dp, int64_t K, const float *a, int64_t lda, const uint16_t *b, float factor, float *c,
+                  const void *next) {
+  const char *ahead = (const char *)next;
+  for (int64_t d = 0; d < Dp; d += 64)
+    if (d + 64 <= Dp)
+      half_columns<2, TA>(M, K, a, lda, b + d, Dp, factor, c + d, Dp, ahead);
+    else
+      half_columns<1, TA>(M, K, a, lda, b + d, Dp, factor, c + d, Dp, ahead);
+}
+
+#endif
 
 // ---- rows of tensors -----------------------------------------------------------------------------------------------
 
@@ -241,6 +338,28 @@ void write_row(bool bf16, void *base, int64_t offset, int64_t D, float scale, co
     float *to = (float *)base + offset;
     for (int64_t d = 0; d < D; d++) to[d] = from[d] * scale;
   }
+}
+
+// The power of two that brings numbers up to `most` to at most 1.
+inline float scale_to_one(float most) {
+  int exponent = 0;
+  if (most > 0.f && most < INF) std::frexp(most, &exponent);
+  return std::ldexp(1.f, -std::max(-60, std::min(60, exponent)));
+}
+
+#if defined(__AVX512FP16__)
+void halves_of(const float *from, int64_t n, float scale, uint16_t *to) {  // n a multiple of 16
+  for (int64_t d = 0; d < n; d += 16) _mm256_storeu_ph(to + d, _mm512_cvtxps_ph((__m512)(load(from + d) * scale)));
+}
+#endif
+
+inline float largest_magnitude(const float *x, int64_t n) {  // of the finite ones; n a multiple of 16
+  vf most = vf{};
+  for (int64_t i = 0; i < n; i += W) {
+    const vf of = (vf)((vi)load(x + i) & 0x7fffffff);
+    most = larger(most, of < all(INF) ? of : vf{});
+  }
+  return largest_of(most);
 }
 
 // 16 rows of Dp, `stride` apart → a panel [Dp][16]
@@ -353,6 +472,7 @@ struct Span {  // columns of a segment that belong to one entry of the table
 struct Segment {
   int n, np, panel, spans, first_span;  // keys; rounded up to 16
   const float *kt, *vt, *kn, *vn;       // panels, rows
+  const uint16_t *kh, *vh;              // rows in fp16
   const int32_t *from, *until, *doc;
   const uint64_t *hashes;
   int64_t key;      // its first
@@ -372,7 +492,7 @@ struct Pick {  // one entry of the table of one query head
 
 struct Scratch {  // of one thread
   float *q, *dout, *sums, *dq;          // [item rows][Dp]; sums: out
-  float *m, *l, *delta;                 // [item rows]; in the backward m is the lse
+  float *m, *l, *delta;                 // [item rows], l [item rows][W]; in the backward m is the lse
   int32_t *pos, *doc;                   // [item rows]
   uint64_t *hash;                       // [item rows]
   float *s, *dp, *keep;                 // [ROWS][STRIDE], [ROWS][STRIDE], [CHUNK]
@@ -381,6 +501,7 @@ struct Scratch {  // of one thread
   int64_t *ids;
   uint64_t *hashes;
   float *rows16;                        // [16][Dp]
+  uint16_t *q_half, *dout_half;         // [item rows][Dp]
   Pick *picks;                          // of a portion, block by block
   int64_t *stop;                        // [NB + 1]: where the picks of the blocks before end
   float *row_m, *row_l, *row_delta;     // [portion rows]
@@ -400,12 +521,15 @@ struct Carver {  // hands out pieces of one buffer, or only counts them
 
 struct Call {
   const Args &a;
-  bool backward, gather, direct, by_block;  // by_block: rows of single queries, walked by key block; gather: nothing is packed ahead; direct: rows of k, v, dk, dv are used as they are
+  bool backward, gather, direct, by_block, half;  // by_block: rows of single queries, walked by key block; gather: nothing is packed ahead; direct: rows of k, v, dk, dv are used as they are
   int64_t Dp, kbp, NB, G, nz, units, panels, item_rows, portion, mask_batch, kn_stride, vn_stride;
   int threads;
   float *kt = nullptr, *vt = nullptr, *kn = nullptr, *vn = nullptr, *dk = nullptr, *dv = nullptr, *slabs = nullptr;
   Bounds *bounds = nullptr;
   uint64_t *hashes = nullptr;
+  uint16_t *kh = nullptr, *vh = nullptr;
+  float *unit_scale = nullptr, *value_norm = nullptr;  // [units]
+  float weight_scale = 1.f;  // of fp16 weights
   std::vector<Scratch> scratch;
   int64_t bytes;
 
@@ -421,6 +545,13 @@ struct Call {
     // Packing pays when keys are read more than once or twice; panels of tiny blocks would be mostly padding.
     gather = a.kv_block < 16 || nz * (a.NQ * a.K + a.dense_count * NB) <= 2 * NB;
     direct = !a.bf16 && Dp == a.D;
+#if defined(__AVX512FP16__)
+    half = a.bf16 && !gather && Dp % 32 == 0;
+    weight_scale = half ? 128.f / std::exp2(std::ceil(std::log2((float)a.keep + 1e-30f))) : 1.f;
+    if (half && !a.drop_keys) weight_scale = 128.f;
+#else
+    half = false;
+#endif
     item_rows = std::min(std::max(ITEM_ROWS / G, (int64_t)1), a.q_block) * G;
     portion = std::min(std::max(PORTION_ROWS / (a.H / a.Hkv), (int64_t)1), a.Nq);
     int64_t portion_rows = portion * (a.H / a.Hkv);
@@ -437,8 +568,12 @@ struct Call {
     if (!gather) {
       kt = carve.take<float>(units * panels * 16 * Dp);
       if (backward) vt = carve.take<float>(units * panels * 16 * Dp);
-      if (backward && !direct) kn = carve.take<float>(of_units);
-      if (!backward && !direct) vn = carve.take<float>(of_units);
+      if (half) {
+        (backward ? kh : vh) = carve.take<uint16_t>(of_units);
+        unit_scale = carve.take<float>(units), value_norm = carve.take<float>(units);
+      } else if (!direct) {
+        (backward ? kn : vn) = carve.take<float>(of_units);
+      }
       bounds = carve.take<Bounds>(mask_batch * panels);
     }
     if (a.drop_keys) hashes = carve.take<uint64_t>(a.Nkv);
@@ -453,7 +588,7 @@ struct Call {
       s.dout = carve.take<float>(backward ? item_rows * Dp : 0);
       s.sums = carve.take<float>(backward ? 0 : item_rows * Dp);
       s.dq = carve.take<float>(backward ? item_rows * Dp : 0);
-      s.m = carve.take<float>(item_rows), s.l = carve.take<float>(item_rows), s.delta = carve.take<float>(item_rows);
+      s.m = carve.take<float>(item_rows), s.l = carve.take<float>(item_rows * W), s.delta = carve.take<float>(item_rows);
       s.pos = carve.take<int32_t>(item_rows), s.doc = carve.take<int32_t>(item_rows);
       s.hash = carve.take<uint64_t>(item_rows);
       s.s = carve.take<float>(ROWS * STRIDE), s.dp = carve.take<float>(ROWS * STRIDE);
@@ -465,6 +600,8 @@ struct Call {
       s.kv_doc = carve.take<int32_t>(CHUNK), s.ids = carve.take<int64_t>(CHUNK);
       s.hashes = carve.take<uint64_t>(CHUNK);
       s.rows16 = carve.take<float>(16 * Dp);
+      int64_t halves = half && backward ? item_rows * Dp : 0;
+      s.q_half = carve.take<uint16_t>(halves), s.dout_half = carve.take<uint16_t>(halves);
       int64_t rows = by_block ? portion_rows : 0;
       s.picks = carve.take<Pick>(rows * a.K);
       s.stop = carve.take<int64_t>(by_block ? NB + 1 : 0);
@@ -516,9 +653,32 @@ struct Call {
     }
     for (int64_t i = 0; i < count; i++) {
       int64_t to = (unit * a.Nkv + first + i) * Dp;
+#if defined(__AVX512FP16__)
+      if (half) {
+        read_row(true, backward ? a.k : a.v, backward ? offset_k(unit, first + i) : offset_v(unit, first + i), a.D, Dp,
+                 1.f, s.rows16);
+        halves_of(s.rows16, Dp, unit_scale[unit], (backward ? kh : vh) + to);
+      }
+#endif
       if (kn) read_row(a.bf16, a.k, offset_k(unit, first + i), a.D, Dp, 1.f, kn + to);
       if (vn) read_row(a.bf16, a.v, offset_v(unit, first + i), a.D, Dp, 1.f, vn + to);
     }
+  }
+
+  // How far keys (backward) or values (forward) of a unit reach, and in the backward the longest value.
+  void measure_unit(int64_t unit, Scratch &s) {
+    float most = 0.f, norm = 0.f;
+    for (int64_t key = 0; key < a.Nkv; key++) {
+      read_row(true, a.v, offset_v(unit, key), a.D, Dp, 1.f, s.rows16);
+      if (backward) {
+        vf sum = vf{};
+        for (int64_t d = 0; d < Dp; d += W) sum += load(s.rows16 + d) * load(s.rows16 + d);
+        norm = std::max(norm, sum_of(sum));
+        read_row(true, a.k, offset_k(unit, key), a.D, Dp, 1.f, s.rows16);
+      }
+      most = std::max(most, largest_magnitude(s.rows16, Dp));
+    }
+    unit_scale[unit] = scale_to_one(most), value_norm[unit] = std::sqrt(norm);
   }
 
   Bounds bounds_of(const int32_t *from, const int32_t *until, const int32_t *doc, int64_t n) const {
@@ -534,7 +694,11 @@ struct Call {
   }
 
   void prepare(Team &team) {
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next{0}, next_unit{0};
+    if (half)
+      team.run([&](int me) {
+        for (int64_t unit; (unit = next_unit++) < units;) measure_unit(unit, scratch[me]);
+      });
     const int64_t at_once = std::max((int64_t)1, 256 / kbp), per_unit = (NB + at_once - 1) / at_once;
     team.run([&](int me) {
       if (me == 0) {
@@ -664,6 +828,7 @@ struct Chunks {
     int64_t at = (unit * call.panels + panel) * 16 * call.Dp, row = (unit * a.Nkv + key) * call.Dp;
     x.kt = call.kt + at;
     x.vt = call.backward ? call.vt + at : nullptr;
+    x.kh = call.kh ? call.kh + row : nullptr, x.vh = call.vh ? call.vh + row : nullptr;
     x.kn = call.kn ? call.kn + row : call.direct ? (const float *)a.k + call.offset_k(unit, key) : nullptr;
     x.vn = call.vn ? call.vn + row : call.direct ? (const float *)a.v + call.offset_v(unit, key) : nullptr;
     x.from = a.from + b * a.from_b + key, x.until = a.until + b * a.until_b + key;
@@ -784,7 +949,7 @@ struct Item {
     for (int i = 0; i < lives; i++) {
       const Segment &x = *live[i].of;
       float *to = s.s + live[i].column;
-      product<false>(rows, x.np / 16, a.D, q, call.Dp, x.kt, 16, 16 * call.Dp, to, STRIDE, false);
+      product<false>(rows, x.np / 16, a.D, q, call.Dp, x.kt, 16, 16 * call.Dp, to, STRIDE, false, i + 1 < lives ? live[i + 1].of->kt : call.backward ? live[0].of->vt : live[0].of->vn);
       if (a.bias) add_bias(chunk, x, m0, rows, to);
       if (live[i].masked) hide(x, m0, rows, to, docs);
       if (x.n < x.np)
@@ -848,10 +1013,10 @@ struct Item {
   void forward(Chunks &chunks) {
     const int64_t Dp = call.Dp;
     std::fill(s.m, s.m + M, -INF);
-    std::fill(s.l, s.l + M, 0.f);
+    std::fill(s.l, s.l + M * W, 0.f);
     std::memset(s.sums, 0, M * Dp * 4);
     read_keys(chunks);
-    for (int64_t m = 0; m < M; m++) call.write_out(index(m), s.m[m], s.l[m], s.sums + m * Dp);
+    for (int64_t m = 0; m < M; m++) call.write_out(index(m), s.m[m], sum_of(load(s.l + m * W)), s.sums + m * Dp);
   }
 
   void read_keys(Chunks &chunks) {
@@ -862,42 +1027,59 @@ struct Item {
         if (!scores(chunks, m0, rows)) continue;
         for (int r = 0; r < rows; r++) online_softmax(m0 + r, s.s + r * STRIDE);
         runs([&](int column, const Segment &x, int n) {
+#if defined(__AVX512FP16__)
+          if (call.half) {
+            const float factor = 1.f / (call.weight_scale * call.unit_scale[unit]);
+            return half_product<false>(rows, Dp, n, s.s + column, STRIDE, x.vh, factor, s.sums + m0 * Dp, x.kt + n * Dp);
+          }
+#endif
           product<false>(rows, (int)(Dp / 16), n, s.s + column, STRIDE, x.vn, call.vn_stride, 16, s.sums + m0 * Dp, Dp,
-                         true);
+                         true, x.kt + n * Dp);
         });
       }
   }
 
+  // p: scores → weights relative to exp(s.m). Where a row's maximum grows by little, s.m stays as it is: weights up to
+  // exp(SLACK) are as exact as those up to 1, and what has been summed need not be scaled anew.
   void online_softmax(int64_t m, float *p) {
     vf most = load(p);
     for (int c = W; c < width; c += W) most = larger(most, load(p + c));
-    const float before = s.m[m];
-    float now = std::max(before, largest_of(most));
-    if (now == -INF) {  // nothing read yet: exp(−inf − −inf) is no number
-      if (std::none_of(p, p + width, [](float x) { return x != x; })) {
-        std::fill(p, p + width, 0.f);
-        return;
+    float now = s.m[m];
+    if (now == -INF || any_above(most, now + SLACK)) {
+      const float before = now;
+      now = std::max(before, largest_of(most));
+      if (now == -INF) {  // nothing read yet: exp(−inf − −inf) is no number
+        if (std::none_of(p, p + width, [](float x) { return x != x; })) {
+          std::fill(p, p + width, 0.f);
+          return;
+        }
+        now = 0.f;  // scores that are no number stay so: an error upstream must show
       }
-      now = 0.f;  // scores that are no number stay so: an error upstream must show
+      if (now != before) {
+        const float factor = exp_of(all(before - now))[0];
+        float *of = s.sums + m * call.Dp;
+        for (int64_t d = 0; d < call.Dp; d += W) store(of + d, load(of + d) * factor);
+        store(s.l + m * W, load(s.l + m * W) * factor);
+        s.m[m] = now;
+      }
     }
-    vf sum = vf{};
+    if (call.a.drop_keys) keep_row(m, s.keep);
+    vf sum = load(s.l + m * W);
     for (int c = 0; c < width; c += W) {
       vf x = exp_of(load(p + c) - now);
       sum += x;
-      store(p + c, x);
+      if (call.a.drop_keys) x *= load(s.keep + c);
+      put_weights(p + c, x, call.weight_scale);
     }
-    if (call.a.drop_keys) {
-      keep_row(m, s.keep);
-      for (int c = 0; c < width; c += W) store(p + c, load(p + c) * load(s.keep + c));
-    }
-    if (now != before) {
-      const float factor = exp_of(all(before - now))[0];
-      float *of = s.sums + m * call.Dp;
-      for (int64_t d = 0; d < call.Dp; d += W) store(of + d, load(of + d) * factor);
-      s.l[m] *= factor;
-      s.m[m] = now;
-    }
-    s.l[m] += sum_of(sum);
+    store(s.l + m * W, sum);
+  }
+
+  // Weights or gradients of scores as the products want them: fp32, or pairs of the same fp16 number.
+  void put_weights(float *to, vf x, float scale) const {
+#if defined(__AVX512FP16__)
+    if (call.half) return store_twice(to, x * scale);
+#endif
+    store(to, x);
   }
 
   // ---- backward ------------------------------------------------------------------------------------------------
@@ -916,20 +1098,53 @@ struct Item {
   void add_gradients(Chunks &chunks) {
     const Args &a = call.a;
     const int64_t Dp = call.Dp;
+    float q_scale = 1.f, dout_scale = 1.f, ds_scale = 1.f;
+#if defined(__AVX512FP16__)
+    if (call.half) {
+      q_scale = scale_to_one(largest_magnitude(s.q, M * Dp)), dout_scale = scale_to_one(largest_magnitude(s.dout, M * Dp));
+      halves_of(s.q, M * Dp, q_scale, s.q_half);
+      halves_of(s.dout, M * Dp, dout_scale, s.dout_half);
+      float most = 0.f;  // that a gradient of scores can be
+      for (int64_t m = 0; m < M; m++) {
+        vf sum = vf{};
+        for (int64_t d = 0; d < Dp; d += W) sum += load(s.dout + m * Dp + d) * load(s.dout + m * Dp + d);
+        const float bound = std::sqrt(sum_of(sum)) * call.value_norm[unit] * (a.drop_keys ? (float)a.keep : 1.f) +
+                            std::abs(s.delta[m]);
+        if (bound < INF) most = std::max(most, bound);
+      }
+      ds_scale = 512.f * scale_to_one(most);
+    }
+#endif
     while (chunks.next()) {
       for (int64_t m0 = 0; m0 < M; m0 += ROWS) {
         int rows = (int)std::min((int64_t)ROWS, M - m0);
         if (!scores(chunks, m0, rows)) continue;
         for (int i = 0; i < lives; i++)
           product<false>(rows, live[i].of->np / 16, a.D, s.dout + m0 * Dp, Dp, live[i].of->vt, 16, 16 * Dp,
-                         s.dp + live[i].column, STRIDE, false);
-        for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, s.s + r * STRIDE, s.dp + r * STRIDE);
-        if (a.dbias) add_bias_gradient(chunks, m0, rows);
+                         s.dp + live[i].column, STRIDE, false, i + 1 < lives ? live[i + 1].of->vt : live[0].of->dv);
+        for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, s.s + r * STRIDE, s.dp + r * STRIDE, ds_scale);
+        if (a.dbias) {
+          add_bias_gradient(chunks, m0, rows);
+          if (call.half)
+            for (int r = 0; r < rows; r++)
+              for (int c = 0; c < width; c += W)
+                put_weights(s.dp + r * STRIDE + c, load(s.dp + r * STRIDE + c), ds_scale);
+        }
         const int panels = (int)(Dp / 16);
         runs([&](int column, const Segment &x, int n) {
-          product<true>(n, panels, rows, s.s + column, STRIDE, s.dout + m0 * Dp, Dp, 16, x.dv, Dp, true);
-          product<true>(n, panels, rows, s.dp + column, STRIDE, s.q + m0 * Dp, Dp, 16, x.dk, Dp, true);
-          product<false>(rows, panels, n, s.dp + column, STRIDE, x.kn, call.kn_stride, 16, s.dq + m0 * Dp, Dp, true);
+#if defined(__AVX512FP16__)
+          if (call.half) {
+            const uint16_t *q = s.q_half + m0 * Dp, *dout = s.dout_half + m0 * Dp;
+            half_product<true>(n, Dp, rows, s.s + column, STRIDE, dout, 1.f / (call.weight_scale * dout_scale), x.dv, x.dk);
+            half_product<true>(n, Dp, rows, s.dp + column, STRIDE, q, 1.f / (ds_scale * q_scale), x.dk, x.kh);
+            half_product<false>(rows, Dp, n, s.dp + column, STRIDE, x.kh, 1.f / (ds_scale * call.unit_scale[unit]),
+                                s.dq + m0 * Dp, x.kt + n * Dp);
+            return;
+          }
+#endif
+          product<true>(n, panels, rows, s.s + column, STRIDE, s.dout + m0 * Dp, Dp, 16, x.dv, Dp, true, x.dk);
+          product<true>(n, panels, rows, s.dp + column, STRIDE, s.q + m0 * Dp, Dp, 16, x.dk, Dp, true, x.kn);
+          product<false>(rows, panels, n, s.dp + column, STRIDE, x.kn, call.kn_stride, 16, s.dq + m0 * Dp, Dp, true, x.kt + n * Dp);
         });
       }
       chunks.scatter();
@@ -937,21 +1152,19 @@ struct Item {
   }
 
   // s: scores → weights (after dropout), dp → gradient of the scores
-  void softmax_gradient(int64_t m, float *p, float *dp) {
+  void softmax_gradient(int64_t m, float *p, float *dp, float ds_scale) {
     const float lse = s.m[m], delta = s.delta[m];
-    if (!call.a.drop_keys) {
-      for (int c = 0; c < width; c += W) {
-        vf x = exp_of(load(p + c) - lse);
-        store(p + c, x);
-        store(dp + c, x * (load(dp + c) - delta));
-      }
-      return;
-    }
-    keep_row(m, s.keep);
+    const bool drop = call.a.drop_keys;
+    if (drop) keep_row(m, s.keep);
     for (int c = 0; c < width; c += W) {
-      vf x = exp_of(load(p + c) - lse), keep = load(s.keep + c);
-      store(p + c, x * keep);
-      store(dp + c, x * (load(dp + c) * keep - delta));
+      const vf x = exp_of(load(p + c) - lse);
+      vf kept = x, dx = load(dp + c);
+      if (drop) kept *= load(s.keep + c), dx *= load(s.keep + c);
+      put_weights(p + c, kept, call.weight_scale);
+      if (call.a.dbias)
+        store(dp + c, x * (dx - delta));
+      else
+        put_weights(dp + c, x * (dx - delta), ds_scale);
     }
   }
 
@@ -1047,13 +1260,13 @@ struct Portion {
     each_tile([&](Item &item, Chunks &chunks) {
       for (int64_t m = 0; m < item.M; m++) {
         const int64_t row = item.picks[m].row;
-        s.m[m] = s.row_m[row], s.l[m] = s.row_l[row];
+        s.m[m] = s.row_m[row], store(s.l + m * W, vf{s.row_l[row]});
         std::memcpy(s.sums + m * Dp, s.row_sums + row * Dp, Dp * 4);
       }
       item.read_keys(chunks);
       for (int64_t m = 0; m < item.M; m++) {
         const int64_t row = item.picks[m].row;
-        s.row_m[row] = s.m[m], s.row_l[row] = s.l[m];
+        s.row_m[row] = s.m[m], s.row_l[row] = sum_of(load(s.l + m * W));
         std::memcpy(s.row_sums + row * Dp, s.sums + m * Dp, Dp * 4);
       }
     });

@@ -6,6 +6,7 @@ cache that several machines share never hands one machine the code of another.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -27,6 +28,7 @@ _INSTRUCTIONS = {  # by what PyTorch says the CPU can do; anything else gets the
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
+_FP16 = "-mavx512fp16"
 _TIMEOUT = 300  # seconds; a build takes a few
 _lock = threading.Lock()
 
@@ -75,8 +77,8 @@ def build(compiler: str | None = None) -> Path:
     program = compiler or os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
     if program is None or shutil.which(program) is None:
         raise BuildError(f"no C++ compiler ({program or 'g++, c++, clang++'}) is on the path")
-    flags = (*_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
     version = _output(program, "--version")
+    flags = (*_FLAGS, *_instructions(program))
     named = hashlib.sha256("\n".join((SOURCE.read_text(), version, *flags)).encode()).hexdigest()[:24]
     for folder in _folders():
         built = folder / f"native-{named}.so"
@@ -93,6 +95,24 @@ def build(compiler: str | None = None) -> Path:
         except OSError as error:  # a home that cannot be written to
             log.info("cannot write to %s (%s)", folder, error.strerror)
     raise BuildError("no folder for the compiled kernel can be written to; set LIGHTSPARSE_CACHE to one that can")
+
+
+def _instructions(program: str) -> tuple[str, ...]:
+    """The compiler's flags for what the CPU can do, fp16 arithmetic included where both know it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = _INSTRUCTIONS.get(capability, ())
+    if capability == "AVX512" and "avx512_fp16" in _cpu_flags():
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(BuildError):
+            empty = Path(folder, "empty.cpp")
+            empty.touch()
+            _output(program, _FP16, "-fsyntax-only", str(empty))
+            return (*flags, _FP16)
+    return flags
+
+
+def _cpu_flags() -> frozenset[str]:
+    path = Path("/proc/cpuinfo")
+    return frozenset(path.read_text().split("\n\n")[0].split()) if path.exists() else frozenset()
 
 
 def load(path: Path) -> ctypes.CDLL:
