@@ -117,6 +117,7 @@ inline float sum_of(vf x) {
 }
 
 // exp to one or two units in the last place (the polynomial of Cephes' expf); 0 below −87, NaN stays NaN.
+template <bool COARSE = false>
 inline vf exp_of(vf x) {
   const float log2e = 1.44269504088896341f, ln2 = 0.693147180559945f;
   const float magic = 12582912.f;  // adding it leaves the rounded integer in the low bits
@@ -130,13 +131,20 @@ inline vf exp_of(vf x) {
 #endif
   const vf shifted = x * log2e + magic, n = shifted - magic;
   const vf r = x - n * ln2;  // ln2's own error, times n, stays below the rounding of the scores
-  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
+  vf p;
+  if constexpr (COARSE) {
+    p = r * 0.04145856574f + 0.1679093242f;
+    p = p * r + 0.5000436306f;
+    p = p * r + 0.9999634027f;
+    p = p * r + 0.9999992847f;
+  } else {
+    p = r * 1.383683528e-3f + 8.374824189e-3f;
+    p = p * r + 4.166822508e-2f;
+    p = p * r + 1.66664198e-1f;
+    p = p * r + 4.999999106e-1f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+  }
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)n);
 #else
@@ -285,6 +293,7 @@ void half_columns(int M, int64_t K, const float *a, int64_t lda, const uint16_t 
     for (; i + n <= M; i += n, ahead += 64 * K)
       half_tile<n, NV, TA>(K, a + (TA ? i : i * lda), lda, b, ldb, factor, c + i * ldc, ldc, ahead);
   };
+  rows(std::integral_constant<int, 13>());
   rows(std::integral_constant<int, 12>());
   rows(std::integral_constant<int, 4>());
   rows(std::integral_constant<int, 1>());
@@ -529,7 +538,7 @@ struct Call {
   uint64_t *hashes = nullptr;
   uint16_t *kh = nullptr, *vh = nullptr;
   float *unit_scale = nullptr, *value_norm = nullptr;  // [units]
-  float weight_scale = 1.f;  // of fp16 weights
+  float weight_scale = 1.f, weight_log = 0.f;  // of fp16 weights, and its logarithm
   std::vector<Scratch> scratch;
   int64_t bytes;
 
@@ -549,6 +558,7 @@ struct Call {
     half = a.bf16 && !gather && Dp % 32 == 0;
     weight_scale = half ? 128.f / std::exp2(std::ceil(std::log2((float)a.keep + 1e-30f))) : 1.f;
     if (half && !a.drop_keys) weight_scale = 128.f;
+    weight_log = std::log(weight_scale);
 #else
     half = false;
 #endif
@@ -738,6 +748,7 @@ struct Call {
 
   void write_out(int64_t to, float m, float l, const float *sums) const {
     bool empty = m == -INF;
+    l /= weight_scale;
     write_row(a.bf16, a.out, to * a.D, a.D, empty ? 0.f : 1.f / l, sums);
     a.lse[to] = empty ? -INF : m + std::log(l);
   }
@@ -1064,20 +1075,35 @@ struct Item {
       }
     }
     if (call.a.drop_keys) keep_row(m, s.keep);
-    vf sum = load(s.l + m * W);
-    for (int c = 0; c < width; c += W) {
-      vf x = exp_of(load(p + c) - now);
-      sum += x;
-      if (call.a.drop_keys) x *= load(s.keep + c);
-      put_weights(p + c, x, call.weight_scale);
-    }
-    store(s.l + m * W, sum);
+    with_constants([&](auto half, auto drop) {
+      vf sum = load(s.l + m * W);
+      const float shift = now - call.weight_log, *keep = s.keep;
+      for (int c = 0, n = width; c < n; c += W) {
+        vf x = exp_of<half>(load(p + c) - shift);
+        sum += x;
+        if constexpr (drop) x *= load(keep + c);
+        put<half>(p + c, x);
+      }
+      store(s.l + m * W, sum);
+    });
+  }
+
+  // use(whether weights are fp16, whether there is dropout), both known to the compiler
+  template <class Use>
+  void with_constants(Use use) const {
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
+    if (call.half)
+      call.a.drop_keys ? use(yes, yes) : use(yes, no);
+    else
+      call.a.drop_keys ? use(no, yes) : use(no, no);
   }
 
   // Weights or gradients of scores as the products want them: fp32, or pairs of the same fp16 number.
-  void put_weights(float *to, vf x, float scale) const {
+  template <bool HALF>
+  static void put(float *to, vf x) {
 #if defined(__AVX512FP16__)
-    if (call.half) return store_twice(to, x * scale);
+    if constexpr (HALF) return store_twice(to, x);
 #endif
     store(to, x);
   }
@@ -1122,13 +1148,13 @@ struct Item {
         for (int i = 0; i < lives; i++)
           product<false>(rows, live[i].of->np / 16, a.D, s.dout + m0 * Dp, Dp, live[i].of->vt, 16, 16 * Dp,
                          s.dp + live[i].column, STRIDE, false, i + 1 < lives ? live[i + 1].of->vt : live[0].of->dv);
-        for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, s.s + r * STRIDE, s.dp + r * STRIDE, ds_scale);
+        for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, s.s + r * STRIDE, s.dp + r * STRIDE, ds_scale, a.dbias);
         if (a.dbias) {
           add_bias_gradient(chunks, m0, rows);
           if (call.half)
             for (int r = 0; r < rows; r++)
               for (int c = 0; c < width; c += W)
-                put_weights(s.dp + r * STRIDE + c, load(s.dp + r * STRIDE + c), ds_scale);
+                put<true>(s.dp + r * STRIDE + c, load(s.dp + r * STRIDE + c) * ds_scale);
         }
         const int panels = (int)(Dp / 16);
         runs([&](int column, const Segment &x, int n) {
@@ -1151,21 +1177,26 @@ struct Item {
     }
   }
 
-  // s: scores → weights (after dropout), dp → gradient of the scores
-  void softmax_gradient(int64_t m, float *p, float *dp, float ds_scale) {
-    const float lse = s.m[m], delta = s.delta[m];
-    const bool drop = call.a.drop_keys;
-    if (drop) keep_row(m, s.keep);
-    for (int c = 0; c < width; c += W) {
-      const vf x = exp_of(load(p + c) - lse);
-      vf kept = x, dx = load(dp + c);
-      if (drop) kept *= load(s.keep + c), dx *= load(s.keep + c);
-      put_weights(p + c, kept, call.weight_scale);
-      if (call.a.dbias)
-        store(dp + c, x * (dx - delta));
+  // p: scores → weights (after dropout), dp → gradient of the scores, for the products; fp32 where `plain`
+  void softmax_gradient(int64_t m, float *p, float *dp, float ds_scale, bool plain) {
+    if (call.a.drop_keys) keep_row(m, s.keep);
+    with_constants([&](auto half, auto drop) {
+      const float lse = s.m[m] - call.weight_log, scale = plain ? 1.f / call.weight_scale : ds_scale / call.weight_scale;
+      const float delta = s.delta[m] * scale, *keep = s.keep;
+      auto each = [&](auto is_plain) {
+        for (int c = 0, n = width; c < n; c += W) {
+          const vf x = exp_of<half>(load(p + c) - lse);
+          vf kept = x, dx = load(dp + c) * scale;
+          if constexpr (drop) kept *= load(keep + c), dx *= load(keep + c);
+          put<half>(p + c, kept);
+          put<half && !is_plain>(dp + c, x * (dx - delta));
+        }
+      };
+      if (half && plain)
+        each(std::true_type());
       else
-        put_weights(dp + c, x * (dx - delta), ds_scale);
-    }
+        each(std::false_type());
+    });
   }
 
   void add_bias_gradient(const Chunks &chunk, int64_t m0, int rows) const {
