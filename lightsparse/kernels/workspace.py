@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_KEPT_BYTES = 64 << 20  # a larger buffer is freed after its pass
+_KEPT_BYTES = 128 << 20  # a larger buffer is freed after its pass
 _local = threading.local()
 
 
