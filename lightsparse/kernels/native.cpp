@@ -54,7 +54,7 @@ constexpr int ROWS = 64;    // query rows of a score tile
 constexpr int SEGMENT = 64; // keys that lie side by side
 constexpr int CHUNK = 128;  // keys of a score tile
 constexpr int STRIDE = CHUNK + 16;  // of its rows: a power of two would crowd a column into few cache sets
-constexpr int64_t HALF_SUMS = 64;    // terms that are summed in fp16
+constexpr int64_t OUT_TERMS = 32, GRADIENT_TERMS = 64;  // that are summed in fp16 before they join a sum in fp32
 constexpr float SLACK = 2.f;       // growth of a row's maximum that changes nothing
 constexpr int64_t PORTION_ROWS = 4096;  // query rows whose picks are walked by key block
 constexpr int64_t FEW_PICKS = 2;        // of a key block in a portion, on average: below, every row walks its own list
@@ -241,15 +241,14 @@ inline void store_twice(float *to, vf x) {  // 16 numbers, each as two equal fp1
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(halves)));
 }
 
-// C += factor · A · B in fp16, summed over HALF_SUMS terms at most before they join C in fp32. A as `store_twice` leaves
-// it, B [K][ldb] in fp16.
+// C += factor · A · B in fp16, `most` terms at a time, and those sums in fp32. A as `store_twice` leaves it, B [K][ldb].
 template <int MR, int NV, bool TA>
-__attribute__((noinline)) void half_tile(int64_t K, const float *a, int64_t lda, const uint16_t *b, int64_t ldb,
+__attribute__((noinline)) void half_tile(int64_t most, int64_t K, const float *a, int64_t lda, const uint16_t *b, int64_t ldb,
                                          float factor, float *c, int64_t ldc, const char *ahead) {
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < 2 * NV; j++) __builtin_prefetch(c + i * ldc + j * 16, 1);
   while (K > 0) {
-    const int64_t terms = std::min(K, HALF_SUMS);
+    const int64_t terms = std::min(K, most);
     __m512h sum[MR][NV];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
@@ -288,13 +287,13 @@ __attribute__((noinline)) void half_tile(int64_t K, const float *a, int64_t lda,
 }
 
 template <int NV, bool TA>
-void half_columns(int M, int64_t K, const float *a, int64_t lda, const uint16_t *b, int64_t ldb, float factor, float *c,
+void half_columns(int64_t most, int M, int64_t K, const float *a, int64_t lda, const uint16_t *b, int64_t ldb, float factor, float *c,
                   int64_t ldc, const char *&ahead) {
   int i = 0, stop = M;
   auto rows = [&](auto count) {
     constexpr int n = decltype(count)::value;
     for (; i + n <= stop; i += n, ahead += 64 * K)
-      half_tile<n, NV, TA>(K, a + (TA ? i : i * lda), lda, b, ldb, factor, c + i * ldc, ldc, ahead);
+      half_tile<n, NV, TA>(most, K, a + (TA ? i : i * lda), lda, b, ldb, factor, c + i * ldc, ldc, ahead);
   };
   const int twelves = (13 - M % 13) % 13;  // with so many tiles of 12 rows, the others have 13
   stop = M >= 12 * twelves ? M - 12 * twelves : 0;
@@ -307,14 +306,14 @@ void half_columns(int M, int64_t K, const float *a, int64_t lda, const uint16_t 
 }
 
 template <bool TA>
-void half_product(int M, int64_t Dp, int64_t K, const float *a, int64_t lda, const uint16_t *b, float factor, float *c,
+void half_product(int64_t most, int M, int64_t Dp, int64_t K, const float *a, int64_t lda, const uint16_t *b, float factor, float *c,
                   const void *next) {
   const char *ahead = (const char *)next;
   for (int64_t d = 0; d < Dp; d += 64)
     if (d + 64 <= Dp)
-      half_columns<2, TA>(M, K, a, lda, b + d, Dp, factor, c + d, Dp, ahead);
+      half_columns<2, TA>(most, M, K, a, lda, b + d, Dp, factor, c + d, Dp, ahead);
     else
-      half_columns<1, TA>(M, K, a, lda, b + d, Dp, factor, c + d, Dp, ahead);
+      half_columns<1, TA>(most, M, K, a, lda, b + d, Dp, factor, c + d, Dp, ahead);
 }
 
 #endif
@@ -544,7 +543,7 @@ struct Call {
   Bounds *bounds = nullptr;
   uint64_t *hashes = nullptr;
   uint16_t *kh = nullptr, *vh = nullptr;
-  float *unit_scale = nullptr, *value_norm = nullptr;  // [units]
+  float *unit_scale = nullptr;  // [units]
   float weight_scale = 1.f, weight_log = 0.f;  // of fp16 weights, and its logarithm
   std::vector<Scratch> scratch;
   int64_t bytes;
@@ -587,7 +586,7 @@ struct Call {
       if (backward) vt = carve.take<float>(units * panels * 16 * Dp);
       if (half) {
         (backward ? kh : vh) = carve.take<uint16_t>(of_units);
-        unit_scale = carve.take<float>(units), value_norm = carve.take<float>(units);
+        unit_scale = carve.take<float>(units);
       } else if (!direct) {
         (backward ? kn : vn) = carve.take<float>(of_units);
       }
@@ -682,20 +681,14 @@ struct Call {
     }
   }
 
-  // How far keys (backward) or values (forward) of a unit reach, and in the backward the longest value.
+  // The scale of a unit's keys (backward) or values (forward) in fp16.
   void measure_unit(int64_t unit, Scratch &s) {
-    float most = 0.f, norm = 0.f;
+    float most = 0.f;
     for (int64_t key = 0; key < a.Nkv; key++) {
-      read_row(true, a.v, offset_v(unit, key), a.D, Dp, 1.f, s.rows16);
-      if (backward) {
-        vf sum = vf{};
-        for (int64_t d = 0; d < Dp; d += W) sum += load(s.rows16 + d) * load(s.rows16 + d);
-        norm = std::max(norm, sum_of(sum));
-        read_row(true, a.k, offset_k(unit, key), a.D, Dp, 1.f, s.rows16);
-      }
+      read_row(true, backward ? a.k : a.v, backward ? offset_k(unit, key) : offset_v(unit, key), a.D, Dp, 1.f, s.rows16);
       most = std::max(most, largest_magnitude(s.rows16, Dp));
     }
-    unit_scale[unit] = scale_to_one(most), value_norm[unit] = std::sqrt(norm);
+    unit_scale[unit] = scale_to_one(most);
   }
 
   Bounds bounds_of(const int32_t *from, const int32_t *until, const int32_t *doc, int64_t n) const {
@@ -1048,7 +1041,8 @@ struct Item {
 #if defined(__AVX512FP16__)
           if (call.half) {
             const float factor = 1.f / (call.weight_scale * call.unit_scale[unit]);
-            return half_product<false>(rows, Dp, n, s.s + column, STRIDE, x.vh, factor, s.sums + m0 * Dp, x.kt + n * Dp);
+            return half_product<false>(OUT_TERMS, rows, Dp, n, s.s + column, STRIDE, x.vh, factor, s.sums + m0 * Dp,
+                                       x.kt + n * Dp);
           }
 #endif
           product<false>(rows, (int)(Dp / 16), n, s.s + column, STRIDE, x.vn, call.vn_stride, 16, s.sums + m0 * Dp, Dp,
@@ -1137,15 +1131,6 @@ struct Item {
       q_scale = scale_to_one(largest_magnitude(s.q, M * Dp)), dout_scale = scale_to_one(largest_magnitude(s.dout, M * Dp));
       halves_of(s.q, M * Dp, q_scale, s.q_half);
       halves_of(s.dout, M * Dp, dout_scale, s.dout_half);
-      float most = 0.f;  // that a gradient of scores can be
-      for (int64_t m = 0; m < M; m++) {
-        vf sum = vf{};
-        for (int64_t d = 0; d < Dp; d += W) sum += load(s.dout + m * Dp + d) * load(s.dout + m * Dp + d);
-        const float bound = std::sqrt(sum_of(sum)) * call.value_norm[unit] * (a.drop_keys ? (float)a.keep : 1.f) +
-                            std::abs(s.delta[m]);
-        if (bound < INF) most = std::max(most, bound);
-      }
-      ds_scale = 512.f * scale_to_one(most);
     }
 #endif
     while (chunks.next()) {
@@ -1155,6 +1140,7 @@ struct Item {
         for (int i = 0; i < lives; i++)
           product<false>(rows, live[i].of->np / 16, a.D, s.dout + m0 * Dp, Dp, live[i].of->vt, 16, 16 * Dp,
                          s.dp + live[i].column, STRIDE, false, i + 1 < lives ? live[i + 1].of->vt : live[0].of->dv);
+        if (call.half) ds_scale = 512.f * scale_to_one(largest_gradient(m0, rows));
         for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, s.s + r * STRIDE, s.dp + r * STRIDE, ds_scale, a.dbias);
         if (a.dbias) {
           add_bias_gradient(chunks, m0, rows);
@@ -1168,10 +1154,12 @@ struct Item {
 #if defined(__AVX512FP16__)
           if (call.half) {
             const uint16_t *q = s.q_half + m0 * Dp, *dout = s.dout_half + m0 * Dp;
-            half_product<true>(n, Dp, rows, s.s + column, STRIDE, dout, 1.f / (call.weight_scale * dout_scale), x.dv, x.dk);
-            half_product<true>(n, Dp, rows, s.dp + column, STRIDE, q, 1.f / (ds_scale * q_scale), x.dk, x.kh);
-            half_product<false>(rows, Dp, n, s.dp + column, STRIDE, x.kh, 1.f / (ds_scale * call.unit_scale[unit]),
-                                s.dq + m0 * Dp, x.kt + n * Dp);
+            half_product<true>(GRADIENT_TERMS, n, Dp, rows, s.s + column, STRIDE, dout,
+                               1.f / (call.weight_scale * dout_scale), x.dv, x.dk);
+            half_product<true>(GRADIENT_TERMS, n, Dp, rows, s.dp + column, STRIDE, q, 1.f / (ds_scale * q_scale), x.dk,
+                               x.kh);
+            half_product<false>(GRADIENT_TERMS, rows, Dp, n, s.dp + column, STRIDE, x.kh,
+                                1.f / (ds_scale * call.unit_scale[unit]), s.dq + m0 * Dp, x.kt + n * Dp);
             return;
           }
 #endif
@@ -1182,6 +1170,18 @@ struct Item {
       }
       chunks.scatter();
     }
+  }
+
+  // That a gradient of the scores of a tile can be, at most.
+  float largest_gradient(int64_t m0, int rows) const {
+    vf most = vf{};
+    float delta = 0.f;
+    for (int r = 0; r < rows; r++) {
+      const float *dp = s.dp + r * STRIDE;
+      for (int c = 0; c < width; c += W) most = larger((vf)((vi)load(dp + c) & 0x7fffffff), most);
+      delta = std::max(delta, std::abs(s.delta[m0 + r]));
+    }
+    return largest_of(most) * (call.a.drop_keys ? (float)call.a.keep : 1.f) + delta;
   }
 
   // p: scores → weights (after dropout), dp → gradient of the scores, for the products; fp32 where `plain`
