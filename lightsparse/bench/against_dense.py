@@ -39,6 +39,6 @@ def product_notes(dtypes: Sequence[str]) -> list[str]:
     products = compute_dtype(DTYPES["bf16"], torch.device("cpu"))
     name = next(name for name, dtype in DTYPES.items() if dtype is products)
     return [
-        f"native multiplies bf16 inputs in fp32, blocked on this CPU in {name}, chosen by the kind of CPU "
-        "(lightsparse/kernels/compute_dtype.py)."
+        f"native multiplies bf16 inputs in fp32, and weights and their gradients in fp16 where the CPU can; blocked "
+        f"multiplies on this CPU in {name}, chosen by the kind of CPU (lightsparse/kernels/compute_dtype.py)."
     ]

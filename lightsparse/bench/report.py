@@ -22,6 +22,9 @@ SETTINGS = {
         *("dtype", "seq", "variant", "pattern", "heads", "kv_heads", "head_dim", "block", "threads"),
         *("matmul_precision", "backend", "pass", "asked"),
     ),
+    "routed": (
+        *("dtype", "seq", "backend", "heads", "kv_heads", "head_dim", "block", "chosen", "threads", "matmul_precision"),
+    ),
     "memory": (
         "backend",
         "pass",
@@ -42,6 +45,7 @@ SETTINGS = {
 }
 RESULTS = {
     "kernels": ("density", "ms", "dense_ms", "speedup", "cpu_speedup", "flop_ratio", "efficiency"),
+    "routed": ("ms", "us_per_token", "error"),
     "memory": ("seq", "increase_mib", "bytes_per_token", "growth", "peak_rss_mib"),
     "comm": ("predicted_mib", "counted_mib", "of_ring"),
     "train": ("model", "density", "ms_per_step", "tokens_per_s", "vs_transformers", "peak_rss_mib", "loss"),
@@ -53,7 +57,7 @@ RESULTS = {
 class Report:
     """One run of one benchmark."""
 
-    kind: str  # kernels, memory, train, checkpoint or comm
+    kind: str  # kernels, routed, memory, train, checkpoint or comm
     command: str  # what to type to run it again
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was compared, and what was left out and why

@@ -1,5 +1,9 @@
-// The `native` backend: flash attention over the tiles of a block layout, fp32 arithmetic, forward and backward.
+// The `native` backend: flash attention over the tiles of a block layout, forward and backward.
 //
+// Arithmetic is fp32. For bf16 inputs on a CPU that multiplies fp16 (AVX512-FP16, twice the rate of fp32), the four
+// products with weights or gradients of scores are fp16: 11 bits, where PyTorch's dense attention rounds both to the 8
+// of bf16. Powers of two keep them in range, and a few dozen terms are summed before they join an fp32 sum. Scores and
+// dP stay fp32. (VDPBF16PS runs at half the rate of fp32 on Intel's CPUs: measured 86 against 174 GFLOP/s.)
 // Forward (Dao et al. 2022, arXiv 2205.14135): a row's keys come in chunks; a running maximum m and sum l rescale what
 // has been summed so far. Backward: P = exp(S − lse) again, delta = rowsum(dO · O) − dlse, dS = P · (dP − delta).
 // Where every query has a list of blocks of its own (q_block = 1) and many choose the same, the walk goes by key block
@@ -159,6 +163,7 @@ inline vf exp_of(vf x) {
 
 // ---- products: C[M, 16 · panels] (+)= A · B ----------------------------------------------------------------------
 // A[i, k] = a[i · lda + k], or with TA a[k · lda + i]. B's row k lies at b + k · bk, its panel j at + j · bj.
+// What the next product reads, at `next`, is fetched into the first cache meanwhile.
 
 template <int MR, int NP, bool TA>
 __attribute__((noinline)) void product_tile(int64_t K, const float *a, int64_t lda, const float *b, int64_t bk,
@@ -235,16 +240,16 @@ void product(int M, int panels, int64_t K, const float *a, int64_t lda, const fl
 #if defined(__AVX512FP16__)
 
 inline void store_twice(float *to, vf x) {  // 16 numbers, each as two equal fp16 numbers side by side
-  const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4,
-                                         4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8,  //
+                                         7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
   const __m256i halves = _mm256_castph_si256(_mm512_cvtxps_ph((__m512)x));
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(halves)));
 }
 
-// C += factor · A · B in fp16, `most` terms at a time, and those sums in fp32. A as `store_twice` leaves it, B [K][ldb].
+// C += factor · A · B in fp16, `most` terms at a time, those sums in fp32. A as `store_twice` leaves it, B [K][ldb].
 template <int MR, int NV, bool TA>
-__attribute__((noinline)) void half_tile(int64_t most, int64_t K, const float *a, int64_t lda, const uint16_t *b, int64_t ldb,
-                                         float factor, float *c, int64_t ldc, const char *ahead) {
+__attribute__((noinline)) void half_tile(int64_t most, int64_t K, const float *a, int64_t lda, const uint16_t *b,
+                                         int64_t ldb, float factor, float *c, int64_t ldc, const char *ahead) {
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < 2 * NV; j++) __builtin_prefetch(c + i * ldc + j * 16, 1);
   while (K > 0) {
@@ -287,8 +292,8 @@ __attribute__((noinline)) void half_tile(int64_t most, int64_t K, const float *a
 }
 
 template <int NV, bool TA>
-void half_columns(int64_t most, int M, int64_t K, const float *a, int64_t lda, const uint16_t *b, int64_t ldb, float factor, float *c,
-                  int64_t ldc, const char *&ahead) {
+void half_columns(int64_t most, int M, int64_t K, const float *a, int64_t lda, const uint16_t *b, int64_t ldb,
+                  float factor, float *c, int64_t ldc, const char *&ahead) {
   int i = 0, stop = M;
   auto rows = [&](auto count) {
     constexpr int n = decltype(count)::value;
@@ -306,8 +311,8 @@ void half_columns(int64_t most, int M, int64_t K, const float *a, int64_t lda, c
 }
 
 template <bool TA>
-void half_product(int64_t most, int M, int64_t Dp, int64_t K, const float *a, int64_t lda, const uint16_t *b, float factor, float *c,
-                  const void *next) {
+void half_product(int64_t most, int M, int64_t Dp, int64_t K, const float *a, int64_t lda, const uint16_t *b,
+                  float factor, float *c, const void *next) {
   const char *ahead = (const char *)next;
   for (int64_t d = 0; d < Dp; d += 64)
     if (d + 64 <= Dp)
@@ -536,7 +541,11 @@ struct Carver {  // hands out pieces of one buffer, or only counts them
 
 struct Call {
   const Args &a;
-  bool backward, gather, direct, by_block, half;  // by_block: rows of single queries, walked by key block; gather: nothing is packed ahead; direct: rows of k, v, dk, dv are used as they are
+  bool backward;
+  bool gather;    // nothing is packed ahead
+  bool direct;    // rows of k, v, dk, dv are used as they are
+  bool by_block;  // rows of single queries, walked by key block
+  bool half;      // products with weights and their gradients are fp16
   int64_t Dp, kbp, NB, G, nz, units, panels, item_rows, portion, mask_batch, kn_stride, vn_stride;
   int threads;
   float *kt = nullptr, *vt = nullptr, *kn = nullptr, *vn = nullptr, *dk = nullptr, *dv = nullptr, *slabs = nullptr;
@@ -562,8 +571,8 @@ struct Call {
     direct = !a.bf16 && Dp == a.D;
 #if defined(__AVX512FP16__)
     half = a.bf16 && !gather && Dp % 32 == 0;
-    weight_scale = half ? 128.f / std::exp2(std::ceil(std::log2((float)a.keep + 1e-30f))) : 1.f;
-    if (half && !a.drop_keys) weight_scale = 128.f;
+    // So that a sum of weights up to exp(SLACK), times numbers up to 1, stays below 65504, the largest in fp16.
+    if (half) weight_scale = 128.f * (a.drop_keys ? scale_to_one((float)a.keep) : 1.f);
     weight_log = std::log(weight_scale);
 #else
     half = false;
@@ -604,7 +613,8 @@ struct Call {
       s.dout = carve.take<float>(backward ? item_rows * Dp : 0);
       s.sums = carve.take<float>(backward ? 0 : item_rows * Dp);
       s.dq = carve.take<float>(backward ? item_rows * Dp : 0);
-      s.m = carve.take<float>(item_rows), s.l = carve.take<float>(item_rows * W), s.delta = carve.take<float>(item_rows);
+      s.m = carve.take<float>(item_rows), s.l = carve.take<float>(item_rows * W);
+      s.delta = carve.take<float>(item_rows);
       s.pos = carve.take<int32_t>(item_rows), s.doc = carve.take<int32_t>(item_rows);
       s.hash = carve.take<uint64_t>(item_rows);
       s.s = carve.take<float>(ROWS * STRIDE), s.dp = carve.take<float>(ROWS * STRIDE);
@@ -632,7 +642,7 @@ struct Call {
     int64_t head = a.table_heads == 1 ? 0 : a.table_heads == a.H ? hkv * nz + z : hkv;
     return a.table + (((a.table_batch == 1 ? 0 : b) * a.table_heads + head) * a.NQ + row) * a.K;
   }
-  int64_t first_head(int64_t unit, int64_t z) const { return unit % a.Hkv * (a.H / a.Hkv) + z; }  // G follow one another
+  int64_t first_head(int64_t unit, int64_t z) const { return unit % a.Hkv * (a.H / a.Hkv) + z; }  // G of them, in order
   int64_t heads() const { return a.H / a.Hkv; }
   uint64_t hash_of_key(int64_t key) const { return key_hash((uint64_t)(a.key_ids ? a.key_ids[key] : key)); }
   int64_t offset_k(int64_t unit, int64_t key) const {
@@ -685,7 +695,10 @@ struct Call {
   void measure_unit(int64_t unit, Scratch &s) {
     float most = 0.f;
     for (int64_t key = 0; key < a.Nkv; key++) {
-      read_row(true, backward ? a.k : a.v, backward ? offset_k(unit, key) : offset_v(unit, key), a.D, Dp, 1.f, s.rows16);
+      if (backward)
+        read_row(true, a.k, offset_k(unit, key), a.D, Dp, 1.f, s.rows16);
+      else
+        read_row(true, a.v, offset_v(unit, key), a.D, Dp, 1.f, s.rows16);
       most = std::max(most, largest_magnitude(s.rows16, Dp));
     }
     unit_scale[unit] = scale_to_one(most);
@@ -960,7 +973,9 @@ struct Item {
     for (int i = 0; i < lives; i++) {
       const Segment &x = *live[i].of;
       float *to = s.s + live[i].column;
-      product<false>(rows, x.np / 16, a.D, q, call.Dp, x.kt, 16, 16 * call.Dp, to, STRIDE, false, i + 1 < lives ? live[i + 1].of->kt : call.backward ? live[0].of->vt : live[0].of->vn);
+      const void *next = i + 1 < lives ? live[i + 1].of->kt : call.backward ? live[0].of->vt : live[0].of->vn;
+      if (!next) next = live[0].of->vh;
+      product<false>(rows, x.np / 16, a.D, q, call.Dp, x.kt, 16, 16 * call.Dp, to, STRIDE, false, next);
       if (a.bias) add_bias(chunk, x, m0, rows, to);
       if (live[i].masked) hide(x, m0, rows, to, docs);
       if (x.n < x.np)
@@ -1125,10 +1140,12 @@ struct Item {
   void add_gradients(Chunks &chunks) {
     const Args &a = call.a;
     const int64_t Dp = call.Dp;
-    float q_scale = 1.f, dout_scale = 1.f, ds_scale = 1.f;
+    [[maybe_unused]] float q_scale = 1.f, dout_scale = 1.f;
+    float ds_scale = 1.f;
 #if defined(__AVX512FP16__)
     if (call.half) {
-      q_scale = scale_to_one(largest_magnitude(s.q, M * Dp)), dout_scale = scale_to_one(largest_magnitude(s.dout, M * Dp));
+      q_scale = scale_to_one(largest_magnitude(s.q, M * Dp));
+      dout_scale = scale_to_one(largest_magnitude(s.dout, M * Dp));
       halves_of(s.q, M * Dp, q_scale, s.q_half);
       halves_of(s.dout, M * Dp, dout_scale, s.dout_half);
     }
@@ -1165,7 +1182,8 @@ struct Item {
 #endif
           product<true>(n, panels, rows, s.s + column, STRIDE, s.dout + m0 * Dp, Dp, 16, x.dv, Dp, true, x.dk);
           product<true>(n, panels, rows, s.dp + column, STRIDE, s.q + m0 * Dp, Dp, 16, x.dk, Dp, true, x.kn);
-          product<false>(rows, panels, n, s.dp + column, STRIDE, x.kn, call.kn_stride, 16, s.dq + m0 * Dp, Dp, true, x.kt + n * Dp);
+          product<false>(rows, panels, n, s.dp + column, STRIDE, x.kn, call.kn_stride, 16, s.dq + m0 * Dp, Dp, true,
+                         x.kt + n * Dp);
         });
       }
       chunks.scatter();
@@ -1188,7 +1206,7 @@ struct Item {
   void softmax_gradient(int64_t m, float *p, float *dp, float ds_scale, bool plain) {
     if (call.a.drop_keys) keep_row(m, s.keep);
     with_constants([&](auto half, auto drop) {
-      const float lse = s.m[m] - call.weight_log, scale = plain ? 1.f / call.weight_scale : ds_scale / call.weight_scale;
+      const float lse = s.m[m] - call.weight_log, scale = (plain ? 1.f : ds_scale) / call.weight_scale;
       const float delta = s.delta[m] * scale, *keep = s.keep;
       auto each = [&](auto is_plain) {
         for (int c = 0, n = width; c < n; c += W) {
@@ -1345,7 +1363,8 @@ void portions(Call &call, Scratch &s, int64_t unit, int64_t first, int64_t stop,
 // Asks for large pages: fewer faults where memory is new, and walks over many arrays at once miss the TLB less.
 void large_pages(const void *at, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  const uintptr_t page = 1 << 21, first = ((uintptr_t)at + page - 1) / page * page, stop = ((uintptr_t)at + bytes) / page * page;
+  const uintptr_t page = 1 << 21, from = (uintptr_t)at;
+  const uintptr_t first = (from + page - 1) / page * page, stop = (from + bytes) / page * page;
   if (first < stop) madvise((void *)first, stop - first, MADV_HUGEPAGE);  // a wish: refusal changes nothing
 #endif
 }
@@ -1361,7 +1380,8 @@ void forward(Call &call) {
     team.run([&](int me) {
       for (int64_t i; (i = next++) < call.units * per_unit;) {
         int64_t first = i % per_unit * call.portion;
-        portions(call, call.scratch[me], i / per_unit, first, std::min(first + call.portion, call.a.Nq), nullptr, nullptr);
+        const int64_t stop = std::min(first + call.portion, call.a.Nq);
+        portions(call, call.scratch[me], i / per_unit, first, stop, nullptr, nullptr);
       }
     });
     return;

@@ -1,7 +1,8 @@
 """The `native` backend as one operator: native.cpp called by address, with its own backward.
 
-The arithmetic is fp32 whatever the inputs. The backward needs the output and the log-sum-exp, so both are kept with the
-inputs; the scores are computed again.
+The arithmetic is fp32; for bf16 inputs, products with weights or their gradients are fp16 where the CPU multiplies fp16
+(native.cpp). The backward needs the output and the log-sum-exp, so both are kept with the inputs; the scores are
+computed again.
 """
 
 from __future__ import annotations

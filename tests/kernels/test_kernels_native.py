@@ -142,7 +142,7 @@ def test_no_queries_and_no_keys():
 @pytest.mark.parametrize("kind", ["normal", "large scores", "uneven channels", "tiny gradients"])
 @pytest.mark.parametrize("dim", [64, 96, 128, 40])
 def test_bf16_errs_no_more_than_dense_attention_in_bf16(dim, kind):
-    """Output and gradients. Where the CPU multiplies fp16, some products are in fp16 (dims that are multiples of 32)."""
+    """Output and gradients. Where the CPU can, some products are in fp16 (head dims that are multiples of 32)."""
     n = 700
     q, k, v = (x.detach().float() for x in inputs(Sizes(batch=1, heads=2, kv_heads=2, nq=n, nkv=n, dim=dim)))
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))
