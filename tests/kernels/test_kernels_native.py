@@ -183,6 +183,19 @@ def test_a_bf16_input_that_is_no_number_is_not_hidden(where):
     assert out.isnan().any(-1)[0, 0, touched].all()
 
 
+@pytest.mark.parametrize("q_block", [16, 1])
+def test_bf16_with_dropout_and_bias_is_fp32_but_for_rounding(q_block):
+    sizes = Sizes(1, 4, 2, nq=200, nkv=210, dim=64)
+    layout = random_layout(sizes, Tables(1, 2, q_block, 32, most=5, rule="documents", dense_rows=(3,)))
+    bias = torch.randn(1, 2, *layout.kv_indices.shape[2:]).requires_grad_()
+    given = inputs(sizes, torch.bfloat16)
+    found = results("native", given, layout, bias=bias, dropout=dropout(sizes, 0.4))
+    exact = tuple(x.detach().float().requires_grad_() for x in given)
+    wanted = results("native", exact, layout, bias=bias, dropout=dropout(sizes, 0.4))
+    for name in found.keys() - {"lse"}:
+        assert (found[name].float() - wanted[name]).norm() < 0.02 * wanted[name].norm(), name
+
+
 # ---- the build ------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +231,20 @@ def test_another_instruction_set_is_another_file(cache, quick_source, monkeypatc
     plain = native_build.build()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert native_build.build() != plain
+
+
+@pytest.mark.parametrize("compiler_knows", [True, False])
+@pytest.mark.parametrize("cpu_knows", [True, False])
+def test_fp16_arithmetic_is_compiled_only_where_cpu_and_compiler_know_it(cpu_knows, compiler_knows, monkeypatch):
+    def of_compiler(*command):
+        if not compiler_knows:
+            raise native_build.BuildError("unrecognized command-line option")
+        return ""
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(native_build, "_cpu_flags", lambda: frozenset({"avx512_fp16"} if cpu_knows else ()))
+    monkeypatch.setattr(native_build, "_output", of_compiler)
+    assert ("-mavx512fp16" in native_build._instructions("c++")) == (cpu_knows and compiler_knows)
 
 
 @pytest.mark.multiprocess
@@ -309,7 +336,7 @@ def test_rows_of_single_queries_by_key_block(heads, kv_heads, kv_block, rule, th
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_rows_than_a_portion_holds(dtype, threads):
     """The walk by key block takes some thousand rows at a time; results are those of `routed`, which takes others."""
-    sizes = Sizes(1, 4, 1, nq=2500, nkv=2500, dim=16)
+    sizes = Sizes(1, 4, 1, nq=2500, nkv=2500, dim=32)
     layout = random_layout(sizes, Tables(1, 4, 1, 64, most=6, rule="documents"))
     wanted = results("routed", inputs(sizes, dtype), layout)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
