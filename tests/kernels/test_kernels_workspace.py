@@ -71,7 +71,7 @@ def test_a_buffer_grows_to_the_largest_size_and_names_and_dtypes_do_not_share() 
 def test_a_huge_buffer_is_not_kept() -> None:
     space = Workspace()
     for _ in range(2):
-        space.take("a", (64 << 20) // 4 + 1, torch.float32, torch.device("cpu"))
+        space.take("a", (128 << 20) // 4 + 1, torch.float32, torch.device("cpu"))
     assert space.allocations == 2
 
 
