@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 MIB = 2**20
 # The instruction sets that decide matmul speed.
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 
 
 def hardware() -> dict[str, object]:

@@ -492,7 +492,7 @@ struct Span {  // columns of a segment that belong to one entry of the table
 struct Segment {
   int n, np, panel, spans, first_span;  // keys; rounded up to 16
   const float *kt, *vt, *kn, *vn;       // panels, rows
-  const uint16_t *kh, *vh;              // rows in fp16
+  const uint16_t *kh = nullptr, *vh = nullptr;  // rows in fp16
   const int32_t *from, *until, *doc;
   const uint64_t *hashes;
   int64_t key;      // its first
