@@ -1,7 +1,7 @@
 """Evaluate a trained run, or a model of transformers, on tasks and by position; results as JSON, CSV and PNG.
 
   python -m lightsparse.evaluate run=runs/<name> tasks=[passkey,niah_single_1] lengths=[1024,4096]
-  python -m lightsparse.evaluate run=runs/<name> positions=true
+  python -m lightsparse.evaluate run=runs/<name> positions=true context=8192
   python -m lightsparse.evaluate run=runs/<name> distances=true reach=128
   python -m lightsparse.evaluate model=<folder or name on the hub> tasks=[passkey] lengths=[2048]
 
@@ -10,7 +10,8 @@ lengths=[…]      tokens of context (default: that of the training)
 depths=[…]       shares of the text before what is asked (default 0, 0.25, 0.5, 0.75, 1)
 examples=N       per length and depth (default 10); seed=N draws others
 generate=false   leaves out generated text and each task's own metric on it: faster
-positions=true   loss by position on the run's validation data
+positions=true   loss by position on the run's validation data;
+                 context=N reads it in texts of N tokens, longer than those of the training, say
 distances=true   accuracy by distance to the evidence, on the validation data of a run trained on a task;
                  reach=N cuts the distances there besides
 step=N           of the checkpoint (default: the newest)
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ from rich.table import Table
 
 from lightsparse.build import typed
 from lightsparse.data import DataError
+from lightsparse.data.source import SampleSet
 from lightsparse.data.tokenizer import HuggingFace
 from lightsparse.evaluation.plan import Plan
 from lightsparse.evaluation.run import Evaluation, drawn_column
 from lightsparse.evaluation.subject import HuggingFaceModel, OwnModel
 from lightsparse.targets import ConfigError
 from lightsparse.training.quiet import quiet_lightning
-from lightsparse.training.trained import load_run
+from lightsparse.training.trained import TrainedRun, load_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class Words(Plan):
     step: int | None = None
     out: str | None = None
     positions: bool = False
+    context: int | None = None  # tokens per sample of positions; null = that of the training
     distances: bool = False
     reach: int | None = None  # tokens
 
@@ -62,6 +65,8 @@ class Words(Plan):
             raise ValueError("positions, distances and step belong to a run; model=… takes tasks=[…]")
         if self.model is not None and (self.out is None or not self.lengths):
             raise ValueError("model=… needs out=<folder> for the results and lengths=[…] in tokens")
+        if self.context is not None and not self.positions:
+            raise ValueError(f"context is {self.context}, which only positions=true reads; lengths=[…] is for tasks")
         if self.reach is not None and not self.distances:
             raise ValueError(f"reach is {self.reach}, which only distances=true reads")
 
@@ -84,33 +89,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(words: Words, console: Console) -> None:
     """All that the command line asks for, printed and written."""
-    evaluation, samples = _of_run(words) if words.run is not None else (_of_model(words), None)
+    run = None if words.run is None else load_run(words.run, words.step)
+    evaluation = _of_model(words) if run is None else _of_run(run, words)
     plan = Plan(**{field.name: getattr(words, field.name) for field in fields(Plan)})
     try:
         for name, rows in evaluation.tasks(plan).items():
             console.print(_grid(name, rows))
-    except ValueError as error:  # a length that a task cannot have: the task's own sentence
+        if words.positions:
+            assert run is not None
+            samples = _validation(evaluation, run, words.context)
+            console.print(_table("loss by position", evaluation.positions(samples, words.context)))
+    except ValueError as error:  # a length that the task, the data or the model cannot have: its own sentence
         raise ConfigError(str(error)) from error
-    if words.positions:
-        assert samples is not None
-        console.print(_table("loss by position", evaluation.positions(samples.val)))
     if words.distances:
-        assert samples is not None
+        assert run is not None
         if evaluation.data is None or not evaluation.data.asks:
             raise ConfigError("distances is true, but the run was not trained on a task; use tasks=[…]")
-        console.print(_table("answers by distance to the evidence", evaluation.distances(samples.val, words.reach)))
+        rows = evaluation.distances(_validation(evaluation, run), words.reach)
+        console.print(_table("answers by distance to the evidence", rows))
     console.print(f"written to {evaluation.folder}", markup=False, highlight=False)
 
 
-def _of_run(words: Words) -> tuple[Evaluation, Any]:
+def _of_run(run: TrainedRun, words: Words) -> Evaluation:
     assert words.run is not None
-    run = load_run(words.run, words.step)
-    data = run.config.data.with_tokenizer(run.tokenizer)
     folder = Path(words.out or Path(words.run) / "evaluation")
     about = {"name": run.config.name, "step": run.step, "attention": run.config.attention.name}
-    evaluation = Evaluation(OwnModel(run.model), run.tokenizer, data, folder, about)
-    needs_samples = words.positions or words.distances
-    return evaluation, data.samples(run.config.seed, run.config.eval.tokens) if needs_samples else None
+    data = run.config.data.with_tokenizer(run.tokenizer)
+    return Evaluation(OwnModel(run.model), run.tokenizer, data, folder, about)
+
+
+def _validation(evaluation: Evaluation, run: TrainedRun, context: int | None = None) -> SampleSet:
+    """The run's validation samples, or the same text in samples of another context. Raises ValueError for a bad one."""
+    data, tokens = evaluation.data, run.config.eval.tokens
+    assert data is not None
+    if context is not None:
+        data = replace(data, context=context)
+        if context > tokens:
+            raise ValueError(f"context is {context}, more than the run's validation text (eval.tokens={tokens})")
+    return data.samples(run.config.seed, tokens).val
 
 
 def _of_model(words: Words) -> Evaluation:

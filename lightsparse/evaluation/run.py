@@ -47,13 +47,14 @@ class Evaluation:
             check_fit(task, name, self._lengths(plan, task), self.subject)
         return {name: self._task(name, task, plan) for name, task in found.items()}
 
-    def positions(self, samples: SampleSet) -> list[dict[str, Any]]:
-        """Loss by position; positions.json, .csv and .png."""
+    def positions(self, samples: SampleSet, context: int | None = None) -> list[dict[str, Any]]:
+        """Loss by position; positions.json, .csv and .png, or positions-<context>.… for samples of another context."""
+        name = "positions" if context is None else f"positions-{context}"
         rows = by_position(self.subject, samples, self.tokenizer.token_bytes())
-        save_rows(rows, self.folder / "positions", self.about)
+        save_rows(rows, self.folder / name, self.about)
         unit: Unit = "loss" if rows[0]["bits_per_byte"] is None else "bits_per_byte"
         points = [(row["start"], row["end"], row[unit]) for row in rows if row[unit] is not None]
-        save_loss_by_position(points, self.folder / "positions.png", str(self.about["name"]), unit)
+        save_loss_by_position(points, self.folder / f"{name}.png", str(self.about["name"]), unit)
         return rows
 
     def distances(self, samples: SampleSet, reach: int | None) -> list[dict[str, Any]]:

@@ -54,6 +54,15 @@ def test_tasks_and_positions_of_a_text_run(runs: Path, capsys: pytest.CaptureFix
     assert "passkey: score" in printed and "loss by position" in printed and str(out) in printed
 
 
+def test_positions_beyond_those_of_the_training_are_asked_for_by_a_context(runs: Path) -> None:
+    words = [f"run={runs / 'text'}", "positions=true", f"out={runs / 'long'}"]
+    assert evaluate.main([*words, "context=512"]) == evaluate.main(words) == 0
+    longer, own = (rows(runs / "long" / f"positions{name}.json") for name in ("-512", ""))
+    assert [row["start"] for row in longer] == [0, 16, 32, 64, 128, 256]
+    assert sum(row["targets"] for row in longer) == sum(row["targets"] for row in own) == 1024
+    assert (runs / "long" / "positions-512.png").stat().st_size > 0
+
+
 def test_the_own_task_of_a_run_by_length_and_by_distance(runs: Path) -> None:
     words = [f"run={runs / 'task'}", "tasks=[own]", "lengths=[32,64]", "examples=3"]
     assert evaluate.main([*words, "distances=true", "reach=20", f"out={runs / 'there'}"]) == 0
@@ -74,6 +83,9 @@ def test_the_own_task_of_a_run_by_length_and_by_distance(runs: Path) -> None:
         ("run=RUNS/text tasks=[passkey] depth=[1]", "depth is not a key; did you mean depths?"),
         ("run=RUNS/text tasks=[passkey] depths=[2]", "depths is [2"),
         ("run=RUNS/text distances=true", "was not trained on a task"),
+        ("run=RUNS/text positions=true context=2048", "context is 2048, more than the run's validation text (eval."),
+        ("run=RUNS/task positions=true context=128", "the text has 128 tokens, and this model has learned 64"),
+        ("run=RUNS/text tasks=[passkey] context=64", "context is 64, which only positions=true reads"),
         ("run=RUNS/task tasks=[own] lengths=[128]", "lengths has 128, but the model has learned 64 positions"),
         ("tasks=[passkey]", "name one model"),
         ("model=x tasks=[passkey]", "model=… needs out=<folder>"),
