@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightsparse.config import check, config_hash, differences
 from lightsparse.data import ByteTokenizer
+from lightsparse.models import context_for, hf
 from lightsparse.targets import ConfigError
 from lightsparse.training import run
 from lightsparse.training.module import language_model
@@ -86,6 +88,60 @@ def test_a_longer_context_stretches_the_positions_and_says_so(tiny, llama):
     config, _ = tiny(f"init_from={llama()}", *FORM, "model.rope.scaling=ntk", "model.rope.factor=4")
     check(config)
     assert "positions stretched: ntk, factor 4" in load_start(config, language_model(config, ByteTokenizer()).model)
+
+
+STRETCHED = {  # overrides → what transformers calls the same
+    "unscaled": ((), {"rope_type": "default"}),
+    "linear": (("scaling=linear", "factor=4"), {"rope_type": "linear", "factor": 4.0}),
+    "yarn": (
+        ("scaling=yarn", "factor=4", "original_context=24"),
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24},
+    ),
+    "llama3": (
+        ("scaling=llama3", "factor=8", "original_context=24"),
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "original_max_position_embeddings": 24,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+    ),
+    # dynamic's base follows the length of the text; ntk is what it has at one length L, here 96 = 4 · 24 with factor 1
+    "ntk": (("scaling=ntk", "factor=4"), {"rope_type": "dynamic", "factor": 1.0}),
+}
+
+
+@pytest.mark.parametrize("rope", STRETCHED)
+def test_stretched_weights_give_the_logits_of_transformers_under_the_same_rope_and_go_back(tiny, llama, rope, tmp_path):
+    words, theirs = STRETCHED[rope]
+    folder = llama()
+    weights = load_file(folder / "model.safetensors")  # large, so that positions matter
+    generator = torch.Generator().manual_seed(3)
+    weights = {name: ("norm" in name) + 0.3 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    given = (f"init_from={folder}", "attention=dense", *FORM, *(f"model.rope.{word}" for word in words))
+    config, _ = tiny(*given, "data.context=96")
+    check(config)
+    model = language_model(config, ByteTokenizer()).model.eval()
+    load_start(config, model)
+    tokens = torch.randint(0, 256, (2, 96), generator=generator)
+
+    def logits_under(parameters, source):
+        kept = LlamaConfig.from_pretrained(source)
+        if parameters is not None:
+            kept.rope_parameters, kept.max_position_embeddings = {"rope_theta": 10_000.0, **parameters}, 24
+        with torch.no_grad():
+            return LlamaForCausalLM.from_pretrained(source, config=kept).eval()(tokens).logits
+
+    with torch.no_grad():
+        ours = model.logits(model(tokens, context_for(tokens)).hidden)
+    assert ours.std() > 0.3
+    torch.testing.assert_close(ours, logits_under(theirs, folder), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(ours, logits_under(None, folder), atol=0.1) == (rope == "unscaled")
+    out = tmp_path / "out"
+    hf.save_model(model, hf.their_config(config.model, 256, context=96), out, dtype=torch.float32)
+    torch.testing.assert_close(ours, logits_under(None, out), rtol=1e-4, atol=1e-4)
 
 
 def test_what_does_not_fit_is_refused_before_the_run_with_the_overrides_that_help(tiny, llama):

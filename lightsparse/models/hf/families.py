@@ -227,7 +227,13 @@ def _rope(parameters: dict[str, Any], path: Path) -> RopeConfig:
     given.pop("type", None)  # the older name of rope_type
     base = given.pop("rope_theta")
     if kind not in _ROPE_KEYS:
-        raise ConfigError(f"{path} has rope_type={kind!r}; our model knows {', '.join(_ROPE_KEYS)}")
+        way_out = ""
+        if kind == "dynamic":
+            way_out = (
+                "; its angles change with the length of the text: write default there, and stretch the run's positions "
+                "by model.rope.scaling=ntk model.rope.factor=…"
+            )
+        raise ConfigError(f"{path} has rope_type={kind!r}; our model knows {', '.join(_ROPE_KEYS)}{way_out}")
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"{path} has a partial_rotary_factor below 1; our model rotates whole heads")
     if kind == "yarn" and given.pop("truncate", True) is not True:
