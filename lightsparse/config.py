@@ -99,7 +99,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         return str(refused)
     except HydraException as other:
         return sentence(error) if unknown_key(other) == key else explain(other, added)
-    return f"{key} has no value in conf/ that could be overridden; write +{key}=… to add it"
+    return f"{key} has no value in conf/ that could be overridden; write +{key}=… to add it, or list it in its YAML"
 
 
 def with_launched_ranks(raw: Mapping[str, Any]) -> dict[str, Any]:

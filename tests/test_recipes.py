@@ -2,10 +2,14 @@
 
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
+import torch
 
 from lightsparse.config import check, compose
+from lightsparse.models import RopeConfig, Transformer, hf
+from lightsparse.models.hf.weights import dense_core
 from lightsparse.overrides import conf_dir
 
 RECIPES = sorted((conf_dir() / "experiment").glob("*.yaml"))
@@ -26,9 +30,21 @@ def commands(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_begins_with_its_command_and_what_to_expect(path):
     assert comment_lines(path)[0].strip() == "@package _global_"
-    assert commands(path) and all(f"experiment={path.stem}" in words for words in commands(path))
+    assert commands(path) and all(
+        f"experiment={path.stem}" in words or "experiment=" not in " ".join(words) for words in commands(path)
+    )
+    assert any(f"experiment={path.stem}" in words for words in commands(path))
     said = [line for line in comment_lines(path)[2:] if not line.startswith("   ")]
     assert said  # cost and result
+
+
+def exported(config, folder):
+    """Random weights of the model's form as a folder of transformers, trained on positions that are not stretched."""
+    plain = replace(config.model, rope=RopeConfig(base=config.model.rope.base))
+    vocabulary = config.data.vocab_size
+    model = Transformer(plain, dense_core, vocab_size=vocabulary)
+    context = config.model.rope.original_context
+    hf.save_model(model, hf.their_config(plain, vocabulary, context=context), folder, dtype=torch.float32)
 
 
 CASES = [
@@ -39,8 +55,12 @@ CASES = [
 
 
 @pytest.mark.parametrize("words", CASES)
-def test_the_commands_of_a_recipe_compose_and_pass_the_check(words):
+def test_the_commands_of_a_recipe_compose_and_pass_the_check(words, tmp_path, monkeypatch):
     overrides = [word for word in words if word != "-m"]
+    for word in overrides:
+        if word.startswith("init_from="):  # what the commands before it make
+            monkeypatch.chdir(tmp_path)
+            exported(compose(overrides), tmp_path / word.partition("=")[2])
     if "-m" in words:  # the first trial
         overrides = [re.sub(r"^([\w./]+=[^\[(]*?),.*", r"\1", word) for word in overrides]
     check(compose(overrides))

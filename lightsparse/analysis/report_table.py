@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,11 @@ class Spread:
             return "–"
         if not self.deviation:
             return number(self.mean)
-        return f"{number(self.mean)} ± {number(float(f'{self.deviation:.2g}'))}"
+        # Two digits of the deviation, and the mean down to the same place: 7.757 ± 0.040.
+        places = 1 - math.floor(math.log10(float(f"{self.deviation:.1e}")))
+        if places > 6:
+            return f"{number(self.mean)} ± {self.deviation:.1e}"
+        return " ± ".join(f"{round(value, places):,.{max(places, 0)}f}" for value in (self.mean, self.deviation))
 
 
 @dataclass(frozen=True)

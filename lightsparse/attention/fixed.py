@@ -60,6 +60,8 @@ class FixedPatternAttention(AttentionCore):
     @torch.compiler.disable  # numbers in, a table out: nothing to compile, and data-dependent widths break the graph
     def layout(self, num_keys: int, ctx: SequenceContext, device: torch.device) -> BlockLayout:
         """The layout of queries ctx.q_start … num_keys − 1 over all keys. Layers of the same pass share it."""
+        if self.block < 1:
+            raise ValueError(f"attention.block is {self.block}; it counts tokens and must be at least 1")
         shape, pattern = self.shape, self.pattern_at(num_keys)
         rows = range(ctx.q_start // self.block, -(-num_keys // self.block))
         key = LayoutKey(pattern, num_keys, self.block, shape.heads, shape.kv_heads, shape.causal, device, rows)

@@ -78,7 +78,7 @@ def test_runs_that_differ_in_their_seed_only_are_a_group_with_mean_and_deviation
     bits = [2.3, 2.4, 2.5]
     assert float(read[0]["val_bits_per_byte"]) == pytest.approx(2.4)
     assert float(read[0]["val_bits_per_byte_std"]) == pytest.approx(statistics.stdev(bits))
-    assert "2.4 ± 0.1" in capsys.readouterr().out
+    assert "2.40 ± 0.10" in capsys.readouterr().out
     assert (tmp_path / "out/report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -88,7 +88,7 @@ def test_the_page_holds_the_numbers_and_loads_nothing(runs, tmp_path):
     found = Page(text)
     table = found.tables[0]
     assert table[0][:4] == ["front", "density", "runs", "bits per byte"]
-    assert table[1][1:4] == ["0.2", "3", "2.4 ± 0.1"] and table[2][1:4] == ["0.5", "3", "2.7 ± 0.1"]
+    assert table[1][1:4] == ["0.2", "3", "2.40 ± 0.10"] and table[2][1:4] == ["0.5", "3", "2.70 ± 0.10"]
     assert table[1][0] == "●" and table[2][0] == ""  # less dense and better
     assert len(found.tables[-1]) == 1 + len(runs)
     assert found.loads and all(one.startswith("data:image/png;base64,") for one in found.loads)
@@ -142,6 +142,9 @@ def test_the_front_keeps_what_no_other_beats_in_both():
 
 
 def test_one_number_has_no_deviation_and_none_no_mean():
+    pairs = {(7.7, 7.8): "7.750 ± 0.071", (3280.0, 3450.0): "3,360 ± 120", (9.86, 10.14): "10.00 ± 0.20"}
+    assert all(str(Spread.of(values)) == text for values, text in pairs.items())
+    assert str(Spread.of([0.5, 0.5 + 1e-9])) == "0.5 ± 7.1e-10"
     assert str(Spread.of([2.5])) == "2.5" and str(Spread.of([])) == "–" and str(Spread.of([1.0, 1.0])) == "1"
 
 
