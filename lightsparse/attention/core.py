@@ -112,11 +112,17 @@ class AttentionConfig:
 
     def small(self) -> Self:
         """The variant scaled down to a hundred tokens, for the tests that every variant passes."""
-        raise NotImplementedError(f"{type(self).__name__} has no small()")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no small(), which the battery tests; return the config scaled down to a "
+            "hundred tokens, such as replace(self, block=16, window=20)"
+        )
 
     def full(self) -> Self:
         """A budget of everything, under which a core with `exact_at_full_budget` equals dense attention."""
-        raise NotImplementedError(f"{type(self).__name__} has no full()")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no full(), which the battery compares with dense attention; return the config "
+            "that reads everything, such as replace(self, window=1 << 24), or set the core's exact_at_full_budget=False"
+        )
 
 
 class AttentionCore(nn.Module):
