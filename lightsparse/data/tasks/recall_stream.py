@@ -1,4 +1,4 @@
-"""Recall in a stream: pairs of a key and its value, one after the other; wherever a key comes again: what was its value?
+"""Recall in a stream: pairs of a key and its value, one after the other; where a key comes again: what was its value?
 
 Multi-query associative recall as Arora et al. 2023 (Zoology), arXiv 2312.04927, section 4, define it over a whole text:
 a token that has stood there before is followed by what followed it then. Every return of a key is a question, so that a
