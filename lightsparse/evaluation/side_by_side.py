@@ -32,8 +32,8 @@ def side_by_side(sweep: SweepRecord, lengths: Sequence[int], examples: int, seed
     lengths   tokens of context; () = that of each training
     examples  of validation per length, drawn under `seed`
     reach     a distance that the buckets are cut at besides
-    Columns: run, density (of the chosen attention, on these examples at the length of the training), steps, tokens_per_s
-    of the training, accuracy_<length>, and at the length of the training accuracy_<first>_to_<last> for distances.
+    Columns: run, density (of the chosen attention, at the length of the training), steps, tokens_per_s of the training,
+    accuracy_<length>, and at the length of the training accuracy_<first>_to_<last> for distances.
     Raises ConfigError where no trial has finished, or one was trained on no task.
     """
     rows: list[Row] = []
