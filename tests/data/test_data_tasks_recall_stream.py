@@ -63,6 +63,19 @@ def test_a_long_text_asks_again_what_a_short_one_does():
     assert (short.tokens != long.tokens[:256]).sum() == 0  # the same stream, cut elsewhere
 
 
+def test_easier_examples_are_for_training_alone_and_keep_the_rules():
+    task = RecallStream(context=512, fewest=4)
+    samples = task.samples(0, 20 * 512)
+    keys = [len(set(samples.train[i]["tokens"][::2].tolist())) for i in range(100)]
+    assert min(keys) < 8 and max(keys) > 48 and 12 < np.median(keys) < 24  # log-uniform: its median is 16
+    for i, count in enumerate(keys):
+        evidence = samples.train[i]["evidence"]
+        assert evidence[evidence >= 0].min() >= 1.4 * count
+    plain = RecallStream(context=512).samples(0, 20 * 512).val
+    for i in range(20):
+        assert (samples.val[i]["tokens"] == plain[i]["tokens"]).all()
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -71,6 +84,7 @@ def test_a_long_text_asks_again_what_a_short_one_does():
         ({"nearest": 129}, "data.nearest is 129"),
         ({"nearest": 1}, "data.nearest is 1"),
         ({"context": 223}, "data.context is 223"),
+        ({"fewest": 65}, "data.fewest is 65"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(fields, words):

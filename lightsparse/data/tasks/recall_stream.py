@@ -28,6 +28,9 @@ class RecallStream(TaskConfig):
     vocabulary: int = 128
     pairs: int = 64  # keys with a value in a text
     nearest: int = 96  # tokens from a key back to the same key at least
+    # Training examples have from here to `pairs` keys, log-uniformly, and return the nearer the fewer they are; what is
+    # scored has `pairs`. Few keys teach to compare at all, which then serves for many. None: all have `pairs`
+    fewest: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +46,11 @@ class RecallStream(TaskConfig):
                 f"data.nearest is {self.nearest}; {self.pairs} keys of 2 tokens with their value return after at most "
                 f"{2 * self.pairs} and at least 2: lower data.nearest or raise data.pairs"
             )
+        if self.fewest is not None and not 1 <= self.fewest <= self.pairs:
+            raise ValueError(
+                f"data.fewest is {self.fewest}; the keys of the easiest training example are at least 1 and at most "
+                f"data.pairs, which is {self.pairs}; null for no easier ones"
+            )
         if self.context < 2 * self.pairs + self.nearest:
             raise ValueError(
                 f"data.context is {self.context}; {self.pairs} pairs and a return of all of them after "
@@ -54,10 +62,17 @@ class RecallStream(TaskConfig):
         return self.vocabulary
 
     def example(self, draws: Draws) -> Example:
-        half, pairs = self.vocabulary // 2, self.pairs
+        return self._with_keys(self.pairs, draws)
+
+    def training_example(self, draws: Draws) -> Example:
+        fewest = self.fewest or self.pairs
+        return self._with_keys(round(fewest * (self.pairs / fewest) ** draws.chance()), draws)
+
+    def _with_keys(self, pairs: int, draws: Draws) -> Example:
+        half = self.vocabulary // 2
         keys = draws.distinct(half, pairs)
         values = half + draws.below(self.vocabulary - half, pairs)
-        order = self._order(draws)
+        order = self._order(pairs, draws)
         text = np.stack([keys[order], values[order]], 1).ravel()  # a token longer than the example: the last label
         labels = text[1 : self.context + 1]
         evidence = np.full(self.context, -1, dtype=np.int64)
@@ -65,15 +80,16 @@ class RecallStream(TaskConfig):
         evidence[evidence < 0] = -1
         return Example(text[: self.context], labels, evidence)
 
-    def _order(self, draws: Draws) -> np.ndarray:
+    def _order(self, pairs: int, draws: Draws) -> np.ndarray:
         """Which pair stands where, int64 [context // 2 + 1]."""
-        ready, resting, order = list(range(self.pairs)), deque[int](), []
+        nearest = self.nearest * pairs / self.pairs  # as near for the number of keys as it is for all
+        ready, resting, order = list(range(pairs)), deque[int](), []
         for chance in draws.uniform(self.context // 2 + 1).tolist():
             place = int(chance * len(ready))
             ready[place], ready[-1] = ready[-1], ready[place]
             order.append(ready.pop())
             resting.append(order[-1])
-            if 2 * len(resting) >= self.nearest:
+            if 2 * len(resting) >= nearest:
                 ready.append(resting.popleft())
         return np.array(order, dtype=np.int64)
 
