@@ -129,7 +129,8 @@ def _sweep(folder: str, words: Words, console: Console) -> None:
     table = Table(title="right answers by length, and by distance at the length of the training", title_justify="left")
     table.box, table.pad_edge = None, False
     for index, heading in enumerate(shown(rows)[0]):
-        table.add_column(heading, justify="right" if index else "left")
+        names = None if index else max(len(row["run"]) for row in rows)  # whole, however narrow the terminal
+        table.add_column(heading, justify="right" if index else "left", min_width=names)
     for cells in shown(rows)[1:]:
         table.add_row(*cells)
     console.print(table)

@@ -42,6 +42,8 @@ def side_by_side(sweep: SweepRecord, lengths: Sequence[int], examples: int, seed
         beside = sweep.directory.parent / Path(trial.run).name
         folder = beside if beside.exists() else Path(trial.run)
         name = " ".join(word.partition("=")[2] for word in trial.varied) or folder.name
+        if not RunDirectory(folder).summary.is_file():
+            raise ConfigError(f"sweep has {folder}, which is not there any more; give the same train.py -m again")
         summary = json.loads(RunDirectory(folder).summary.read_text(encoding="utf-8"))
         rows.append(
             {"run": name, "density": None, "steps": summary["steps"], "tokens_per_s": summary["tokens_per_s"]}

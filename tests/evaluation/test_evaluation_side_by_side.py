@@ -88,6 +88,12 @@ def test_a_wrong_word_is_one_sentence(
     assert sentence in capsys.readouterr().err
 
 
+def test_a_run_that_is_gone_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    SweepRecord(tmp_path, [], [TrialRecord(["x=1"], ["x=1"], "elsewhere/gone", 1, "finished")]).save()
+    assert evaluate.main([f"sweep={tmp_path}"]) == 2
+    assert "elsewhere/gone, which is not there any more" in capsys.readouterr().err
+
+
 def test_a_sweep_without_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     SweepRecord(tmp_path, []).save()
     assert evaluate.main([f"sweep={tmp_path}"]) == 2
