@@ -3,6 +3,7 @@
   python -m lightsparse.evaluate run=runs/<name> tasks=[passkey,niah_single_1] lengths=[1024,4096]
   python -m lightsparse.evaluate run=runs/<name> positions=true context=8192
   python -m lightsparse.evaluate run=runs/<name> distances=true reach=128
+  python -m lightsparse.evaluate sweep=runs/<sweep> lengths=[256,512,1024]
   python -m lightsparse.evaluate model=<folder or name on the hub> tasks=[passkey] lengths=[2048]
 
 tasks=[…]        of conf/data/; own = the task the run was trained on
@@ -15,7 +16,8 @@ positions=true   loss by position on the run's validation data;
 distances=true   accuracy by distance to the evidence, on the validation data of a run trained on a task;
                  reach=N cuts the distances there besides
 step=N           of the checkpoint (default: the newest)
-out=FOLDER       for the results (default: <run>/evaluation)
+sweep=FOLDER     a row for each run of a sweep, on the task that it was trained on: right answers by length and distance
+out=FOLDER       for the results (default: <run>/evaluation, or the sweep's own folder)
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ from lightsparse.data.source import SampleSet
 from lightsparse.data.tokenizer import HuggingFace
 from lightsparse.evaluation.plan import Plan
 from lightsparse.evaluation.run import Evaluation, drawn_column
+from lightsparse.evaluation.side_by_side import save_side_by_side, shown, side_by_side
 from lightsparse.evaluation.subject import HuggingFaceModel, OwnModel
+from lightsparse.sweep.record import load_record
 from lightsparse.targets import ConfigError
 from lightsparse.training.quiet import quiet_lightning
 from lightsparse.training.trained import TrainedRun, load_run
@@ -48,6 +52,7 @@ class Words(Plan):
 
     run: str | None = None
     model: str | None = None
+    sweep: str | None = None
     step: int | None = None
     out: str | None = None
     positions: bool = False
@@ -57,8 +62,14 @@ class Words(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.run is None) == (self.model is None):
-            raise ValueError("name one model: run=<run directory> or model=<folder or name on the hub>")
+        if sum(given is not None for given in (self.run, self.model, self.sweep)) != 1:
+            raise ValueError(
+                "name one model: run=<run directory> or model=<folder or name on the hub>; or runs: sweep=<folder>"
+            )
+        if self.sweep is not None:
+            if self.tasks or self.positions or self.distances or self.context is not None or self.step is not None:
+                raise ValueError("tasks, positions, context, distances and step belong to one run; sweep=… takes lengths")
+            return
         if not (self.tasks or self.positions or self.distances):
             raise ValueError("nothing is asked for; add tasks=[…], positions=true or distances=true")
         if self.model is not None and (self.positions or self.distances or self.step is not None):
@@ -89,6 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(words: Words, console: Console) -> None:
     """All that the command line asks for, printed and written."""
+    if words.sweep is not None:
+        _sweep(words.sweep, words, console)
+        return
     run = None if words.run is None else load_run(words.run, words.step)
     evaluation = _of_model(words) if run is None else _of_run(run, words)
     plan = Plan(**{field.name: getattr(words, field.name) for field in fields(Plan)})
@@ -108,6 +122,29 @@ def evaluate(words: Words, console: Console) -> None:
         rows = evaluation.distances(_validation(evaluation, run), words.reach)
         console.print(_table("answers by distance to the evidence", rows))
     console.print(f"written to {evaluation.folder}", markup=False, highlight=False)
+
+
+def _sweep(folder: str, words: Words, console: Console) -> None:
+    record = load_record(Path(folder))
+    if record is None:
+        raise ConfigError(
+            f"sweep is {folder}, where there is no sweep.json; name the folder that train.py -m has written"
+        )
+    try:
+        rows = side_by_side(record, words.lengths, words.examples, words.seed, words.reach)
+    except ValueError as error:  # a length that the task cannot have: the task's own sentence
+        raise ConfigError(str(error)) from error
+    table = Table(title="right answers by length, and by distance at the length of the training", title_justify="left")
+    table.box, table.pad_edge = None, False
+    for index, heading in enumerate(shown(rows)[0]):
+        names = None if index else max(len(row["run"]) for row in rows)  # whole, however narrow the terminal
+        table.add_column(heading, justify="right" if index else "left", min_width=names)
+    for cells in shown(rows)[1:]:
+        table.add_row(*cells)
+    console.print(table)
+    out = Path(words.out or folder)
+    out.mkdir(parents=True, exist_ok=True)
+    console.print(f"written to {', '.join(map(str, save_side_by_side(rows, out)))}", markup=False, highlight=False)
 
 
 def _of_run(run: TrainedRun, words: Words) -> Evaluation:

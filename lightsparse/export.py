@@ -144,8 +144,10 @@ def _write_attention(path: Path, directory: RunDirectory, config: Config) -> Non
     raw: Any = OmegaConf.to_container(OmegaConf.load(directory.config))
     attention, layers = raw["attention"], config.model.layer_pattern
     if "S" not in config.model.layers:  # what no layer uses needs no parameters
-        attention, layers = {"_target_": f"{DenseAttention.__module__}.{DenseAttention.__qualname__}"}, "S"
+        attention = {"_target_": f"{DenseAttention.__module__}.{DenseAttention.__qualname__}"}
     stored = {"attention": attention | {"dropout": 0.0}, "context": config.data.context, "layer_pattern": layers}
+    if config.model.local_window is not None:
+        stored["local_window"] = config.model.local_window
     path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 

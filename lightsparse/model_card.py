@@ -43,8 +43,9 @@ def model_card(run: TrainedRun, architecture: str, *, summary: Mapping[str, Any]
 
 def is_dense(config: Config) -> bool:
     """Whether every layer reads everything before a token, as transformers does by itself."""
-    attention = config.attention.config
-    return "S" not in config.model.layers or (isinstance(attention, DenseConfig) and attention.pattern is None)
+    attention, layers = config.attention.config, config.model.layers
+    chosen_is_dense = isinstance(attention, DenseConfig) and attention.pattern is None
+    return "L" not in layers and ("S" not in layers or chosen_is_dense)
 
 
 def _table(run: TrainedRun, summary: Mapping[str, Any]) -> list[str]:

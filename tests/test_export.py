@@ -61,10 +61,11 @@ def logits(model):
         return model(tokens).logits
 
 
-@pytest.mark.parametrize("layers", ["S", "DS"])
+@pytest.mark.parametrize("layers", ["S", "DS", "LS"])
 @pytest.mark.parametrize("form", [("model.qk_norm=true",), ("model.qk_norm=false", "model.qkv_bias=true")])
 def test_the_exported_model_with_the_attention_of_the_run_has_the_runs_logits(run, layers, form):
-    directory, ours = run(*SPARSE, f"model.layer_pattern={layers}", "attention.dropout=0.1", *form)
+    local = ["model.local_window=3"] if "L" in layers else []
+    directory, ours = run(*SPARSE, f"model.layer_pattern={layers}", *local, "attention.dropout=0.1", *form)
     out = exported(directory)
     attention = hf.register_exported(out)
     theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation=attention)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightsparse.attention.core import AttentionCore, AttentionShape, SequenceContext
-from lightsparse.attention.dense import DenseAttention, DenseConfig
 from lightsparse.models.cache import KVCache
 from lightsparse.models.chunked import cross_entropy_sum, token_cross_entropy
 from lightsparse.models.dropout import dropped
+from lightsparse.models.layer_pattern import check_layers, common_core
 from lightsparse.models.layers import INIT_STD, MLPS, Layer, RMSNorm, SelfAttention, matrix
 from lightsparse.models.rope import RopeConfig, RotaryEmbedding
 from lightsparse.patterns.mask import document_starts
@@ -51,7 +51,8 @@ class ModelConfig:
     qkv_bias: bool = False  # biases on queries, keys and values, as in Qwen2
     tie_embeddings: bool = False  # the output matrix is the embedding
     dropout: float = 0.0  # share dropped in training of the embeddings and of what attention and MLP add
-    layer_pattern: str = "S"  # repeated over the depth: S the chosen attention, D dense
+    layer_pattern: str = "S"  # repeated over the depth: S the chosen attention, D dense, L local
+    local_window: int | None = None  # tokens that an L layer reads, the own one included; null: there is none
     norm_eps: float = 1e-6
     checkpoint: bool = False  # keep only the residual stream, recompute the layers in the backward pass
     chunk: int = 8192  # tokens at a time in the MLP and the loss; above it they are recomputed chunk by chunk
@@ -72,11 +73,7 @@ class ModelConfig:
             raise ValueError(f"model.dropout is {self.dropout}; it is a share and must lie in [0, 1)")
         if not self.norm_eps > 0:
             raise ValueError(f"model.norm_eps is {self.norm_eps}; it must be above 0 (Llama uses 1e-6)")
-        if not self.layer_pattern or set(self.layer_pattern) - set("SD"):
-            raise ValueError(
-                f"model.layer_pattern is {self.layer_pattern!r}; use the letters S (the chosen attention) and "
-                "D (dense), for example SSSD"
-            )
+        check_layers(self.layer_pattern, self.local_window)
         if len(self.layer_pattern) > self.depth:
             raise ValueError(
                 f"model.layer_pattern is {self.layer_pattern!r}, longer than model.depth {self.depth}; "
@@ -115,7 +112,9 @@ class ModelConfig:
 class ModelOutput:
     hidden: Tensor  # [B, N, E] after the final norm
     aux_loss: Tensor | None  # scalar, the sum over layers
-    stats: dict[str, Tensor]  # the mean over the layers that report them; `density` is there but while decoding
+    # The mean over the layers that report them. But while decoding there are `density`, over all layers, and
+    # `chosen_density`, over the S layers, if any.
+    stats: dict[str, Tensor]
     choices: list[Tensor]  # tables that layers chose from their input (AttentionResult.choice), in order
 
 
@@ -170,7 +169,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList()
         for index, letter in enumerate(config.layers):
             shape = AttentionShape(heads, kv_heads, head_dim, embed_dim, layer=index, causal=causal, context=context)
-            core = build_core(shape) if letter == "S" else DenseAttention(DenseConfig(), shape)
+            core = build_core(shape) if letter == "S" else common_core(letter, shape, config.local_window)
             self.layers.append(
                 Layer(
                     core,
@@ -225,6 +224,8 @@ class Transformer(nn.Module):
                 aux_losses.append(aux_loss)
             for name, value in layer_stats.items():
                 stats.setdefault(name, []).append(value.detach())
+            if "density" in layer_stats and self.config.layers[index] == "S":
+                stats.setdefault("chosen_density", []).append(layer_stats["density"].detach())
         return ModelOutput(
             hidden=self.norm(x_BNE),
             aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape
 from lightsparse.attention.dense import DenseAttention, DenseConfig
+from lightsparse.attention.sliding_window import SlidingWindowAttention, SlidingWindowConfig
 from lightsparse.models import KVCache, ModelConfig, Transformer, context_for
 from lightsparse.models.layers import SwiGLU
 
@@ -72,9 +73,12 @@ def test_widths_left_out_follow_from_the_depth(fields, widths):
         ({"depth": 4, "embed_dim": 100}, "no multiple of head_dim 64"),
         ({"depth": 4, "embed_dim": 36, "heads": 4}, "must be even"),
         ({"depth": 4, "head_dim": 33, "heads": 4}, "must be even"),
-        ({"depth": 4, "layer_pattern": "SSXD"}, "letters S .* and D"),
-        ({"depth": 4, "layer_pattern": ""}, "letters S .* and D"),
+        ({"depth": 4, "layer_pattern": "SSXD"}, "letters S .* and L"),
+        ({"depth": 4, "layer_pattern": ""}, "letters S .* and L"),
         ({"depth": 2, "layer_pattern": "SSD"}, "longer than model.depth 2"),
+        ({"depth": 2, "layer_pattern": "LS"}, "model.local_window None; L layers need a window"),
+        ({"depth": 2, "local_window": 8}, "model.local_window 8; L layers need a window"),
+        ({"depth": 2, "layer_pattern": "LS", "local_window": 0}, "model.local_window is 0"),
     ],
 )
 def test_an_impossible_size_is_one_sentence(fields, words):
@@ -89,6 +93,28 @@ def test_the_layer_pattern_repeats_over_the_depth():
     kinds = [type(layer.self_attn.core) for layer in model.layers]
     assert kinds == [Reporting, Reporting, Reporting, DenseAttention, Reporting, Reporting]
     assert [layer.self_attn.core.shape.layer for layer in model.layers] == list(range(6))
+
+
+def test_local_layers_read_their_window_whatever_attention_is_chosen():
+    config = ModelConfig(depth=3, embed_dim=16, heads=2, layer_pattern="LSL", local_window=5)
+    model = Transformer(config, reporting, vocab_size=VOCAB).eval()
+    first = model.layers[0].self_attn.core
+    assert [type(layer.self_attn.core).__name__ for layer in model.layers][1] == "Reporting"
+    layout = first.layout(40, context_for(torch.zeros(1, 40, dtype=torch.long)), torch.device("cpu"))
+    token = torch.arange(40)
+    back = token[:, None] - token
+    assert torch.equal(layout.to_dense()[0, 0], (back >= 0) & (back < 5))
+
+
+def test_the_density_of_the_chosen_attention_is_told_apart():
+    config = ModelConfig(depth=3, embed_dim=16, heads=2, layer_pattern="DSL", local_window=5)
+    chosen = SlidingWindowConfig(window=20, sinks=0, block=4)
+    model = Transformer(config, lambda shape: SlidingWindowAttention(chosen, shape), vocab_size=VOCAB).eval()
+    tokens = torch.zeros(1, 64, dtype=torch.long)
+    stats = model(tokens, context_for(tokens)).stats
+    each = [layer.self_attn.core.layout(64, context_for(tokens), tokens.device).density() for layer in model.layers[1:]]
+    assert stats["chosen_density"].item() == pytest.approx(each[0])
+    assert stats["density"].item() == pytest.approx((1 + sum(each)) / 3)
 
 
 @pytest.mark.parametrize("tied", [False, True])

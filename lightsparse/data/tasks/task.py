@@ -59,6 +59,10 @@ class TaskConfig(DataConfig):
         """One example of data.context tokens, from nothing but these draws."""
         raise NotImplementedError(f"{type(self).__name__} has no examples")
 
+    def training_example(self, draws: Draws) -> Example:
+        """One of the examples to train on: as those to score, unless a task makes some of them easier."""
+        return self.example(draws)
+
     def samples(self, seed: int, eval_tokens: int) -> Samples:
         """`examples` to train on, eval_tokens // context others to score."""
         named = replace(self, batch_size=1, num_workers=0)
@@ -106,7 +110,8 @@ class TaskSamples(Dataset[dict[str, Tensor]]):
     def at(self, index: int) -> Example:
         example = self._drawn.get(index)
         if example is None:
-            example = self.task.example(Draws(self.seed, self.split, index))
+            make = self.task.training_example if self.split == TRAIN else self.task.example
+            example = make(Draws(self.seed, self.split, index))
             if self._keeps:
                 self._drawn[index] = example
         return example

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightsparse.attention.core import AttentionCore, AttentionResult, AttentionShape
-from lightsparse.attention.dense import DenseAttention, DenseConfig
 from lightsparse.build import AttentionChoice
 from lightsparse.models.hf.key_mask import Part, parts_of
+from lightsparse.models.layer_pattern import common_core
 
 # What transformers hands to every attention and what changes nothing of its result.
 _WITHOUT_EFFECT = (
@@ -24,15 +24,17 @@ _WITHOUT_EFFECT = (
 class Variant:
     """An attention that needs no parameters of its own.
 
-    context  tokens that a density refers to; None = each length alone
-    layers   repeated over the depth: S the chosen attention, D dense, such as SSSD
+    context       tokens that a density refers to; None = each length alone
+    layers        repeated over the depth: S the chosen attention, D dense, L local, such as SSSD
+    local_window  tokens that an L layer reads
     """
 
     name: str
     choice: AttentionChoice
     context: int | None = None
     layers: str = "S"
-    _cores: dict[tuple[bool, AttentionShape, float], AttentionCore] = field(default_factory=dict, init=False)
+    local_window: int | None = None
+    _cores: dict[tuple[str, AttentionShape, float], AttentionCore] = field(default_factory=dict, init=False)
 
     @torch.compiler.disable  # tables from values: a compiled model breaks here
     def __call__(
@@ -78,13 +80,13 @@ class Variant:
 
     def core(self, shape: AttentionShape, dropout: float = 0.0) -> AttentionCore:
         """The attention of the layer `shape.layer`, in training mode where it drops weights."""
-        sparse = self.layers[shape.layer % len(self.layers)] == "S"
-        key = (sparse, shape, dropout)
+        letter = self.layers[shape.layer % len(self.layers)]
+        key = (letter, shape, dropout)
         if key not in self._cores:
-            if sparse:
+            if letter == "S":
                 core = self.choice.core(replace(self.choice.config, dropout=dropout), shape)
             else:
-                core = DenseAttention(DenseConfig(dropout=dropout), shape)
+                core = common_core(letter, shape, self.local_window, dropout)
             self._cores[key] = core.train(dropout > 0)
         return self._cores[key]
 

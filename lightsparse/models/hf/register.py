@@ -16,6 +16,7 @@ from lightsparse.attention.core import AttentionShape
 from lightsparse.build import AttentionChoice
 from lightsparse.models.hf.attention import Variant
 from lightsparse.models.hf.key_mask import key_mask
+from lightsparse.models.layer_pattern import check_layers
 from lightsparse.overrides import compose_raw, conf_dir, raised_by_hydra, sentence, unknown_key, with_added
 from lightsparse.targets import ConfigError
 
@@ -40,21 +41,28 @@ def register() -> tuple[str, ...]:
     return tuple(names)
 
 
-def register_variant(name: str, *overrides: str, context: int | None = None, layer_pattern: str = "S") -> str:
+def register_variant(
+    name: str,
+    *overrides: str,
+    context: int | None = None,
+    layer_pattern: str = "S",
+    local_window: int | None = None,
+) -> str:
     """Makes one attention known as `name`, chosen with the overrides of train.py; returns the name.
 
         register_variant("lightsparse_512", "attention=sliding_window", "attention.window=512")
 
     overrides      of attention alone
     context        tokens that attention.density refers to; None = each length alone
-    layer_pattern  repeated over the layers: S this attention, D dense, as model.layer_pattern
+    layer_pattern  repeated over the layers: S this attention, D dense, L local, as model.layer_pattern
+    local_window   tokens that an L layer reads
     An earlier registration of that name is replaced. Raises ConfigError for a name, override or variant that does not
     fit.
     """
     for word in overrides:
         if not re.match(r"\+{0,2}attention[.=]|~attention\.", word):
             raise ConfigError(f"{word} is given; only attention=… and attention.<key>=… can be chosen here")
-    return register_as(Variant(name, _choice(overrides), context, layer_pattern))
+    return register_as(Variant(name, _choice(overrides), context, layer_pattern, local_window))
 
 
 def register_exported(folder: str | Path, name: str = "lightsparse_exported") -> str:
@@ -67,7 +75,8 @@ def register_exported(folder: str | Path, name: str = "lightsparse_exported") ->
         raise ConfigError(f"{folder} has no {ATTENTION_FILE}; name a folder written by python -m lightsparse.export")
     stored = json.loads(path.read_text(encoding="utf-8"))
     choice = AttentionChoice.of(stored["attention"])
-    return register_as(Variant(name, choice, stored["context"], stored["layer_pattern"]))
+    layers, window = stored["layer_pattern"], stored.get("local_window")
+    return register_as(Variant(name, choice, stored["context"], layers, window))
 
 
 def refusal(choice: AttentionChoice, shape: AttentionShape) -> str | None:
@@ -104,10 +113,10 @@ def register_as(variant: Variant) -> str:
             f"name is {name}; write lightsparse_<letters, digits, _> without the word flash: transformers looks for "
             "other names on the hub"
         )
-    if not variant.layers or set(variant.layers) - set("SD"):
-        raise ConfigError(
-            f"layer_pattern is {variant.layers!r}; use the letters S (the chosen attention) and D (dense), such as SSSD"
-        )
+    try:
+        check_layers(variant.layers, variant.local_window, prefix="")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     reason = refusal(variant.choice, AttentionShape(16, 16, 64, 1024, context=variant.context))
     if reason is not None:
         raise ConfigError(reason)
