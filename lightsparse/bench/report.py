@@ -40,7 +40,10 @@ SETTINGS = {
     "comm": (
         *("pattern", "seq", "ranks", "exchange", "heads", "kv_heads", "head_dim", "block", "window", "sinks", "dtype"),
     ),
-    "train": ("context", "dtype", "threads", "matmul_precision", "optimizer"),
+    "train": (
+        *("context", "dtype", "threads", "matmul_precision", "optimizer", "depth", "embed_dim", "heads", "kv_heads"),
+        *("mlp_dim", "parameters", "block", "window", "documents", "recompute", "text"),
+    ),
     "checkpoint": ("context", "threads", "state_mib"),
 }
 RESULTS = {
@@ -48,7 +51,10 @@ RESULTS = {
     "routed": ("ms", "us_per_token", "error"),
     "memory": ("seq", "increase_mib", "bytes_per_token", "growth", "peak_rss_mib"),
     "comm": ("predicted_mib", "counted_mib", "of_ring"),
-    "train": ("model", "density", "ms_per_step", "tokens_per_s", "vs_transformers", "peak_rss_mib", "loss"),
+    "train": (
+        *("model", "density", "ms_per_step", "us_per_token", "tokens_per_s", "vs_transformers", "peak_rss_mib"),
+        *("layout_share", "loss"),
+    ),
     "checkpoint": ("saving", "ms_per_step", "cost", "cpu_cost", "stall_ms"),
 }
 
