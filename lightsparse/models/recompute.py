@@ -150,7 +150,8 @@ class _Sums:
 
     def add(self, outputs, gradients, inputs, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
         """The gradients of `inputs`; those of `parameters` are added up here."""
-        found = torch.autograd.grad(outputs, (*inputs, *parameters), gradients, allow_unused=True)
+        with torch.autocast(inputs[0].device.type, enabled=False):  # a backward pass runs outside of it
+            found = torch.autograd.grad(outputs, (*inputs, *parameters), gradients, allow_unused=True)
         for parameter, gradient in zip(parameters, found[len(inputs) :], strict=True):
             if gradient is not None:
                 held = self.found.get(id(parameter))
