@@ -45,6 +45,7 @@ SETTINGS = {
         *("mlp_dim", "parameters", "block", "window", "documents", "recompute", "text"),
     ),
     "checkpoint": ("context", "threads", "state_mib"),
+    "data": ("context", "tokenizer", "packing", "workers", "threads"),
 }
 RESULTS = {
     "kernels": ("density", "ms", "dense_ms", "speedup", "cpu_speedup", "flop_ratio", "efficiency"),
@@ -56,6 +57,7 @@ RESULTS = {
         *("layout_share", "loss"),
     ),
     "checkpoint": ("saving", "ms_per_step", "cost", "cpu_cost", "stall_ms"),
+    "data": ("work", "tokens", "seconds", "tokens_per_s", "share_of_step"),
 }
 
 
@@ -63,7 +65,7 @@ RESULTS = {
 class Report:
     """One run of one benchmark."""
 
-    kind: str  # kernels, routed, memory, train, checkpoint or comm
+    kind: str  # kernels, routed, memory, train, checkpoint, comm or data
     command: str  # what to type to run it again
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was compared, and what was left out and why

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import psutil
 import torch
@@ -201,7 +202,7 @@ def _time(found: dict[str, Found], setup: Setup, repeats: int) -> None:
             contenders[name].layout_seconds = 0.0
             losses[name].append(contenders[name].step())
 
-        laps = alternate({name: lambda name=name: step(name) for name in found}, repeats)
+        laps = alternate({name: partial(step, name) for name in found}, repeats)
         for name, of in found.items():
             contender = contenders[name]
             of.laps, of.loss, of.parameters, of.density = (
