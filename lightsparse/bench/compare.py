@@ -11,7 +11,7 @@ from rich.table import Table
 from lightsparse.bench.report import RESULTS, SETTINGS, Report, Row, cell, load
 
 # Of the columns of results those that say which row it is. A density is a float that rounding may move.
-NAMING = ("model", "saving", "seq", "work")
+NAMING = ("model", "saving", "seq", "work", "tokens")
 ROUNDED = "density"
 
 Key = tuple[tuple[str, str], ...]

@@ -196,7 +196,7 @@ class Layer(nn.Module):
     ) -> LayerOutput:
         recompute = self.checkpoint and torch.is_grad_enabled()
         drops = self.training and self.dropout > 0  # it must know which tokens it has: not in pieces
-        if recompute and cache is None and not drops and not torch.compiler.is_compiling():
+        if self.checkpoint and cache is None and not drops and not torch.compiler.is_compiling():
             y_BNE, result = Recomputed(self, rotation, ctx)(x_BNE)
             return LayerOutput(y_BNE, result.aux_loss, result.stats, result.choice)
         # The halves are recomputed apart: around both, the MLP's chunks would be computed three times. The generator

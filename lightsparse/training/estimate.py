@@ -23,7 +23,8 @@ under bf16-mixed, 2 and 2 under bf16-true), w those of a parameter:
                                                attention for T tokens, the MLP for C;
                                                with model.checkpoint but no dropout only
                                                T (E s + (4 A + 4 K) c + 24 K) + C (attention + MLP + (3 M + 2 E) c),
-                                               24 K of it what the native kernel holds of keys and values in fp32
+                                               24 K of it what the native kernel holds of keys and values in fp32,
+                                               less the T E (8 + c), which are gone by then
                  the loss of a chunk           12 V tokens + 4 V E
                  Keys and values of other ranks come on top, of the whole context for exchange=gather, else as many as
                  its own; and two layers at full size where parameters are sharded (fsdp).
@@ -166,6 +167,7 @@ def _activations(config: Config, vocabulary: int, tokens: int) -> tuple[float, f
     if in_pieces:
         backward = tokens * (embed * s + 4 * (wide + narrow) * kernel * (_dilated_share(config) or 1.0) + 24 * narrow)
         backward += at_once * (attention + feed_forward + (3 * mlp + 2 * embed) * c)
+        backward = max(0.0, backward - tokens * embed * (8 + c))  # what the loss has kept is gone by then
     if isinstance(config.strategy, ContextRanks) and config.grid.context > 1:
         foreign = config.data.context * config.data.batch_size if config.strategy.exchange == "gather" else tokens
         backward += 2 * foreign * narrow * c
