@@ -23,7 +23,7 @@ from lightsparse.bench import options
 from lightsparse.bench.contenders import NAMES, OPTIMIZERS, Contender, Setup, installed
 from lightsparse.bench.machine import MIB, in_child, peak_rss, usable_cores
 from lightsparse.bench.report import Report
-from lightsparse.bench.timing import Lap, alternate, runtime, speedup
+from lightsparse.bench.timing import Lap, alternate, cpu_speedup, runtime, speedup
 from lightsparse.bench.verify import VerificationError
 from lightsparse.kernels.compute_dtype import keeps_fp32
 
@@ -138,6 +138,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
                     "us_per_token": seconds / context * 1e6,
                     "tokens_per_s": context / seconds,
                     "vs_transformers": None if against is None else speedup(of.laps, against.laps),
+                    "cpu_vs_transformers": None if against is None else cpu_speedup(of.laps, against.laps),
                     "peak_rss_mib": of.peak / MIB,
                     "layout_share": of.layout_share,
                     "loss": of.loss,
