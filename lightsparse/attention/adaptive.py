@@ -100,6 +100,7 @@ class BlockSparseAdaptive(AttentionCore):
     """
 
     Config = AdaptiveConfig
+    reads_input = False
     chooses = True
     logged = ("router_gate", "router_entropy", "router_capped", "router_tau")
     logged_per_head = ("head_density",)

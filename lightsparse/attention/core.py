@@ -137,6 +137,7 @@ class AttentionCore(nn.Module):
     supports_documents: ClassVar[bool] = True
     supports_gqa: ClassVar[bool] = True
     exact_at_full_budget: ClassVar[bool] = True  # with budget = everything it equals dense attention
+    reads_input: ClassVar[bool] = True  # whether forward reads x; False: with model.checkpoint x comes without its norm
     chooses: ClassVar[bool] = False  # what is read depends on the input; then `choice` holds the table
     logged: ClassVar[tuple[str, ...]] = ()  # its scalars in `stats` beside density: columns of metrics.csv
     logged_per_head: ClassVar[tuple[str, ...]] = ()  # the same with one value per key/value head (or one for all)

@@ -84,6 +84,7 @@ class DilatedAttention(AttentionCore):
     """
 
     Config = DilatedConfig
+    reads_input = False
     config: DilatedConfig
     context_parallel = ("sparse", "gather")
 

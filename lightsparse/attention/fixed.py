@@ -25,6 +25,7 @@ class FixedPatternAttention(AttentionCore):
     """Base of the variants whose blocks do not depend on the data. Subclasses set `block` and say `pattern_at`."""
 
     block: int  # tokens
+    reads_input = False
     context_parallel: tuple[str, ...] = ("sparse", "ring", "gather")
 
     def __init__(self, config: AttentionConfig, shape: AttentionShape, *, learned_sink: bool = False):

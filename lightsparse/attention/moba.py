@@ -82,6 +82,7 @@ class MobaAttention(AttentionCore):
     """
 
     Config = MobaConfig
+    reads_input = False
     supports_bidirectional = False
     chooses = True
     logged = ("kept_mass",)

@@ -1,4 +1,4 @@
-"""`python -m lightsparse.bench`: kernels, routed, memory, train, checkpoint, comm, and table."""
+"""`python -m lightsparse.bench`: kernels, routed, memory, train, checkpoint, comm, data; table and compare."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lightsparse.bench import checkpoint, comm, kernels, memory, routed, train
+from lightsparse.bench import checkpoint, comm, compare, data, kernels, memory, routed, train
 from lightsparse.bench.report import Report, load
 from lightsparse.bench.verify import VerificationError
 
@@ -24,6 +24,7 @@ MEASUREMENTS = {
     "train": (train, "tokens/s and peak memory of whole training steps: ours sparse, ours dense, transformers"),
     "checkpoint": (checkpoint, "what saving costs a training step, in the step's way and beside it"),
     "comm": (comm, "bytes that context parallelism sends per rank and layer; counted, predicted, and on paper"),
+    "data": (data, "tokens/s of reading, tokenizing, packing and loading text, and the loader's share of a step"),
 }
 
 
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "table":
             for path in args.files:
                 Console(soft_wrap=True).print(load(path).markdown(), markup=False, highlight=False)
+            return 0
+        if args.command == "compare":
+            compare.show(args.files[0], args.files[1], console)
             return 0
         report = Report(args.command, command=f"python -m lightsparse.bench {_without_json(words)}")
         MEASUREMENTS[args.command][0].measure(args, report)
@@ -89,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
     table = commands.add_parser("table", help="rows of saved measurements as Markdown, with command and hardware")
+    side_by_side = commands.add_parser(
+        "compare", help="two saved measurements: rows of equal settings, and a ratio each"
+    )
+    side_by_side.add_argument("files", nargs=2, type=Path, metavar="FILE.json", help="A and B, what --json wrote")
     table.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="what --json wrote")
     return parser
 

@@ -8,6 +8,7 @@ transformers        a Llama with attn_implementation="sdpa"
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,17 +17,19 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lightsparse.attention.block_sparse import BlockSparseConfig, BlockSparseRingDilatedAttention
-from lightsparse.attention.core import AttentionCore, AttentionShape
+from lightsparse.attention.core import AttentionCore, AttentionShape, SequenceContext
 from lightsparse.attention.dense import DenseAttention, DenseConfig
 from lightsparse.bench.choice import pattern_at
 from lightsparse.bench.options import DTYPES
+from lightsparse.data.packing import PackedSamples
+from lightsparse.data.stdlib import StdlibData
 from lightsparse.models.transformer import ModelConfig, Transformer, context_for
+from lightsparse.patterns import BlockLayout, LocalWindow, Pattern
 from lightsparse.training.optimizers import MuonAdamW, parameter_groups
 
 NAMES = ("lightsparse", "lightsparse-dense", "transformers")
 VOCABULARY = 256
-# Like transformers, ours recomputes nothing here: `chunk` is out of reach.
-MODEL = ModelConfig(depth=4, embed_dim=512, heads=8, kv_heads=2, head_dim=64, mlp_dim=1408, chunk=1 << 20)
+CHUNK = ModelConfig(depth=1).chunk  # tokens at a time where ours recomputes
 
 OPTIMIZERS: dict[str, Callable[[list], Optimizer]] = {
     "adamw": lambda groups: AdamW(groups, lr=3e-4, weight_decay=0.1, fused=True),
@@ -45,70 +48,110 @@ class Setup:
     optimizer: str
     threads: int
     matmul_precision: str
+    depth: int = 4  # layers
+    embed_dim: int = 512
+    heads: int = 8  # of 64
+    kv_heads: int = 2
+    mlp_dim: int = 1408
+    window: int | None = None  # tokens, of the sparse one, in place of density: the same pattern at every context
+    documents: int | None = None  # tokens of a packed document on average, other borders in every step; None = one
+    recompute: bool = False  # model.checkpoint, ours only
+    text: str = "random"  # tokens: random, or stdlib, the source of Python's standard library
+
+    @property
+    def model(self) -> ModelConfig:
+        """Like transformers, ours recomputes nothing unless asked to: `chunk` is out of reach then."""
+        return ModelConfig(
+            depth=self.depth,
+            embed_dim=self.embed_dim,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=64,
+            mlp_dim=self.mlp_dim,
+            checkpoint=self.recompute,
+            chunk=CHUNK if self.recompute else 1 << 30,
+        )
 
 
 class Contender:
     """One model with its optimizer, and the same batch for everyone.
 
-    density  share of dense tiles that its attention computes
-    Raises ImportError for transformers when the extra `hf` is not installed.
+    density         share of dense tiles that its attention computes
+    layout_seconds  spent so far on building and looking up block layouts
+    Raises ImportError for transformers when the extra `hf` is not installed, ValueError where the text is too short.
     """
 
     def __init__(self, name: str, setup: Setup):
-        self.setup = setup
+        self.setup, self.layout_seconds = setup, 0.0
         self.density = 1.0
         self.model = self._transformers() if name == "transformers" else self._ours(sparse=name == "lightsparse")
         layers = self.model.get_submodule("model.layers" if name == "transformers" else "layers")
         self.optimizer = OPTIMIZERS[setup.optimizer](parameter_groups(self.model, layers))
-        stream = torch.randint(VOCABULARY, (1, setup.context + 1), generator=torch.Generator().manual_seed(0))
+        stream = tokens(setup.text, setup.context + 1)[None]
         self.tokens, self.labels = stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+        self._borders = torch.Generator().manual_seed(1)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def loss(self) -> Tensor:
         """Mean cross-entropy over all tokens, nats."""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=DTYPES[self.setup.dtype] is torch.bfloat16):
             if isinstance(self.model, Transformer):
-                hidden = self.model(self.tokens, context_for(self.tokens)).hidden
+                hidden = self.model(self.tokens, context_for(self.tokens, self._documents())).hidden
                 return self.model.loss_sum(hidden, self.labels) / self.labels.numel()
             # shift_labels: the labels are next tokens already, so that both sides average over the same ones.
             return self.model(input_ids=self.tokens, labels=self.labels, shift_labels=self.labels).loss
 
-    def step(self) -> None:
-        """Forward, loss, backward, optimizer."""
+    def step(self) -> float:
+        """Forward, loss, backward, optimizer; the loss before it."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss().backward()
+        loss = self.loss()
+        loss.backward()
         self.optimizer.step()
+        return float(loss.detach())
+
+    def _documents(self) -> Tensor | None:
+        """int32 [1, context]: ids of documents whose borders are drawn anew on each call; None = one document."""
+        if self.setup.documents is None:
+            return None
+        starts = torch.rand(self.setup.context, generator=self._borders) < 1 / self.setup.documents
+        return starts.cumsum(0, dtype=torch.int32)[None]
 
     def _ours(self, *, sparse: bool) -> Transformer:
         torch.manual_seed(0)
         setup = self.setup
         if not sparse:
-            return Transformer(MODEL, lambda shape: DenseAttention(DenseConfig(), shape), vocab_size=VOCABULARY)
-        pattern = pattern_at("window", setup.density, setup.context, setup.block, at_most=True)
-        self.density = pattern.layout(setup.context, block=setup.block).density()
+            return Transformer(setup.model, lambda shape: DenseAttention(DenseConfig(), shape), vocab_size=VOCABULARY)
+        pattern: Pattern = LocalWindow(setup.window or 1)
+        if setup.window is None:
+            pattern = pattern_at("window", setup.density, setup.context, setup.block, at_most=True)
         config = BlockSparseConfig(
             block=setup.block, segment_lengths=(), dilation_rates=(), pattern={"window": pattern}, density=None
         )
 
         def core(shape: AttentionShape) -> AttentionCore:
-            return BlockSparseRingDilatedAttention(config, shape)
+            return _Timed(config, shape, self)
 
-        return Transformer(MODEL, core, vocab_size=VOCABULARY)
+        return Transformer(setup.model, core, vocab_size=VOCABULARY)
 
     def _transformers(self) -> nn.Module:
         from transformers import AutoModelForCausalLM, LlamaConfig
 
-        widths = MODEL.widths
+        model = self.setup.model
+        widths = model.widths
         config = LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=widths.embed_dim,
             intermediate_size=widths.mlp_dim,
-            num_hidden_layers=MODEL.depth,
+            num_hidden_layers=model.depth,
             num_attention_heads=widths.heads,
             num_key_value_heads=widths.kv_heads,
             head_dim=widths.head_dim,
-            rms_norm_eps=MODEL.norm_eps,
+            rms_norm_eps=model.norm_eps,
             max_position_embeddings=self.setup.context,
-            rope_parameters={"rope_type": "default", "rope_theta": MODEL.rope.base},
+            rope_parameters={"rope_type": "default", "rope_theta": model.rope.base},
             tie_word_embeddings=False,
             use_cache=False,
         )
@@ -116,6 +159,33 @@ class Contender:
         weights = self._ours(sparse=False).state_dict()  # our parameters bear Llama's names
         llama.load_state_dict({name if name == "lm_head.weight" else f"model.{name}": w for name, w in weights.items()})
         return llama.train()
+
+
+class _Timed(BlockSparseRingDilatedAttention):
+    """Says how long its layouts take, with what training looks up in them once."""
+
+    def __init__(self, config: BlockSparseConfig, shape: AttentionShape, of: Contender):
+        super().__init__(config, shape)
+        self.of = (of,)  # in a tuple: the contender's model would else be a part of this one
+
+    def layout(self, num_keys: int, ctx: SequenceContext, device: torch.device) -> BlockLayout:
+        start = time.perf_counter()
+        layout = super().layout(num_keys, ctx, device)
+        self.of[0].density = layout.density()
+        self.of[0].layout_seconds += time.perf_counter() - start
+        return layout
+
+
+def tokens(text: str, count: int) -> Tensor:
+    """int64 [count] tokens. Raises ValueError where the text has fewer."""
+    if text == "random":
+        return torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(0))
+    samples = StdlibData(context=256).samples(0, 256).train
+    assert isinstance(samples, PackedSamples)
+    found = torch.from_numpy(samples.stream[0:count].astype("int64"))
+    if len(found) < count:
+        raise ValueError(f"--text is {text}, which has {len(found)} tokens here and {count} are asked for; use random")
+    return found
 
 
 def installed() -> tuple[str, ...]:

@@ -40,16 +40,24 @@ SETTINGS = {
     "comm": (
         *("pattern", "seq", "ranks", "exchange", "heads", "kv_heads", "head_dim", "block", "window", "sinks", "dtype"),
     ),
-    "train": ("context", "dtype", "threads", "matmul_precision", "optimizer"),
+    "train": (
+        *("context", "dtype", "threads", "matmul_precision", "optimizer", "depth", "embed_dim", "heads", "kv_heads"),
+        *("mlp_dim", "parameters", "block", "window", "documents", "recompute", "text"),
+    ),
     "checkpoint": ("context", "threads", "state_mib"),
+    "data": ("context", "tokenizer", "packing", "workers", "threads"),
 }
 RESULTS = {
     "kernels": ("density", "ms", "dense_ms", "speedup", "cpu_speedup", "flop_ratio", "efficiency"),
     "routed": ("ms", "us_per_token", "error"),
     "memory": ("seq", "increase_mib", "bytes_per_token", "growth", "peak_rss_mib"),
     "comm": ("predicted_mib", "counted_mib", "of_ring"),
-    "train": ("model", "density", "ms_per_step", "tokens_per_s", "vs_transformers", "peak_rss_mib", "loss"),
+    "train": (
+        *("model", "density", "ms_per_step", "us_per_token", "tokens_per_s", "vs_transformers", "peak_rss_mib"),
+        *("layout_share", "loss"),
+    ),
     "checkpoint": ("saving", "ms_per_step", "cost", "cpu_cost", "stall_ms"),
+    "data": ("work", "tokens", "seconds", "tokens_per_s", "share_of_step"),
 }
 
 
@@ -57,7 +65,7 @@ RESULTS = {
 class Report:
     """One run of one benchmark."""
 
-    kind: str  # kernels, routed, memory, train, checkpoint or comm
+    kind: str  # kernels, routed, memory, train, checkpoint, comm or data
     command: str  # what to type to run it again
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was compared, and what was left out and why

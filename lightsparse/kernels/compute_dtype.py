@@ -18,6 +18,27 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if dtype is torch.bfloat16 and _multiplies_bf16_faster() else torch.float32
 
 
+def as_autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in autocast's dtype where autocast is on, else as it is."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def keeps_fp32(device: torch.device) -> bool:
+    """Whether matrix products under autocast stay in fp32 because this CPU takes longer for them in autocast's dtype.
+
+    What is kept between them, q, k and v above all, has autocast's dtype all the same. False without autocast.
+    """
+    if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return False
+    return _cpu_product_dtype(torch.get_autocast_dtype("cpu")) is torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _cpu_product_dtype(dtype: torch.dtype) -> torch.dtype:
+    return compute_dtype(dtype, torch.device("cpu"))
+
+
 @lru_cache(maxsize=1)
 def _multiplies_bf16_faster() -> bool:
     """Whether this CPU multiplies bf16 matrices faster than fp32 ones.

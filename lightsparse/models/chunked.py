@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
+from lightsparse.kernels.compute_dtype import as_autocast, keeps_fp32
+
 IGNORED = -100  # label of a token that has no loss
 
 
@@ -110,6 +112,5 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """x in the dtype autocast would give to a matrix product here."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    """x in the dtype that a matrix product gets here under autocast."""
+    return x.float() if keeps_fp32(x.device) else as_autocast(x)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightsparse.attention.core import AttentionCore, AttentionResult, SequenceContext
+from lightsparse.kernels.compute_dtype import as_autocast, keeps_fp32
 from lightsparse.models.cache import KVCache
 from lightsparse.models.chunked import map_chunks
 from lightsparse.models.dropout import dropped
+from lightsparse.models.recompute import Recomputed
 from lightsparse.models.rope import Rotation
 
 INIT_STD = 0.02  # GPT-2's; matrices that write to the residual stream take INIT_STD / √(2 · depth)
@@ -38,9 +40,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class Matrix(nn.Linear):
+    """nn.Linear whose products stay in fp32 under autocast where the CPU gains nothing from bf16 (compute_dtype.py)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not keeps_fp32(input.device):
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight, self.bias)
+
+
 def matrix(inputs: int, outputs: int, std: float = INIT_STD, *, bias: bool = False) -> nn.Linear:
     """A linear map, its weights drawn from N(0, std²), its bias, if any, 0."""
-    linear = nn.Linear(inputs, outputs, bias=bias)
+    linear = Matrix(inputs, outputs, bias=bias)
     nn.init.normal_(linear.weight, std=std)
     if bias:
         nn.init.zeros_(linear.bias)
@@ -70,19 +82,22 @@ class SelfAttention(nn.Module):
         self, x_BNE: Tensor, rotation: Rotation | None, ctx: SequenceContext, cache: KVCache | None
     ) -> tuple[Tensor, AttentionResult]:
         """The attended tokens [B, N, E] and what the core reports; rotation is None where positions are learned."""
+        q, k, v = (part_BNHD.transpose(1, 2) for part_BNHD in self.heads(x_BNE, rotation))
+        if cache is not None:
+            k, v, held = cache.append(k, v)
+            ctx = replace(ctx, held=held)
+        result: AttentionResult = self.core(q, k, v, x=x_BNE, ctx=ctx)
+        return self.o_proj(result.out.transpose(1, 2).flatten(2)), result
+
+    def heads(self, x_BNE: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, N, H, D], keys and values [B, N, Hkv, D], normed and rotated, in the dtype of the attention."""
         q_BNHD = self.q_proj(x_BNE).unflatten(-1, (-1, self.head_dim))
         k_BNHD = self.k_proj(x_BNE).unflatten(-1, (-1, self.head_dim))
         v_BNHD = self.v_proj(x_BNE).unflatten(-1, (-1, self.head_dim))
         q_BNHD, k_BNHD = self.q_norm(q_BNHD), self.k_norm(k_BNHD)
         if rotation is not None:
             q_BNHD, k_BNHD = rotation.apply(q_BNHD), rotation.apply(k_BNHD)
-        q, k = q_BNHD.transpose(1, 2), k_BNHD.transpose(1, 2)
-        v = v_BNHD.transpose(1, 2)
-        if cache is not None:
-            k, v, held = cache.append(k, v)
-            ctx = replace(ctx, held=held)
-        result: AttentionResult = self.core(q, k, v, x=x_BNE, ctx=ctx)
-        return self.o_proj(result.out.transpose(1, 2).flatten(2)), result
+        return as_autocast(q_BNHD), as_autocast(k_BNHD), as_autocast(v_BNHD)
 
 
 class SwiGLU(nn.Module):
@@ -145,7 +160,8 @@ class Layer(nn.Module):
     depth       layers of the model: the more write to the stream, the smaller each starts
     mlp         swiglu, gelu, or none: attention alone
     dropout     share of what each half adds that is dropped in training
-    checkpoint  keep only the residual stream before each half and recompute the rest in the backward pass
+    checkpoint  keep only the layer's input and recompute the rest in the backward pass (recompute.py); with dropout the
+                input of each half
     chunk       tokens the MLP takes at a time
     """
 
@@ -179,6 +195,10 @@ class Layer(nn.Module):
         self, x_BNE: Tensor, rotation: Rotation | None, ctx: SequenceContext, cache: KVCache | None = None
     ) -> LayerOutput:
         recompute = self.checkpoint and torch.is_grad_enabled()
+        drops = self.training and self.dropout > 0  # it must know which tokens it has: not in pieces
+        if self.checkpoint and cache is None and not drops and not torch.compiler.is_compiling():
+            y_BNE, result = Recomputed(self, rotation, ctx)(x_BNE)
+            return LayerOutput(y_BNE, result.aux_loss, result.stats, result.choice)
         # The halves are recomputed apart: around both, the MLP's chunks would be computed three times. The generator
         # state is not kept because all randomness of a layer is a function of ctx.
         if recompute and cache is None:
@@ -189,8 +209,8 @@ class Layer(nn.Module):
             attended = self._attend(x_BNE, rotation, ctx, cache)
         if self.mlp is None:
             return attended
-        if self.training and self.dropout:  # outside of the chunks: it must know which tokens it has
-            added_BNE = map_chunks(self._feed_forward, attended.x, self.chunk, recompute=recompute)
+        if drops:  # outside of the chunks
+            added_BNE = map_chunks(self.feed_forward, attended.x, self.chunk, recompute=recompute)
             return attended._replace(x=attended.x + dropped(added_BNE, self.dropout, self.site + 1, ctx))
         x_BNE = map_chunks(self._with_feed_forward, attended.x, self.chunk, recompute=recompute)
         return attended._replace(x=x_BNE)
@@ -203,9 +223,15 @@ class Layer(nn.Module):
             out_BNE = dropped(out_BNE, self.dropout, self.site, ctx)
         return LayerOutput(x_BNE + out_BNE, result.aux_loss, result.stats, result.choice)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    @property
+    def mlp_parts(self) -> tuple[nn.Module, ...]:
+        """The modules of the second half."""
+        return () if self.mlp is None else (self.post_attention_layernorm, self.mlp)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """What the MLP adds to x […, E]."""
         assert self.mlp is not None
         return self.mlp(self.post_attention_layernorm(x))
 
     def _with_feed_forward(self, x: Tensor) -> Tensor:
-        return x + self._feed_forward(x)
+        return x + self.feed_forward(x)

@@ -5,7 +5,7 @@ E = embed_dim, A = heads · head_dim, K = kv_heads · head_dim, M = mlp_dim, V t
 s and c are the bytes of a number in the residual stream and in what matrix products give (4 and 4 in fp32, 4 and 2
 under bf16-mixed, 2 and 2 under bf16-true), w those of a parameter:
 
-    weights      w P, and under bf16-mixed 2 P for autocast's copies
+    weights      w P, and under bf16-mixed 2 P for autocast's copies (none where products stay in fp32, see below)
     gradients    w P, twice that under DDP, whose buckets hold them once more
     optimizer    what its state holds after one step, counted on tensors without memory
     activations  kept for the backward pass, L T (attention + MLP) + T E (8 + c), where
@@ -14,10 +14,17 @@ under bf16-mixed, 2 and 2 under bf16-true), w those of a parameter:
                  A norm keeps its input and the normed one in fp32, each product its input (under autocast a copy each:
                  r = 3, r' = 2, else 1), the norms of queries and keys only with qk_norm (q = 1, else 0), the kernel q,
                  k, v and the output, which comes once more in the order of tokens, for b branches (dilated only).
-                 model.checkpoint leaves E s of each half; of the MLP does so more than one chunk of tokens, too.
+                 Where products stay in fp32 under bf16-mixed (kernels/compute_dtype.py), c is 2 for what the kernel
+                 takes and gives and 4 elsewhere, and r = r' = 1.
+                 model.checkpoint leaves E s of the layer, with dropout of each half; more than one chunk of tokens
+                 leaves as much of the MLP.
     working      what exists for one layer or chunk at a time, the larger of
                  the backward pass of a layer  T (2 E s + 3 (A + K) c) + C (3 M + 2 E) c, with what is recomputed of it:
-                                               attention for T tokens, the MLP for C
+                                               attention for T tokens, the MLP for C;
+                                               with model.checkpoint but no dropout only
+                                               T (E s + (4 A + 4 K) c + 24 K) + C (attention + MLP + (3 M + 2 E) c),
+                                               24 K of it what the native kernel holds of keys and values in fp32,
+                                               less the T E (8 + c), which are gone by then
                  the loss of a chunk           12 V tokens + 4 V E
                  Keys and values of other ranks come on top, of the whole context for exchange=gather, else as many as
                  its own; and two layers at full size where parameters are sharded (fsdp).
@@ -39,6 +46,7 @@ import torch
 
 from lightsparse.attention.dilated import DilatedConfig
 from lightsparse.config import Config, meta_model
+from lightsparse.kernels.compute_dtype import compute_dtype
 from lightsparse.models.transformer import Transformer
 from lightsparse.parallel.kinds import Context, ContextRanks, Replicas, Single
 from lightsparse.targets import ConfigError
@@ -102,7 +110,7 @@ def _sizes(config: Config, model: Transformer) -> _Sizes:
 
 def _formula(config: Config, of: _Sizes, tokens: int) -> Estimate:
     """`tokens` of a micro-batch on the busiest rank."""
-    mixed = config.precision == "bf16-mixed"
+    mixed = config.precision == "bf16-mixed" and not _products_stay_fp32(config)
     weight_bytes = 2 if config.precision == "bf16-true" else 4
     shards = config.ranks if config.strategy.sharded else 1
     kept, working = _activations(config, of.vocabulary, tokens)
@@ -138,26 +146,41 @@ def _activations(config: Config, vocabulary: int, tokens: int) -> tuple[float, f
     embed, heads, kv_heads, head_dim, mlp = config.model.widths
     wide, narrow = heads * head_dim, kv_heads * head_dim
     chunk = config.model.chunk
-    mixed, true = config.precision == "bf16-mixed", config.precision == "bf16-true"
+    fp32 = _products_stay_fp32(config)
+    mixed, true = config.precision == "bf16-mixed" and not fp32, config.precision == "bf16-true"
     s, c = (2 if true else 4), (2 if mixed or true else 4)
+    kernel = 2 if fp32 else c
     chunked, recomputed = tokens > chunk, config.model.checkpoint
+    in_pieces = recomputed and not config.model.dropout
     at_once = min(tokens, chunk)
 
     own = (3 * wide + 2 * narrow) * (_dilated_share(config) or 1.0)
     attention: float = 8 * embed + embed * (3 if mixed else 1) * c + 8 * config.model.qk_norm * (wide + narrow)
-    attention += own * c + 4 * heads
+    attention += own * kernel + (c - kernel) * wide + 4 * heads
     feed_forward = 8 * embed + embed * (2 if mixed else 1) * c + 3 * mlp * c
     layer = (embed * s if recomputed else attention) + (embed * s if recomputed or chunked else feed_forward)
+    layer = embed * s if in_pieces else layer
     kept: float = config.model.depth * tokens * layer + tokens * embed * (8 + c)
 
     backward: float = tokens * (2 * embed * s + 3 * (wide + narrow) * c) + at_once * (3 * mlp + 2 * embed) * c
     backward += tokens * attention * recomputed + at_once * feed_forward * (recomputed or chunked)
+    if in_pieces:
+        backward = tokens * (embed * s + 4 * (wide + narrow) * kernel * (_dilated_share(config) or 1.0) + 24 * narrow)
+        backward += at_once * (attention + feed_forward + (3 * mlp + 2 * embed) * c)
+        backward = max(0.0, backward - tokens * embed * (8 + c))  # what the loss has kept is gone by then
     if isinstance(config.strategy, ContextRanks) and config.grid.context > 1:
         foreign = config.data.context * config.data.batch_size if config.strategy.exchange == "gather" else tokens
         backward += 2 * foreign * narrow * c
     loss_chunk = min(tokens, chunk, max(1, chunk * mlp // vocabulary))
     loss = 12 * loss_chunk * vocabulary + 4 * vocabulary * embed
     return kept, max(backward, loss)
+
+
+def _products_stay_fp32(config: Config) -> bool:
+    """Whether autocast's matrix products run in fp32 on this machine."""
+    if config.precision != "bf16-mixed" or torch.cuda.is_available():
+        return False
+    return compute_dtype(torch.bfloat16, torch.device("cpu")) is torch.float32
 
 
 def _dilated_share(config: Config) -> float | None:

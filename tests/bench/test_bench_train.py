@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lightsparse.bench.contenders import NAMES, Contender, Setup
 SETUP = Setup(
     context=128, density=0.6, block=16, dtype="fp32", optimizer="adamw", threads=1, matmul_precision="highest"
 )
-TINY = ["train", "--context", "128", "--density", "0.6", "--block", "16", "--threads", "1", "--repeats", "1"]
+TINY = ["train", "--context", "128", "--density", "0.6", "--block", "16", "--threads", "1", "--repeats", "2"]
 
 
 @pytest.fixture
@@ -71,3 +72,61 @@ def test_models_that_do_not_fit_together_run_one_after_the_other(in_this_process
     report = json.loads(file.read_text())
     assert not any(row["alternated"] for row in report["rows"])
     assert "one after the other" in " ".join(report["notes"])
+
+
+ONCE = [*TINY[:-1], "1"]
+
+
+def test_one_repeat_measures_the_first_step_of_each_model(in_this_process, tmp_path):
+    file = tmp_path / "train.json"
+    words = [
+        "--depth",
+        "2",
+        "--embed-dim",
+        "64",
+        "--heads",
+        "1",
+        "--kv-heads",
+        "1",
+        "--mlp-dim",
+        "96",
+        "--text",
+        "stdlib",
+    ]
+    assert command.main([*ONCE, *words, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["depth"] for row in rows] == [2] * 3 and len({row["parameters"] for row in rows}) == 1
+    assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=0.01)
+    assert 0 < rows[0]["layout_share"] < 1 and rows[1]["layout_share"] is rows[2]["layout_share"] is None
+
+
+def test_the_same_window_is_the_same_pattern_at_every_context(in_this_process, tmp_path):
+    file = tmp_path / "train.json"
+    words = ["--context", "128,256", "--window", "32", "--models", "lightsparse", "--recompute"]
+    assert command.main([*ONCE, *words, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["context"], row["window"], row["recompute"]) for row in rows] == [(128, 32, True), (256, 32, True)]
+    assert rows[1]["density"] < 0.6 * rows[0]["density"] and rows[0]["vs_transformers"] is None
+
+
+def test_recomputing_changes_no_loss():
+    kept, recomputed = (Contender("lightsparse", replace(SETUP, recompute=on)) for on in (False, True))
+    assert [kept.step(), kept.step()] == pytest.approx([recomputed.step(), recomputed.step()], rel=1e-5)
+
+
+def test_documents_have_other_borders_in_every_step_and_one_layout_for_all_layers():
+    contender = Contender("lightsparse", replace(SETUP, documents=40))
+    first, second = contender._documents(), contender._documents()
+    assert not torch.equal(first, second) and int(first[0, -1]) >= 1 and bool((first.diff() >= 0).all())
+    contender.step()
+    assert contender.layout_seconds > 0
+
+
+def test_documents_are_refused_beside_a_model_that_reads_across_them(capsys):
+    assert command.main([*ONCE, "--documents", "50"]) == 2
+    assert "--models lightsparse" in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match="use random"):
+        contenders.tokens("stdlib", 1 << 30)

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightsparse.kernels import compute_dtype
 from lightsparse.models.chunked import cross_entropy_sum, map_chunks, token_cross_entropy
 
 TOKENS, EMBED, VOCAB = 101, 12, 29
@@ -80,11 +81,15 @@ def test_a_sum_over_bf16_keeps_its_digits():
         assert (grad - expected_grad).float().norm() < 0.01 * expected_grad.float().norm()
 
 
-def test_autocast_multiplies_in_bf16_and_keeps_the_loss_and_the_gradients_fp32(loss_inputs):
+@pytest.mark.parametrize("products", [torch.bfloat16, torch.float32])
+def test_autocast_multiplies_in_what_is_faster_and_keeps_the_loss_and_the_gradients_fp32(
+    loss_inputs, monkeypatch, products
+):
+    monkeypatch.setattr(compute_dtype, "_multiplies_bf16_faster", lambda: products is torch.bfloat16)
     hidden, weight, labels = loss_inputs
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = cross_entropy_sum(hidden, weight, labels, 16)
-    rounded = cross_entropy_sum(hidden.bfloat16(), weight.bfloat16(), labels, 16)
+    rounded = cross_entropy_sum(hidden.to(products), weight.to(products), labels, 16)
     assert loss.dtype == torch.float32
     assert loss.item() == rounded.item()
     assert all(grad.dtype == torch.float32 for grad in torch.autograd.grad(loss, [hidden, weight]))
