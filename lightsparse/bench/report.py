@@ -40,8 +40,12 @@ SETTINGS = {
     "train": ("context", "dtype", "threads", "matmul_precision", "optimizer"),
     "checkpoint": ("context", "threads", "state_mib"),
 }
+PARTS = ("select_ms", "attend_ms")  # shown where some row has them
 RESULTS = {
-    "kernels": ("density", "ms", "dense_ms", "speedup", "cpu_speedup", "flop_ratio", "efficiency"),
+    "kernels": (
+        *("density", "ms", "select_ms", "attend_ms", "dense_ms", "speedup", "cpu_speedup"),
+        *("flop_ratio", "efficiency"),
+    ),
     "memory": ("seq", "increase_mib", "bytes_per_token", "growth", "peak_rss_mib"),
     "comm": ("predicted_mib", "counted_mib", "of_ring"),
     "train": ("model", "density", "ms_per_step", "tokens_per_s", "vs_transformers", "peak_rss_mib", "loss"),
@@ -92,7 +96,8 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def columns(self) -> tuple[str, ...]:
-        return tuple(name for name in SETTINGS[self.kind] if not self._is_shared(name)) + RESULTS[self.kind]
+        results = (name for name in RESULTS[self.kind] if name not in PARTS or self._is_number(name))
+        return (*(name for name in SETTINGS[self.kind] if not self._is_shared(name)), *results)
 
     def shared_settings(self) -> str:
         """`seq 16384, heads 4, …`: the settings that all rows have in common."""

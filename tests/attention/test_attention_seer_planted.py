@@ -50,8 +50,9 @@ def kept(mass: Tensor, score: Tensor) -> float:
 
 
 def test_the_gate_distilled_by_its_loss_finds_the_planted_blocks_of_unseen_text():
-    """Measured, 150 steps in 4 s of one core: 0.995 of what the best choice keeps, random blocks 0.11, divergence 2.1 of a
-    uniform gate down to 0.1. Demanded: 0.95 of the best choice, which itself keeps 0.95; a random one below a quarter.
+    """Measured, 150 steps, 5 s of one core: it keeps 0.999 of the weight, as the best choice does, random blocks 0.13; the
+    divergence is 0.15 nats, that of a uniform gate 1.94.
+    Demanded: 0.95 of what the best choice keeps, itself at least 0.95; a random choice keeps less than a quarter of it.
     """
     torch.manual_seed(0)
     core = SeerAttention(
@@ -76,12 +77,12 @@ def test_the_gate_distilled_by_its_loss_finds_the_planted_blocks_of_unseen_text(
     assert abs(float(stats["selection_kl"]) - float(stats["uniform_kl"])) < 0.1  # it knows nothing
     optimizer = torch.optim.Adam(core.selection_parameters(), lr=0.01)
     with use_backend("reference"):
-        for _ in range(150):
+        for step in range(150):
+            optimizer.param_groups[0]["lr"] = 0.005 * min(1.0, 2 * (1 - step / 150))
             loss, _ = core.learned(*draw(g, 4), ctx)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     found, stats = evaluated()
-    print(f"{found=} {oracle=} {blind=} {start=} {stats=}")
     assert found >= 0.95 * oracle, (found, oracle)
     assert float(stats["selection_kl"]) < float(stats["uniform_kl"]) / 4, stats
