@@ -2,10 +2,11 @@
 
 Gao et al. 2024 (SeerAttention, arXiv 2410.13276) and 2025 (SeerAttention-R, arXiv 2506.08889), whose gate has a query
 per token: a query pooled over a block, as in the first, would let its first token's choice see later ones.
-The gate is block_gate.py, the loss block_kl.py. The loss trains the gate alone, and the gate is trained by nothing else:
-what it reads of the model, q, k and the target, is detached, and a choice has no gradient.
+The gate is block_gate.py, the loss block_kl.py. The loss trains the gate alone, and nothing else trains the gate: what
+it reads of the model, q, k and the target, is detached, and a choice has no gradient.
 The paper's recipe freezes a trained model and distils its gates under dense attention:
-init_from=… trainer.selection_only_steps=-1 attention.dense_steps=<all steps>.
+init_from=… trainer.selection_only_steps=-1 attention.dense_steps=<all steps but the last>. A checkpoint is evaluated in
+the stage of its last step: so it is with the gates at work.
 """
 
 from __future__ import annotations

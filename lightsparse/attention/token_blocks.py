@@ -8,7 +8,7 @@ C key blocks, F width of what is multiplied, K entries of a query's table.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,10 +81,9 @@ class TokenBlocksAttention(StagedAttention):
     a few sampled queries. `choice` is the table's row of each block's last token, so that it stays small.
     """
 
-    options: TokenBlocksConfig
     supports_bidirectional = False
     chooses = True
-    logged: tuple[str, ...] = ("kept_mass",)
+    logged: ClassVar[tuple[str, ...]] = ("kept_mass",)
     context_parallel = ("sparse", "gather")
 
     def __init__(self, config: TokenBlocksConfig, shape: AttentionShape):
@@ -193,7 +192,8 @@ class TokenBlocksAttention(StagedAttention):
         """What these queries read, and their places in the sequence."""
         device = found.queries.device
         if ctx.shard is None:
-            n, tokens = first + found.queries.shape[2], torch.arange(first, first + found.queries.shape[2], device=device)
+            n = first + found.queries.shape[2]
+            tokens = torch.arange(first, n, device=device)
         else:
             n, tokens = length, ctx.shard.tokens.to(device)
         documents = None if ctx.documents is None else ctx.documents[:, :n]

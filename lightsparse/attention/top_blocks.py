@@ -29,6 +29,9 @@ class Rule(NamedTuple):
     first: bool = False  # the first block that could be chosen (the document's) always comes, and counts
 
 
+PLAIN = Rule()
+
+
 def top_blocks(
     q: Tensor,
     of_blocks: Tensor,
@@ -36,7 +39,7 @@ def top_blocks(
     top_k: int,
     width: int,
     documents: Documents | None = None,
-    rule: Rule = Rule(),  # noqa: B008: it is immutable
+    rule: Rule = PLAIN,
 ) -> Tensor:
     """Own block and the top_k − 1 best before it, ascending, −1 padded: int32 [B, H, R, width].
 

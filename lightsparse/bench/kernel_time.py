@@ -1,4 +1,4 @@
-"""How much of a pass is attention itself: the time inside the operators of the attention kernels, forward and backward."""
+"""How much of a pass is attention itself: the time inside the attention kernels' operators, forward and backward."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ EXAMPLE = """python -m lightsparse.bench kernels --seq 16384 --heads 4 --head-di
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_list(parser, "--seq", options.count, [16384], "sequence lengths, tokens")
     options.add_heads(parser)
-    options.add_list(parser, "--variants", str, None, "YAMLs of conf/attention, all, or learned (those that choose): measure these, not patterns")
+    about_variants = "YAMLs of conf/attention, all, or learned (those that choose): measure these, not patterns"
+    options.add_list(parser, "--variants", str, None, about_variants)
     options.add_list(parser, "--block", options.count, None, f"block sizes of patterns, tokens ({_shown(BLOCKS)})")
     about_density = (
         f"shares of dense tiles: of patterns at least ({_shown(DENSITIES)}), of variants at most, beside what their "

@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         report.notes.append(
             "Of variants that choose from the input: attend_ms is the time inside the attention kernels, forward and "
             f"backward, over the tables that the pass chose (median of {args.repeats} further passes); select_ms is "
-            "the rest of ms: scores, choice, tables, pooling, gates, and the losses that train them with their backward."
+            "the rest of ms: scores, choice, tables, pooling, gates and the losses that train them, backward included."
         )
     with runtime(args.threads, args.matmul_precision):
         small_errors: dict[tuple[str, str], float] = {}
@@ -88,8 +88,8 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     if not report.rows:
         raise ValueError(f"--variants {','.join(args.variants)} leaves nothing to measure: {' '.join(said)}")
     learned = [row for row in report.rows if "select_ms" in row]
-    fixed = [row for row in report.rows if "select_ms" not in row]
-    report.notes += said + slower_than_dense(fixed) + faster_than_dense(learned)
+    known_before = [row for row in report.rows if "select_ms" not in row]
+    report.notes += said + slower_than_dense(known_before) + faster_than_dense(learned)
 
 
 def _contenders(
