@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightsparse.attention.router import best, listed
 
-_SCORES = 1 << 18  # held at once
+_SCORES = 1 << 17  # held at once
 _ONE_BY_ONE = 4  # up to so many maxima are faster one after the other than by topk (measured: 64 … 512 blocks)
 
 
@@ -24,8 +24,22 @@ class Documents(NamedTuple):
     of_blocks: Tensor  # [B, C]: a block can be chosen by queries of this document
 
 
+class Rule(NamedTuple):
+    threshold: float = 0.0  # a block comes only with at least this share in the softmax over all that could be chosen
+    first: bool = False  # the first block that could be chosen (the document's) always comes, and counts
+
+
+PLAIN = Rule()
+
+
 def top_blocks(
-    q: Tensor, of_blocks: Tensor, own_R: Tensor, top_k: int, width: int, documents: Documents | None = None
+    q: Tensor,
+    of_blocks: Tensor,
+    own_R: Tensor,
+    top_k: int,
+    width: int,
+    documents: Documents | None = None,
+    rule: Rule = PLAIN,
 ) -> Tensor:
     """Own block and the top_k − 1 best before it, ascending, −1 padded: int32 [B, H, R, width].
 
@@ -35,7 +49,7 @@ def top_blocks(
     """
     batch, heads, rows, _ = q.shape
     at_once = max(_SCORES // (batch * heads * max(of_blocks.shape[2], 1)), 1)
-    parts = [_chosen(q, of_blocks, own_R, top_k, width, documents, part) for part in _parts(rows, at_once)]
+    parts = [_chosen(q, of_blocks, own_R, top_k, width, documents, rule, part) for part in _parts(rows, at_once)]
     return torch.cat(parts, 2) if parts else own_R.new_empty(batch, heads, 0, width, dtype=torch.int32)
 
 
@@ -51,6 +65,7 @@ def _chosen(
     top_k: int,
     width: int,
     documents: Documents | None,
+    rule: Rule,
     part: slice,
 ) -> Tensor:
     own = own_R[part]
@@ -67,6 +82,7 @@ def _chosen(
         same = documents.of_blocks[:, None, :columns] == documents.of_queries[:, part, None]
         before = before & same[:, None]
     scores.masked_fill_(~before, -math.inf)
+    scores, before = _by_rule(scores, before, rule)
     ids = _highest(scores, most)
     if ids is None:  # equal scores at the border of the choice: the exact way
         ids = listed(best(scores, before.expand(scores.shape), most), most).long()
@@ -74,6 +90,18 @@ def _chosen(
     ids = torch.cat([ids, own[:, None].expand(*ids.shape[:3], 1)], -1).sort(-1).values
     ids = ids.masked_fill_(ids > own[:, None], -1).to(torch.int32)
     return torch.nn.functional.pad(ids, (0, width - ids.shape[-1]), value=-1)
+
+
+def _by_rule(scores: Tensor, before: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Scores and candidates, −inf and False for what the rule leaves out, +inf for what it forces."""
+    chosen = before
+    if rule.threshold:
+        open_ = scores.softmax(-1) >= rule.threshold  # NaN, of a row without a candidate, is not
+        scores, chosen = scores.masked_fill(~open_, -math.inf), before & open_
+    if rule.first:
+        first = before & (before.cumsum(-1) == 1)
+        scores, chosen = scores.masked_fill(first, math.inf), chosen | first
+    return scores, chosen
 
 
 def _highest(scores: Tensor, most: int) -> Tensor | None:

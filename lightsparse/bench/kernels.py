@@ -2,7 +2,8 @@
 
 speedup = dense time ÷ sparse time; flop_ratio = area of dense causal tiles ÷ area of computed tiles = 1 / density;
 efficiency = speedup ÷ flop_ratio: 1.0 means that sparse tiles cost what dense tiles cost.
-With --variants: whole attention variants from conf/attention/ in place of patterns, forward + backward in training.
+With --variants: whole attention variants from conf/attention/ in place of patterns, forward + backward in training;
+of those that choose from the input, the time of the choice and of attention apart.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ log = logging.getLogger(__name__)
 BLOCKS, DENSITIES = (64, 128), (0.05, 0.2)  # of patterns
 
 EXAMPLE = """python -m lightsparse.bench kernels --seq 16384 --heads 4 --head-dim 64 --block 64,128 --density 0.05,0.2
-  python -m lightsparse.bench kernels --seq 8192,16384,32768 --variants all"""
+  python -m lightsparse.bench kernels --seq 8192,16384,32768 --variants all
+  python -m lightsparse.bench kernels --seq 4096,8192,16384 --variants learned --dtype fp32 --repeats 2"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_list(parser, "--seq", options.count, [16384], "sequence lengths, tokens")
     options.add_heads(parser)
-    options.add_list(parser, "--variants", str, None, "YAMLs of conf/attention, or all: measure these, not patterns")
+    about_variants = "YAMLs of conf/attention, all, or learned (those that choose): measure these, not patterns"
+    options.add_list(parser, "--variants", str, None, about_variants)
     options.add_list(parser, "--block", options.count, None, f"block sizes of patterns, tokens ({_shown(BLOCKS)})")
     about_density = (
         f"shares of dense tiles: of patterns at least ({_shown(DENSITIES)}), of variants at most, beside what their "

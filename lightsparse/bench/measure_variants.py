@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 from lightsparse.attention.core import AttentionShape
 from lightsparse.bench import options, variants
 from lightsparse.bench.against_dense import compared, dense, product_notes
+from lightsparse.bench.kernel_time import kernel_seconds
 from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import alternate, runtime
 from lightsparse.bench.variant_check import SMALL, equals_its_layout, equals_the_reference
@@ -50,6 +52,12 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         *(["bf16 rows: bf16 inputs under autocast, parameters in fp32."] if "bf16" in args.dtype else []),
         *product_notes(args.dtype),
     ]
+    if any(choice.core.chooses for choice in choices.values()):
+        report.notes.append(
+            "Of variants that choose from the input: attend_ms is the time inside the attention kernels, forward and "
+            f"backward, over the tables that the pass chose (median of {args.repeats} further passes); select_ms is "
+            "the rest of ms: scores, choice, tables, pooling, gates and the losses that train them, backward included."
+        )
     with runtime(args.threads, args.matmul_precision):
         small_errors: dict[tuple[str, str], float] = {}
         refusals: Refusals = {}
@@ -72,11 +80,16 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             calls |= {str(i): partial(variants.forward_backward, c.core, given) for i, (c, _) in enumerate(rows)}
             laps = alternate(calls, args.repeats) if rows else {}
             for i, (contender, row) in enumerate(rows):
-                report.rows.append(row | compared(laps[str(i)], laps["dense"], contender.density))
+                result = compared(laps[str(i)], laps["dense"], contender.density)
+                if contender.core.chooses:
+                    result |= _split(contender, given, float(str(result["ms"])), args.repeats)
+                report.rows.append(row | result)
     said = _said(refusals)
     if not report.rows:
         raise ValueError(f"--variants {','.join(args.variants)} leaves nothing to measure: {' '.join(said)}")
-    report.notes += said + slower_than_dense(report.rows)
+    learned = [row for row in report.rows if "select_ms" in row]
+    known_before = [row for row in report.rows if "select_ms" not in row]
+    report.notes += said + slower_than_dense(known_before) + faster_than_dense(learned)
 
 
 def _contenders(
@@ -157,6 +170,34 @@ def slower_than_dense(rows: list[Row]) -> list[str]:
         then = f"it wins from {won:,} tokens on" if won else "it wins at no longer length measured here"
         sentences.append(f"{name} ({asked}, {dtype}) is slower than dense at {at}; {then}.")
     return sentences
+
+
+def faster_than_dense(rows: list[Row]) -> list[str]:
+    """A sentence per learned variant, asked density and dtype: from which measured length on it beats dense attention,
+    at that length and all longer ones, as a whole and with its attention alone."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        asked = "as configured" if row["asked"] in ("default", "fixed") else f"density {row['asked']}"
+        groups.setdefault((row["variant"], asked, row["dtype"]), []).append(row)
+    return [
+        f"{name} ({asked}, {dtype}) beats dense {_from(of, 'ms')}; its attention alone {_from(of, 'attend_ms')}."
+        for (name, asked, dtype), of in groups.items()
+    ]
+
+
+def _from(rows: list[Row], what: str) -> str:
+    """`from 4,096 tokens on`, by a column of ms, or `at none up to 4,096 tokens`."""
+    lengths = {int(str(row["seq"])): float(str(row[what])) < float(str(row["dense_ms"])) for row in rows}
+    lost = [seq for seq, wins in lengths.items() if not wins]
+    since = min((seq for seq in lengths if seq > max(lost, default=0)), default=None)
+    return f"at none up to {max(lengths):,} tokens" if since is None else f"from {since:,} tokens on"
+
+
+def _split(contender: Contender, given: LayerInputs, ms: float, repeats: int) -> Row:
+    """The time of a pass that takes `ms`, in its attention and in everything else."""
+    call = partial(variants.forward_backward, contender.core, given)
+    attention = statistics.median(kernel_seconds(call) for _ in range(repeats)) * 1e3
+    return {"select_ms": ms - attention, "attend_ms": attention}
 
 
 def _dense_forward_backward(given: LayerInputs) -> tuple[torch.Tensor, ...]:

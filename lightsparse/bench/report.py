@@ -47,8 +47,12 @@ SETTINGS = {
     "checkpoint": ("context", "threads", "state_mib"),
     "data": ("context", "tokenizer", "packing", "workers", "threads"),
 }
+PARTS = ("select_ms", "attend_ms")  # shown where some row has them
 RESULTS = {
-    "kernels": ("density", "ms", "dense_ms", "speedup", "cpu_speedup", "flop_ratio", "efficiency"),
+    "kernels": (
+        *("density", "ms", "select_ms", "attend_ms", "dense_ms", "speedup", "cpu_speedup"),
+        *("flop_ratio", "efficiency"),
+    ),
     "routed": ("ms", "us_per_token", "error"),
     "memory": ("seq", "increase_mib", "bytes_per_token", "growth", "peak_rss_mib"),
     "comm": ("predicted_mib", "counted_mib", "of_ring"),
@@ -104,7 +108,8 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def columns(self) -> tuple[str, ...]:
-        return tuple(name for name in SETTINGS[self.kind] if not self._is_shared(name)) + RESULTS[self.kind]
+        results = (name for name in RESULTS[self.kind] if name not in PARTS or self._is_number(name))
+        return (*(name for name in SETTINGS[self.kind] if not self._is_shared(name)), *results)
 
     def shared_settings(self) -> str:
         """`seq 16384, heads 4, …`: the settings that all rows have in common."""

@@ -21,16 +21,20 @@ _ABOVE = 1.25  # times the wanted density: a row beyond that would not be about 
 
 
 def chosen(names: Sequence[str]) -> dict[str, AttentionChoice]:
-    """The YAMLs of conf/attention/ by name, in that order; "all" stands for every one.
+    """The YAMLs of conf/attention/ by name, in that order; "all" stands for every one, "learned" for those that choose.
 
     Raises ValueError for a name that has no YAML.
     """
     files = {path.stem: path for path in sorted((conf_dir() / "attention").glob("*.yaml"))}
-    unknown = [name for name in names if name != "all" and name not in files]
+    groups = ("all", "learned")
+    unknown = [name for name in names if name not in groups and name not in files]
     if unknown:
-        raise ValueError(f"--variants names {unknown[0]!r}; choose all, or any of {', '.join(files)}")
-    wanted = list(files) if "all" in names else list(dict.fromkeys(names))
-    return {name: AttentionChoice.of(OmegaConf.to_container(OmegaConf.load(files[name]))) for name in wanted}
+        raise ValueError(f"--variants names {unknown[0]!r}; choose all, learned, or any of {', '.join(files)}")
+    wanted = list(files) if set(groups) & set(names) else list(dict.fromkeys(names))
+    found = {name: AttentionChoice.of(OmegaConf.to_container(OmegaConf.load(files[name]))) for name in wanted}
+    if "all" in names:
+        return found
+    return {name: choice for name, choice in found.items() if name in names or choice.core.chooses}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from lightsparse.attention.core import AttentionResult, AttentionShape
 from lightsparse.attention.dense import DenseAttention
 from lightsparse.bench import __main__ as command
-from lightsparse.bench import measure_variants, variant_check, variants
-from lightsparse.bench.measure_variants import slower_than_dense
+from lightsparse.bench import kernel_time, measure_variants, variant_check, variants
+from lightsparse.bench.kernel_time import kernel_seconds
+from lightsparse.bench.measure_variants import faster_than_dense, slower_than_dense
 from lightsparse.bench.variant_check import equals_its_layout, equals_the_reference
 from lightsparse.bench.verify import VerificationError
 
@@ -156,7 +157,7 @@ def test_a_variant_that_cannot_take_the_shape_is_left_out_with_its_reason(monkey
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--variants", "windo"], "choose all, or any of adaptive, big_bird"),
+        (["--variants", "windo"], "choose all, learned, or any of adaptive, big_bird"),
         (["--variants", "all", "--block", "64"], "--block is given with --variants"),
         (["--variants", "all", "--pattern", "mixed"], "--pattern is given with --variants"),
         (["--variants", "all", "--density", "1.5"], "--density is 1.5"),
@@ -181,4 +182,57 @@ def test_who_loses_to_dense_although_sparse_is_said_with_the_length_from_which_i
         "late (default, fp32) is slower than dense at 1,024 tokens (0.5×), 2,048 tokens (0.9×); it wins from 4,096 "
         "tokens on.",
         "never (default, fp32) is slower than dense at 4,096 tokens (0.9×); it wins at no longer length measured here.",
+    ]
+
+
+def test_learned_stands_for_every_variant_that_chooses_from_its_input():
+    everything = variants.chosen(["all"])
+    assert list(variants.chosen(["learned"])) == [name for name, of in everything.items() if of.core.chooses]
+    assert list(variants.chosen(["learned", "dense"])) == [
+        name for name, of in everything.items() if of.core.chooses or name == "dense"
+    ]
+
+
+def test_what_chooses_has_the_time_of_its_choice_and_of_its_attention_apart(tmp_path):
+    report = measured(tmp_path, "--variants", "moba,sliding_window", "--dtype", "fp32")
+    rows = {row["variant"]: row for row in report["rows"]}
+    assert "select_ms" not in rows["sliding_window"] and "attend_ms" not in rows["sliding_window"]
+    moba = rows["moba"]
+    assert moba["attend_ms"] > 0 and moba["select_ms"] + moba["attend_ms"] == pytest.approx(moba["ms"])
+    notes = "\n".join(report["notes"])
+    assert "attend_ms is the time inside the attention kernels" in notes
+    assert "moba (as configured, fp32) beats dense " in notes and "sliding_window (as configured" not in notes
+
+
+def test_columns_of_parts_are_shown_only_where_a_row_has_them(tmp_path, capsys):
+    measured(tmp_path, "--variants", "sliding_window", "--dtype", "fp32")
+    assert "select" not in capsys.readouterr().out
+    measured(tmp_path, "--variants", "moba", "--dtype", "fp32")
+    shown = capsys.readouterr().out
+    assert "select" in shown and "attend" in shown
+
+
+def test_time_in_kernels_is_that_of_their_operators_and_of_nothing_else(monkeypatch):
+    given = variants.layer_inputs(SHAPE, 1000, torch.float32)
+    core = variants.build(choice("moba"), SHAPE)
+    clock = iter(range(100))
+    monkeypatch.setattr(kernel_time.time, "perf_counter", lambda: float(next(clock)))
+    assert kernel_seconds(lambda: variants.forward_backward(core, given)) == 2  # one forward, one backward
+    assert kernel_seconds(lambda: F.scaled_dot_product_attention(given.q, given.q, given.q)) == 1
+    assert kernel_seconds(lambda: given.q @ given.q.mT) == 0
+
+
+def test_the_length_from_which_a_learned_variant_wins_is_said_for_the_whole_and_for_its_attention():
+    def row(variant, seq, ms, attend_ms, asked="default"):
+        return {"variant": variant, "asked": asked, "dtype": "fp32", "seq": seq, "dense_ms": 10.0} | {
+            "ms": ms,
+            "attend_ms": attend_ms,
+        }
+
+    rows = [row("late", 1024, 12.0, 8.0, "fixed"), row("late", 2048, 9.0, 5.0), row("never", 1024, 9.0, 12.0)]
+    rows += [row("never", 2048, 11.0, 9.0), row("never", 2048, 8.0, 8.0, "0.2")]
+    assert faster_than_dense(rows) == [
+        "late (as configured, fp32) beats dense from 2,048 tokens on; its attention alone from 1,024 tokens on.",
+        "never (as configured, fp32) beats dense at none up to 2,048 tokens; its attention alone from 2,048 tokens on.",
+        "never (density 0.2, fp32) beats dense from 2,048 tokens on; its attention alone from 2,048 tokens on.",
     ]
