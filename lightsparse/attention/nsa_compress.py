@@ -112,7 +112,8 @@ def summary_layout(
     last = last_tokens(count, block, stride, device).to(torch.int32)[None]
     visible_from, q_doc, kv_doc = last, None, None
     row_end = tokens[torch.arange(q_block - 1, len(tokens) + q_block - 1, q_block).clamp(max=len(tokens) - 1)]
-    stop = (((row_end - block) // stride + 1).clamp(0, count) + tile - 1) // tile  # blocks before this are read
+    seen = ((row_end + 1 - block) // stride + 1).clamp(0, count)  # `complete`
+    stop = (seen + tile - 1) // tile  # blocks of summaries before this are read
     start = torch.zeros_like(stop)[None]
     if documents is not None:
         visible_from = torch.where(whole(count, block, stride, documents), last, ALWAYS)
