@@ -195,9 +195,9 @@ class NsaAttention(AttentionCore):
         if not of.k.shape[2]:  # nothing to read yet; the parameters are in the graph all the same
             return q * 0 + (of.k.sum() + of.v.sum()).to(q.dtype), q.new_zeros(1, 1, dtype=torch.float64)
         layout = self._summary_layout(n, self._tokens(q, ctx), ctx)
-        out = block_sparse_attention(
-            q, of.k.to(q.dtype), of.v.to(q.dtype), layout, dropout=self._dropout(q, ctx, branch=0)
-        )
+        k, v, dropout = of.k.to(q.dtype), of.v.to(q.dtype), self._dropout(q, ctx, branch=0)
+        out = block_sparse_attention(q, k, v, layout, dropout=dropout)
+        assert isinstance(out, Tensor)  # no lse
         return out, layout.areas()[0]
 
     @torch.compiler.disable

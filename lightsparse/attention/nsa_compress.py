@@ -46,8 +46,8 @@ class MeanCompressor(nn.Module):
 class MlpCompressor(nn.Module):
     """W₂ · gelu(W₁ · [x₁ + e₁; …; x_l + e_l] + b), one for all heads; e is the position within the block.
 
-    The paper says "a learnable MLP with intra-block position encoding" and no more; width and activation are ours. No bias
-    at the end: added to every key alike, it would leave the softmax as it is.
+    The paper says "a learnable MLP with intra-block position encoding" and no more; width and activation are ours.
+    No bias at the end: added to every key alike, it would leave the softmax as it is.
     """
 
     def __init__(self, block: int, stride: int, dim: int, hidden: int):
