@@ -146,6 +146,7 @@ class NsaAttention(AttentionCore):
         nn.init.normal_(self.gate.weight, std=0.02)
         nn.init.zeros_(self.gate.bias)
         warn_if_dense("attention.top_n × attention.select_block", config.top_n * config.select_block, shape.context)
+        warn_if_dense("attention.window", config.window, shape.context)
 
     def selection_parameters(self) -> list[nn.Parameter]:
         """None: what chooses is the compressed branch, which is read as well."""
