@@ -19,6 +19,7 @@ from lightsparse.attention.core import AttentionConfig, AttentionCore, Attention
 from lightsparse.attention.guards import warn_if_dense
 from lightsparse.attention.kept_mass import kept_mass, queries_at, sampled_queries
 from lightsparse.attention.nsa_compress import complete, summary_layout
+from lightsparse.attention.nsa_gates import BRANCHES, Gates, mean_gates
 from lightsparse.attention.nsa_keys import KeysValues, SummaryKeys, WindowKeys
 from lightsparse.attention.nsa_picture import together
 from lightsparse.attention.nsa_select import Selector
@@ -29,7 +30,6 @@ from lightsparse.parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 
-BRANCHES = ("compressed", "selected", "window")
 _TABLE = (
     1 << 24
 )  # entries of the tables held at once; a longer sequence is worked on in parts, chosen again for backward
@@ -142,9 +142,7 @@ class NsaAttention(AttentionCore):
             config.first,
             config.local,
         )
-        self.gate = nn.Linear(shape.embed_dim, len(BRANCHES) * shape.heads)
-        nn.init.normal_(self.gate.weight, std=0.02)
-        nn.init.zeros_(self.gate.bias)
+        self.gate = Gates(shape)
         warn_if_dense("attention.top_n × attention.select_block", config.top_n * config.select_block, shape.context)
         warn_if_dense("attention.window", config.window, shape.context)
 
@@ -172,24 +170,17 @@ class NsaAttention(AttentionCore):
         if self.window_keys is not None:
             near, of_window = self.window_keys(x, ctx)
         window = self.window(q, *near, x=x, ctx=of_window)
-        with torch.autocast(q.device.type, enabled=False):
-            gates = self.gates(x)
-            out = sum(g[..., None] * o for g, o in zip(gates, (compressed, part.out, window.out), strict=True))
+        gates = self.gate(x)
+        out = sum(g[..., None] * o for g, o in zip(gates, (compressed, part.out, window.out), strict=True))
         out = out.to(q.dtype)
         if ctx.q_start:
             return AttentionResult(out)
         stats = {
             "density": window.stats["density"] + self._density(area, part, n, ctx, q.device),
             "kept_mass": self._kept_mass(q, k, of_summaries.k, n, ctx),
-            **self._mean_gates(gates, n, ctx),
+            **mean_gates(gates, n, ctx),
         }
         return AttentionResult(out, stats=stats, choice=part.choice)
-
-    def gates(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Of each branch, in the order of BRANCHES: [B, H, N], at least fp32."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = nn.functional.linear(x.to(dtype), self.gate.weight.to(dtype), self.gate.bias.to(dtype))
-        return logits.sigmoid().unflatten(-1, (len(BRANCHES), -1)).permute(2, 0, 3, 1).unbind(0)
 
     def _compressed(self, q: Tensor, of: KeysValues, n: int, ctx: SequenceContext) -> tuple[Tensor, Tensor]:
         """[B, H, Nq, D] and the query–key area of its tiles, fp64 [B|1, 1]. Every rank has all summaries."""
@@ -317,10 +308,3 @@ class NsaAttention(AttentionCore):
         q_at = queries_at(q, at, ctx)
         table = self.choose(q_at, keys, at, n, ctx).repeat_interleave(q.shape[1] // k.shape[1], 1)
         return kept_mass(q_at, k, table, at, self.options.select_block, ctx)
-
-    @torch.no_grad()
-    def _mean_gates(self, gates: tuple[Tensor, ...], n: int, ctx: SequenceContext) -> dict[str, Tensor]:
-        sums = torch.stack([gate.mean((0, 1)).sum() for gate in gates])
-        if ctx.shard is not None:
-            sums = sum_over(sums, ctx.shard)
-        return {f"gate_{branch}": mean.float() for branch, mean in zip(BRANCHES, sums / n, strict=True)}

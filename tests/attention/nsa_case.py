@@ -9,8 +9,9 @@ from battery import Inputs, Shape, context, documents_at
 from torch import Tensor
 
 from lightsparse.attention.core import AttentionResult, AttentionShape
-from lightsparse.attention.nsa import BRANCHES, NsaAttention, NsaConfig
+from lightsparse.attention.nsa import NsaAttention, NsaConfig
 from lightsparse.attention.nsa_compress import MlpCompressor
+from lightsparse.attention.nsa_gates import BRANCHES
 
 SMALL = NsaConfig().small()
 

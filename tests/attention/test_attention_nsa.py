@@ -15,6 +15,7 @@ from nsa_case import as_map, make, only, run, softmax_under, squeezed, written_o
 from lightsparse.attention import guards, nsa, nsa_select
 from lightsparse.attention.core import AttentionShape
 from lightsparse.attention.nsa import NsaAttention, NsaConfig
+from lightsparse.attention.nsa_gates import BRANCHES
 from lightsparse.attention.nsa_select import Selector
 from lightsparse.attention.sliding_window import SlidingWindowAttention, SlidingWindowConfig
 
@@ -100,8 +101,8 @@ def test_the_window_branch_alone_is_sliding_window():
 def test_gates_add_up_without_being_normalised():
     shape = SHAPES[0]
     given = Inputs.random(shape)
-    parts = [run(only(make(shape), branch), given).out for branch in nsa.BRANCHES]
-    close(run(only(make(shape), *nsa.BRANCHES), given).out, sum(parts), 1e-6, "the sum of all branches")
+    parts = [run(only(make(shape), branch), given).out for branch in BRANCHES]
+    close(run(only(make(shape), *BRANCHES), given).out, sum(parts), 1e-6, "the sum of all branches")
 
 
 def test_importance_weighs_summaries_by_the_tokens_that_they_share_with_a_block():
@@ -240,7 +241,7 @@ def test_stats_say_what_the_gates_do_and_what_is_kept():
     gates = (
         torch.nn.functional.linear(given.x, core.gate.weight, core.gate.bias).sigmoid().unflatten(-1, (3, -1)).detach()
     )
-    for i, branch in enumerate(nsa.BRANCHES):
+    for i, branch in enumerate(BRANCHES):
         assert float(stats[f"gate_{branch}"]) == pytest.approx(float(gates[:, :, i].mean()), abs=1e-6)
     assert set(core.logged) | {"density"} == set(stats)
     assert 0.1 < float(stats["kept_mass"]) < 0.95

@@ -87,7 +87,7 @@ def test_both_branches_under_their_gates_equal_theirs(fla):
     core, given = make(shape, top_n=4, **ONE_SIZE), Inputs.random(shape).leaves()
     with torch.no_grad():
         core.gate.bias.view(3, -1)[2] = -torch.inf
-    g_compressed, g_selected, _ = (g.transpose(1, 2) for g in core.gates(given.x))
+    g_compressed, g_selected, _ = (g.transpose(1, 2) for g in core.gate(given.x))
     right = fla.naive_nsa(
         *theirs(given.q, given.k, given.v), g_compressed, g_selected, block_counts=4, block_size=16
     ).transpose(1, 2)
