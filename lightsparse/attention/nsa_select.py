@@ -3,6 +3,8 @@
 The importance of a block is the compressed branch's probability of the summaries that overlap it, each as often as it
 has chunks of `stride` tokens there (Yuan et al. 2025, arXiv 2502.11089, eq. 9), added up over the query heads that
 share the keys (eq. 10), so that these read the same blocks.
+A summary on the border of two blocks counts for both alike. Where it has nearly all of the attention, these two differ
+by no more than rounding does, and decoding may choose the other one of them than the pass over the whole text.
 
 Shapes: B batch, H query heads, Hkv key/value heads, G = H / Hkv, R queries, S summaries, J blocks of tokens.
 """

@@ -36,7 +36,6 @@ PROPERTIES = [
     (battery.packs_like_separate_documents, ()),
     (battery.decodes_token_by_token, ()),
     (battery.decodes_from_a_cache, (Shape(90, 2, 4, 2, 32),)),
-    (battery.generates_like_the_full_forward, ()),
     (battery.chooses_again_what_it_chose, ()),
     (battery.grows_linearly, ()),
     (battery.equals_the_reference, (Shape(111, 2, 4, 2, 64),)),
