@@ -57,6 +57,10 @@ SPECIAL = {
     },
     "dense": {"under a pattern": Case(fields=(("pattern", BigBird(32, 8, 2, seed=1)), ("block", 16)))},
     "adaptive": {"one choice for all heads": Case(fields=(("shared", True),), training=True, kind="head_tail")},
+    "nsa": {
+        "keys of its own per branch": Case(fields=(("branch_kv", "own"),), borders=(37, 160), kind="head_tail"),
+        "means": Case(fields=(("compress", "mean"),), training=True, dropout=0.3, kind="balanced"),
+    },
     "hierarchical": {
         "blocks selected": Case(fields=(("reduce", None), ("levels", ((20, 1), (None, 3))), ("log_count", False)))
     },

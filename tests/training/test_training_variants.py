@@ -36,7 +36,8 @@ def test_a_variant_trains_and_writes_by_override(name: str, tiny: Tiny) -> None:
     table = rows(config)
     assert [row["step"] for row in table] == [0, 1, 2, 3]
     assert table[-1]["val_loss"] < table[0]["val_loss"]
-    assert all(0 < row["attention_density"] <= 1.5 for row in table[1:])
+    # Above 1 where several branches read the same tokens and each is as long as this context (nsa).
+    assert all(0 < row["attention_density"] <= 2.5 for row in table[1:])
 
 
 def test_a_router_reports_its_gates_its_heads_and_its_churn(tiny: Tiny) -> None:

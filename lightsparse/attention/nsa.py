@@ -1,0 +1,310 @@
+"""NSA, native sparse attention (Yuan et al. 2025, arXiv 2502.11089): summaries, chosen blocks and a window, gated.
+
+o_t = Σ_c g_c(x_t) · Attn_c(q_t), c one of compressed, selected, window (eq. 5); g is a sigmoid per query head, and the
+three are not normalised. Each branch is a softmax of its own. What the compressed branch attends to decides which
+blocks of tokens the selected branch reads (nsa_select.py); that choice has no gradient, so the compression learns
+through its own branch alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
+from lightsparse.attention.guards import warn_if_dense
+from lightsparse.attention.kept_mass import kept_mass, queries_at, sampled_queries
+from lightsparse.attention.nsa_compress import complete, summary_layout
+from lightsparse.attention.nsa_gates import BRANCHES, Gates, mean_gates
+from lightsparse.attention.nsa_keys import KeysValues, SummaryKeys, WindowKeys
+from lightsparse.attention.nsa_picture import together
+from lightsparse.attention.nsa_select import Selector
+from lightsparse.attention.over_ranks import attention, sequence_length
+from lightsparse.attention.sliding_window import SlidingWindowAttention, SlidingWindowConfig
+from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.parallel.shard import sum_over
+from lightsparse.patterns import BlockLayout, interval_mask
+from lightsparse.patterns.layout import no_dense_rows
+
+_TABLE = (
+    1 << 24
+)  # entries of the tables held at once; a longer sequence is worked on in parts, chosen again for backward
+_APART = 1 << 20  # between the layer numbers under which the branches draw their dropout
+
+
+@dataclass(frozen=True)
+class NsaConfig(AttentionConfig):
+    """The defaults are the paper's (section 4.1); conf/attention/nsa.yaml has smaller ones."""
+
+    compress_block: int = 32  # l: tokens that a summary stands for
+    compress_stride: int = 16  # d: tokens from one summary to the next; divides compress_block and select_block
+    compress: Literal["mlp", "mean"] = "mlp"
+    compress_hidden: int | None = None  # width of the MLP; null: head_dim. Not given in the paper
+    select_block: int = 64  # l': tokens per block that is chosen, and the tile of the computation
+    top_n: int = 16  # n: blocks that a query reads, those of `first` and `local` included
+    first: int = 1  # blocks at the document's start that everyone reads
+    local: int = 2  # the own block and those right before it
+    window: int = 512  # w: tokens
+    branch_kv: Literal["shared", "own"] = "shared"  # the layer's keys and values for all branches, or its own for each
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("compress_block", "compress_stride", "select_block", "local", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"attention.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.first < 0:
+            raise ValueError(f"attention.first is {self.first}; it counts blocks and must be at least 0")
+        for name in ("compress_block", "select_block"):
+            if getattr(self, name) % self.compress_stride:
+                raise ValueError(
+                    f"attention.{name} is {getattr(self, name)}; it must be a multiple of attention.compress_stride, "
+                    f"which is {self.compress_stride}"
+                )
+        if self.top_n < self.first + self.local:
+            raise ValueError(
+                f"attention.top_n is {self.top_n}; it counts the {self.first} first and {self.local} local blocks, so "
+                f"it must be at least {self.first + self.local}, or lower attention.first and attention.local"
+            )
+        for name, choices in (("compress", ("mlp", "mean")), ("branch_kv", ("shared", "own"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"attention.{name} is {getattr(self, name)!r}; use {' or '.join(choices)}")
+        if self.compress_hidden is not None and (self.compress_hidden < 1 or self.compress == "mean"):
+            raise ValueError(
+                f"attention.compress_hidden is {self.compress_hidden}; it is the width of compress=mlp, at least 1, "
+                "and null with compress=mean"
+            )
+        if self.density is not None:
+            raise ValueError(
+                f"attention.density is {self.density}; a query reads top_n blocks and a window whatever the context: "
+                "set attention.top_n and attention.window, or use attention=adaptive"
+            )
+
+    def small(self) -> Self:
+        return replace(self, compress_block=8, compress_stride=4, select_block=16, top_n=4, window=21)
+
+    def full(self) -> Self:
+        """Everything in the selected branch and in the window; the gates remain."""
+        return replace(self, top_n=1 << 24, window=1 << 24)
+
+
+class Selection(NamedTuple):
+    layout: BlockLayout
+
+
+class _Part(NamedTuple):
+    """The selected branch of some queries."""
+
+    out: Tensor  # [B, H, R, D]
+    computed: Tensor  # [B, Hkv]: query–key area of the tiles read
+    dense: Tensor  # [B|1]: and of dense attention's
+    choice: Tensor  # int32 [B, Hkv, rows, K]: what the last token of every block chose
+
+
+class NsaAttention(AttentionCore):
+    """Each token reads summaries of its whole past, the blocks whose summaries it attends to most, and a window.
+
+    A block is chosen per token and key/value head, by fp32 scores with autocast off; equal ones go to the lower block.
+    With documents, first blocks and summaries are those of the query's document; a summary that would cross a border
+    is read by nobody, and a query that sees no summary gets 0 from that branch.
+    With branch_kv=own the layer's keys and values are the selected branch's, and the other two project their own.
+
+    Stats: density, of all three branches; kept_mass, the share of dense attention's weight on the chosen blocks, on a
+    few sampled queries; the mean gate of each branch. `choice` is the table's row of each block's last token.
+    """
+
+    Config = NsaConfig
+    supports_bidirectional = False
+    exact_at_full_budget = False  # three gated outputs, no mean of values
+    chooses = True
+    logged = ("kept_mass", *(f"gate_{branch}" for branch in BRANCHES))
+    context_parallel = ("sparse", "gather")
+
+    def __init__(self, config: NsaConfig, shape: AttentionShape):
+        super().__init__(config, shape)
+        self.options = config  # `config` under its own type
+        own = config.branch_kv == "own"
+        hidden = None if config.compress == "mean" else config.compress_hidden or shape.head_dim
+        self.summaries = SummaryKeys(shape, config.compress_block, config.compress_stride, hidden, own)
+        self.window_keys = WindowKeys(shape, config.window, config.select_block) if own else None
+        self.window = SlidingWindowAttention(
+            SlidingWindowConfig(window=config.window, sinks=0, block=config.select_block, dropout=config.dropout),
+            replace(shape, layer=shape.layer + 2 * _APART),
+        )
+        self.selector = Selector(
+            config.compress_block,
+            config.compress_stride,
+            config.select_block,
+            config.top_n,
+            config.first,
+            config.local,
+        )
+        self.gate = Gates(shape)
+        warn_if_dense("attention.top_n × attention.select_block", config.top_n * config.select_block, shape.context)
+        warn_if_dense("attention.window", config.window, shape.context)
+
+    def selection_parameters(self) -> list[nn.Parameter]:
+        """None: what chooses is the compressed branch, which is read as well."""
+        return []
+
+    def shard_unit(self) -> int:
+        return self.options.select_block
+
+    def row_loads(self, length: int, unit: int) -> list[float]:
+        """Keys that the queries of each unit read, summed, without documents."""
+        of = self.options
+        t = torch.arange(length)
+        chosen = (t // of.select_block + 1).clamp(max=of.top_n) * of.select_block
+        read = t // of.compress_stride + chosen + t.clamp(max=of.window)
+        return [float(keys.sum()) for keys in read.split(unit)]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+        n = sequence_length(k, ctx)
+        of_summaries = self.summaries(k, v, x, n, ctx)
+        compressed, area = self._compressed(q, of_summaries, n, ctx)
+        part = self._selected(q, k, v, of_summaries.k, n, ctx)
+        near, of_window = KeysValues(k, v), ctx
+        if self.window_keys is not None:
+            near, of_window = self.window_keys(x, ctx)
+        window = self.window(q, *near, x=x, ctx=of_window)
+        gates = self.gate(x)
+        out = sum(g[..., None] * o for g, o in zip(gates, (compressed, part.out, window.out), strict=True))
+        out = out.to(q.dtype)
+        if ctx.q_start:
+            return AttentionResult(out)
+        stats = {
+            "density": window.stats["density"] + self._density(area, part, n, ctx, q.device),
+            "kept_mass": self._kept_mass(q, k, of_summaries.k, n, ctx),
+            **mean_gates(gates, n, ctx),
+        }
+        return AttentionResult(out, stats=stats, choice=part.choice)
+
+    def _compressed(self, q: Tensor, of: KeysValues, n: int, ctx: SequenceContext) -> tuple[Tensor, Tensor]:
+        """[B, H, Nq, D] and the query–key area of its tiles, fp64 [B|1, 1]. Every rank has all summaries."""
+        if not of.k.shape[2]:  # nothing to read yet; the parameters are in the graph all the same
+            return q * 0 + (of.k.sum() + of.v.sum()).to(q.dtype), q.new_zeros(1, 1, dtype=torch.float64)
+        layout = self._summary_layout(n, self._tokens(q, ctx), ctx)
+        k, v, dropout = of.k.to(q.dtype), of.v.to(q.dtype), self._dropout(q, ctx, branch=0)
+        out = block_sparse_attention(q, k, v, layout, dropout=dropout)
+        assert isinstance(out, Tensor)  # no lse
+        return out, layout.areas()[0]
+
+    @torch.compiler.disable
+    def _summary_layout(self, n: int, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:
+        """Layers of the same pass share it."""
+        of = self.options
+        key = ("nsa", of.compress_block, of.compress_stride, of.select_block)
+        if key not in ctx.layouts:
+            ctx.layouts[key] = summary_layout(
+                tokens,
+                complete(n, of.compress_block, of.compress_stride),
+                block=of.compress_block,
+                stride=of.compress_stride,
+                tile=of.select_block,
+                documents=ctx.documents,
+            )
+        return ctx.layouts[key]
+
+    def _tokens(self, q: Tensor, ctx: SequenceContext) -> Tensor:
+        """Places of the queries in the sequence."""
+        if ctx.shard is not None:
+            return ctx.shard.tokens.to(q.device)
+        return torch.arange(ctx.q_start, ctx.q_start + q.shape[2], device=q.device)
+
+    def _dropout(self, q: Tensor, ctx: SequenceContext, branch: int) -> Dropout | None:
+        layer = self.shape.layer + branch * _APART
+        return ctx.dropout(self.options.dropout, layer=layer, training=self.training, batch=len(q), device=q.device)
+
+    def _selected(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, n: int, ctx: SequenceContext) -> _Part:
+        dropout, parts = self._dropout(q, ctx, branch=1), []
+        keys = keys.detach()
+        for start, stop in self._parts(q, n, ctx):
+            seen = k.shape[2] if stop == q.shape[2] else ctx.q_start + stop
+            given = (q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], keys, ctx.q_start + start, n, ctx, dropout)
+            if torch.is_grad_enabled() and stop - start < q.shape[2]:
+                parts.append(checkpoint(self._attend, *given, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(self._attend(*given))
+        if len(parts) == 1:
+            return parts[0]
+        out, computed, dense, choice = zip(*parts, strict=True)
+        return _Part(torch.cat(out, 2), torch.stack(computed).sum(0), torch.stack(dense).sum(0), torch.cat(choice, 2))
+
+    def _parts(self, q: Tensor, n: int, ctx: SequenceContext) -> list[tuple[int, int]]:
+        """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
+        block = self.options.select_block
+        per_query = q.shape[0] * self.shape.kv_heads * min(self.options.top_n, -(-n // block))
+        at_once = max(_TABLE // per_query // block, 1) * block
+        if ctx.shard is not None or q.shape[2] <= at_once:
+            return [(0, q.shape[2])]
+        return [(start, min(start + at_once, q.shape[2])) for start in range(0, q.shape[2], at_once)]
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor,
+        first: int,
+        length: int,
+        ctx: SequenceContext,
+        dropout: Dropout | None,
+    ) -> _Part:
+        """Queries `first` … of a sequence of `length` (with a shard: this rank's) over keys up to the last of them."""
+        layout, tokens = self._layout(q, keys, first, length, ctx)
+        out, _ = attention(q, k, v, layout, ctx, dropout=dropout)
+        block = self.options.select_block
+        ends = (tokens % block == block - 1) | (tokens == length - 1)
+        return _Part(out, *layout.areas(), layout.kv_indices[:, :, ends])
+
+    def _layout(
+        self, q: Tensor, keys: Tensor, first: int, length: int, ctx: SequenceContext
+    ) -> tuple[BlockLayout, Tensor]:
+        """What these queries read of the tokens, and their places in the sequence."""
+        if ctx.shard is None:
+            n, tokens = first + q.shape[2], torch.arange(first, first + q.shape[2], device=q.device)
+        else:
+            n, tokens = length, ctx.shard.tokens.to(q.device)
+        documents = None if ctx.documents is None else ctx.documents[:, :n]
+        mask = interval_mask(n, documents=documents, device=q.device).of_queries(tokens)
+        table = self.choose(q, keys, tokens, length, ctx)
+        return BlockLayout(table, 1, self.options.select_block, mask, no_dense_rows(q.device)), tokens
+
+    @torch.compiler.disable  # it goes by values
+    @torch.no_grad()
+    def choose(self, q: Tensor, keys: Tensor, tokens: Tensor, length: int, ctx: SequenceContext) -> Tensor:
+        """The blocks of some queries [B, H, R, D] at `tokens` [R], ascending: int32 [B, Hkv, R, K].
+
+        keys  [B, Hkv, S, D] of all summaries of the sequence of `length` tokens
+        """
+        with torch.autocast(q.device.type, enabled=False):
+            return self.selector.table(q, keys, tokens, length, ctx.documents)
+
+    @torch.no_grad()
+    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> Selection:
+        """What forward reads in all three branches, for pictures: summaries behind the tokens, repeats kept."""
+        n = sequence_length(k, ctx)
+        keys = self.summaries(k, k, x, n, ctx).k
+        chosen, tokens = self._layout(q, keys, ctx.q_start, n, ctx)
+        summaries = self._summary_layout(n, tokens, ctx) if keys.shape[2] else None
+        return Selection(together(chosen, self.window.layout(n, ctx, q.device), summaries))
+
+    @torch.no_grad()
+    def _density(self, area: Tensor, part: _Part, n: int, ctx: SequenceContext, device: torch.device) -> Tensor:
+        """Of the compressed and the selected branch: scalar."""
+        computed, dense = part.computed, part.dense
+        if ctx.shard is not None:
+            area, computed, dense = (sum_over(t, ctx.shard) for t in (area, computed, dense))
+        tiles = self.window.layout(n, ctx, device).areas()[
+            1
+        ]  # dense attention's, at the compressed branch's granularity
+        return ((area / tiles[:, None]).mean() + (computed / dense[:, None]).mean()).float()
+
+    def _kept_mass(self, q: Tensor, k: Tensor, keys: Tensor, n: int, ctx: SequenceContext) -> Tensor:
+        at = sampled_queries(n, q.device)
+        q_at = queries_at(q, at, ctx)
+        table = self.choose(q_at, keys, at, n, ctx).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        return kept_mass(q_at, k, table, at, self.options.select_block, ctx)
