@@ -1,0 +1,60 @@
+"""Heavily compressed attention, HCA (DeepSeek-V4, section 2.3.2): a window, and all entries of very long strides.
+
+Every `stride` tokens become one entry (csa_compress.py, eq. 20–23), and a query reads all entries that end at or before
+it, without a choice, beside a near window and a learned sink, under one softmax. How this differs from V4's layer as a
+whole: compressed.py. V4 alternates HCA with CSA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lightsparse.attention.compressed import CompressedAttention, CompressedConfig, Entries, Far, tokens_of
+from lightsparse.attention.core import AttentionResult, SequenceContext
+from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.patterns import BlockLayout
+from lightsparse.patterns.grid import compact
+from lightsparse.patterns.layout import no_dense_rows
+
+
+@dataclass(frozen=True)
+class HcaConfig(CompressedConfig):
+    stride: int = 128  # tokens per compressed entry
+
+    def small(self) -> Self:
+        return replace(self, window=21, stride=16, block=16)
+
+
+class HcaAttention(CompressedAttention):
+    """Each token reads the `window` tokens up to itself and one entry for every whole stride before or at it."""
+
+    Config = HcaConfig
+
+    def far(
+        self, q: Tensor, x: Tensor, near_lse: Tensor, entries: Entries, ctx: SequenceContext, dropout: Dropout | None
+    ) -> tuple[Far, AttentionResult]:
+        layout = all_entries(entries, tokens_of(q, ctx), self.block if not ctx.q_start else 1, self.block, ctx)
+        out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
+        return Far(out, lse, layout.areas()[0].mean(1)), AttentionResult(out)
+
+
+@torch.compiler.disable  # tables are made of values
+def all_entries(entries: Entries, tokens: Tensor, q_block: int, kv_block: int, ctx: SequenceContext) -> BlockLayout:
+    """The layout of queries at `tokens` [R] over all entries that they may read. Layers of the same pass share it."""
+    key = ("all entries", entries.count, entries.stride, len(tokens), q_block, kv_block)
+    if key not in ctx.layouts:
+        mask = entries.mask(tokens, ctx)
+        ends = torch.arange(q_block - 1, len(tokens) + q_block - 1, q_block, device=tokens.device)
+        last = (tokens[ends.clamp(max=len(tokens) - 1)] + 1) // entries.stride  # entries that the row's last query sees
+        column = torch.arange(-(-entries.count // kv_block), device=tokens.device)
+        wanted = (column * kv_block < last[:, None])[None, None]
+        if mask.q_doc is not None and mask.kv_doc is not None:  # no block that ends before the row's first document
+            behind = ((column + 1) * kv_block - 1).clamp(max=entries.count - 1)
+            wanted = wanted & (mask.kv_doc[:, None, None, behind] >= mask.q_doc[:, None, ::q_block, None])
+        table = compact(column.to(torch.int32).expand(wanted.shape), wanted)
+        ctx.layouts[key] = BlockLayout(table, q_block, kv_block, mask, no_dense_rows(tokens.device))
+    return ctx.layouts[key]
