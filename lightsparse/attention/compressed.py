@@ -16,10 +16,11 @@ belongs to that layer:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
@@ -30,6 +31,7 @@ from lightsparse.hashing import chain
 from lightsparse.kernels import Dropout
 from lightsparse.parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout, ElementMask, LocalWindow, Pattern, interval_mask
+from lightsparse.patterns.grid import compact
 from lightsparse.patterns.mask import ALWAYS
 
 _FAR = torch.tensor(1)  # keeps the dropout of entries apart from that of tokens
@@ -58,27 +60,14 @@ class CompressedConfig(AttentionConfig):
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """All compressed entries of the sequence so far: keys and values [B, Hkv, S, D], and whose they are."""
+    """All compressed entries of the sequence so far: keys and values [B, Hkv, S, D]."""
 
     keys: Tensor
     values: Tensor
-    stride: int
-    documents: Tensor | None  # [B, S]
 
     @property
     def count(self) -> int:
         return self.keys.shape[2]
-
-    def mask(self, tokens: Tensor, ctx: SequenceContext) -> ElementMask:
-        """For queries at `tokens` [R]: an entry is read from its last token on, within its document."""
-        last = torch.arange(self.count, dtype=torch.int32, device=tokens.device) * self.stride + self.stride - 1
-        return ElementMask(
-            q_pos=tokens.to(torch.int32)[None],
-            visible_from=last[None],
-            visible_until=torch.full_like(last, ALWAYS)[None],
-            q_doc=None if ctx.documents is None else ctx.documents[:, tokens],
-            kv_doc=self.documents,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +184,7 @@ class CompressedAttention(FixedPatternAttention):
         keys, count = values, values.shape[2]
         if ctx.rotary is not None:
             keys = ctx.rotary(values, entry_positions(count, self.stride, ctx, x.device))
-        return Entries(keys, values, self.stride, entry_documents(count, self.stride, ctx))
+        return Entries(keys, values)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -212,6 +201,39 @@ def merged(near: Tensor, near_lse: Tensor, far: Tensor, far_lse: Tensor) -> tupl
     return torch.lerp(far.to(share.dtype), near.to(share.dtype), share).to(near.dtype), torch.logaddexp(
         near_lse, far_lse
     )
+
+
+def entry_mask(count: int, stride: int, tokens: Tensor, ctx: SequenceContext) -> ElementMask:
+    """For queries at `tokens` [R]: an entry is read from its last token on, within its document."""
+    last = torch.arange(count, dtype=torch.int32, device=tokens.device) * stride + stride - 1
+    return ElementMask(
+        q_pos=tokens.to(torch.int32)[None],
+        visible_from=last[None],
+        visible_until=torch.full_like(last, ALWAYS)[None],
+        q_doc=None if ctx.documents is None else ctx.documents[:, tokens],
+        kv_doc=entry_documents(count, stride, ctx),
+    )
+
+
+def beside(near: BlockLayout, far: BlockLayout) -> BlockLayout:
+    """Two layouts of the same rows and block sizes as one: tokens, then entries. For pictures and density."""
+    a, b, padding = near.mask, far.mask, -near.num_keys % near.kv_block
+
+    def joined(x: Tensor, y: Tensor, fill: int) -> Tensor:
+        batch = max(len(x), len(y))
+        return torch.cat([F.pad(x, (0, padding), value=fill).expand(batch, -1), y.expand(batch, -1)], 1)
+
+    mask = replace(
+        a,
+        visible_from=joined(a.visible_from, b.visible_from, ALWAYS),
+        visible_until=joined(a.visible_until, b.visible_until, ALWAYS),
+        kv_doc=None if a.kv_doc is None or b.kv_doc is None else joined(a.kv_doc, b.kv_doc, -1),
+        num_tokens=near.num_keys,
+    )
+    behind = torch.where(far.kv_indices < 0, -1, far.kv_indices + near.num_kv_blocks)
+    batch = max(len(behind), len(near.kv_indices))
+    table = torch.cat([near.kv_indices.expand(batch, -1, -1, -1), behind.expand(batch, -1, -1, -1)], -1)
+    return replace(near, kv_indices=compact(table, table >= 0), mask=mask)
 
 
 def tokens_of(q: Tensor, ctx: SequenceContext) -> Tensor:

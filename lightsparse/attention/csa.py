@@ -16,10 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightsparse.attention.compressed import CompressedAttention, CompressedConfig, Entries, Far, tokens_of
+from lightsparse.attention.compressed import (
+    CompressedAttention,
+    CompressedConfig,
+    Entries,
+    Far,
+    beside,
+    entry_mask,
+    tokens_of,
+)
 from lightsparse.attention.core import AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.csa_index import Index, LightningIndexer, Visible, choose, divergence
 from lightsparse.attention.guards import warn_if_dense
+from lightsparse.attention.over_ranks import sequence_length
 from lightsparse.kernels import Dropout, block_sparse_attention
 from lightsparse.parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout
@@ -97,6 +106,21 @@ class CsaAttention(CompressedAttention):
         self.indexer(x, ctx, state)  # decoding keeps its tokens, too
         return {"index_kl": x.new_zeros((), dtype=torch.float32)}
 
+    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> Selection:
+        """What forward reads, for pictures: tokens and, behind them, entries, a row per query and a key per block.
+
+        The tokens are those of the window's tiles; k plays no part. The table of all queries at once.
+        """
+        n, tokens = sequence_length(k, ctx), tokens_of(q, ctx)
+        window = self.window_layout(n, ctx, q.device)
+        tiles = window.per_token(0, n)
+        table = tiles.kv_indices[..., None] * self.block + torch.arange(self.block, device=q.device)
+        inside = (tiles.kv_indices >= 0)[..., None] & (table < n)
+        table = torch.where(inside, table, -1).flatten(-2).to(torch.int32)
+        near = replace(tiles, kv_indices=table, kv_block=1)
+        return Selection(beside(near, self._layout(self.indexer(x, ctx, {}), tokens, ctx)))
+
+    @torch.compiler.disable  # rows are worked on in parts, by values
     def far(
         self, q: Tensor, x: Tensor, near_lse: Tensor, entries: Entries, ctx: SequenceContext, dropout: Dropout | None
     ) -> tuple[Far, AttentionResult]:
@@ -146,7 +170,7 @@ class CsaAttention(CompressedAttention):
         ctx: SequenceContext,
         dropout: Dropout | None,
     ) -> _Part:
-        layout = self._layout(index, entries, tokens, ctx)
+        layout = self._layout(index, tokens, ctx)
         table = layout.kv_indices
         out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
         total = rows = q.new_zeros(())
@@ -159,9 +183,9 @@ class CsaAttention(CompressedAttention):
         return _Part(out, lse, (table >= 0).sum((1, 2, 3)).double(), total, rows, table[:, :, ends])
 
     @torch.compiler.disable
-    def _layout(self, index: Index, entries: Entries, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:
+    def _layout(self, index: Index, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:
         """What queries at `tokens` read, a row per query and an entry per block."""
-        mask = entries.mask(tokens, ctx)
-        visible = Visible((tokens + 1) // self.stride, mask.q_doc, entries.documents)
+        mask = entry_mask(index.keys.shape[1], self.stride, tokens, ctx)
+        visible = Visible((tokens + 1) // self.stride, mask.q_doc, mask.kv_doc)
         table = choose(index, self.csa.top_k, visible)[:, None]
         return BlockLayout(table, 1, 1, mask, no_dense_rows(tokens.device))

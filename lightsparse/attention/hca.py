@@ -13,7 +13,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightsparse.attention.compressed import CompressedAttention, CompressedConfig, Entries, Far, tokens_of
+from lightsparse.attention.compressed import (
+    CompressedAttention,
+    CompressedConfig,
+    Entries,
+    Far,
+    beside,
+    entry_mask,
+    tokens_of,
+)
 from lightsparse.attention.core import AttentionResult, SequenceContext
 from lightsparse.kernels import Dropout, block_sparse_attention
 from lightsparse.patterns import BlockLayout
@@ -37,24 +45,29 @@ class HcaAttention(CompressedAttention):
     def far(
         self, q: Tensor, x: Tensor, near_lse: Tensor, entries: Entries, ctx: SequenceContext, dropout: Dropout | None
     ) -> tuple[Far, AttentionResult]:
-        layout = all_entries(entries, tokens_of(q, ctx), self.block if not ctx.q_start else 1, self.block, ctx)
+        layout = self._all(entries.count, tokens_of(q, ctx), 1 if ctx.q_start else self.block, ctx)
         out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
         return Far(out, lse, layout.areas()[0].mean(1)), AttentionResult(out)
 
+    def layout(self, num_keys: int, ctx: SequenceContext, device: torch.device) -> BlockLayout:
+        """Tokens and, behind them, entries."""
+        window = self.window_layout(num_keys, ctx, device)
+        tokens = torch.arange(ctx.q_start, num_keys, device=device)
+        return beside(window, self._all(num_keys // self.stride, tokens, window.q_block, ctx))
 
-@torch.compiler.disable  # tables are made of values
-def all_entries(entries: Entries, tokens: Tensor, q_block: int, kv_block: int, ctx: SequenceContext) -> BlockLayout:
-    """The layout of queries at `tokens` [R] over all entries that they may read. Layers of the same pass share it."""
-    key = ("all entries", entries.count, entries.stride, len(tokens), q_block, kv_block)
-    if key not in ctx.layouts:
-        mask = entries.mask(tokens, ctx)
-        ends = torch.arange(q_block - 1, len(tokens) + q_block - 1, q_block, device=tokens.device)
-        last = (tokens[ends.clamp(max=len(tokens) - 1)] + 1) // entries.stride  # entries that the row's last query sees
-        column = torch.arange(-(-entries.count // kv_block), device=tokens.device)
-        wanted = (column * kv_block < last[:, None])[None, None]
-        if mask.q_doc is not None and mask.kv_doc is not None:  # no block that ends before the row's first document
-            behind = ((column + 1) * kv_block - 1).clamp(max=entries.count - 1)
-            wanted = wanted & (mask.kv_doc[:, None, None, behind] >= mask.q_doc[:, None, ::q_block, None])
-        table = compact(column.to(torch.int32).expand(wanted.shape), wanted)
-        ctx.layouts[key] = BlockLayout(table, q_block, kv_block, mask, no_dense_rows(tokens.device))
-    return ctx.layouts[key]
+    @torch.compiler.disable  # tables are made of values
+    def _all(self, count: int, tokens: Tensor, q_block: int, ctx: SequenceContext) -> BlockLayout:
+        """Queries at `tokens` [R] over all of `count` entries that they may read. Layers of the same pass share it."""
+        key = ("all entries", count, self.stride, len(tokens), q_block, self.block)
+        if key not in ctx.layouts:
+            mask = entry_mask(count, self.stride, tokens, ctx)
+            ends = torch.arange(q_block - 1, len(tokens) + q_block - 1, q_block, device=tokens.device)
+            ended = (tokens[ends.clamp(max=len(tokens) - 1)] + 1) // self.stride  # entries that a row's last query sees
+            column = torch.arange(-(-count // self.block), device=tokens.device)
+            wanted = (column * self.block < ended[:, None])[None, None]
+            if mask.q_doc is not None and mask.kv_doc is not None:  # no block that ends before the row's first document
+                last = ((column + 1) * self.block - 1).clamp(max=count - 1)
+                wanted = wanted & (mask.kv_doc[:, None, None, last] >= mask.q_doc[:, None, ::q_block, None])
+            table = compact(column.to(torch.int32).expand(wanted.shape), wanted)
+            ctx.layouts[key] = BlockLayout(table, q_block, self.block, mask, no_dense_rows(tokens.device))
+        return ctx.layouts[key]

@@ -41,18 +41,12 @@ def turned(entries: Tensor, m: int, ids: Tensor) -> Tensor:
 
 def written_out(core: CompressedAttention, given: Inputs, documents: Tensor | None = None):
     """(output, the indexer's loss or None)."""
-    (q, x), (n, m), window = (given.q, given.x), (given.q.shape[2], core.stride), core.options.window
+    (q, x), (n, m) = (given.q, given.x), (given.q.shape[2], core.stride)
     ids = documents_at(n, batch=len(x)) if documents is None else documents
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (given.k, given.v))
     entries = entries_of(core.compressor, x, ids)
     keys, values = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (turned(entries, m, ids), entries))
-    i, last = torch.arange(n), torch.arange(m - 1, entries.shape[2] * m, m)
-    near = (i <= i[:, None]) & (i > i[:, None] - window) & (ids[:, None] == ids[:, :, None])
-    read = (last <= i[:, None]) & (ids[:, None, last] == ids[:, :, None])
-    if isinstance(core, CsaAttention):
-        scores = index_scores(core, x.detach(), ids).masked_fill(~read, -torch.inf)
-        best = scores.topk(min(core.csa.top_k, len(last))).indices
-        read = torch.zeros_like(read).scatter(-1, best, True) & read
+    near, read = read_by_definition(core, given, documents)
     logits = torch.cat([q @ k.mT, q @ keys.mT], -1) / q.shape[-1] ** 0.5
     logits = logits.masked_fill(~torch.cat([near, read], -1)[:, None], -torch.inf)
     sink = core.sink[:, None, None].expand(len(q), -1, n, 1)
@@ -60,10 +54,25 @@ def written_out(core: CompressedAttention, given: Inputs, documents: Tensor | No
     out = weights @ torch.cat([v, values], 2)
     if not isinstance(core, CsaAttention):
         return out, None
+    scores = index_scores(core, x.detach(), ids)
     share, some = weights[..., n:].detach().sum(1), read.any(-1)
     share = share[some] / share[some].sum(-1, keepdim=True)
     loss = (torch.xlogy(share, share) - share * scores[some].masked_fill(~read[some], -1e9).log_softmax(-1)).sum(-1)
     return out, core.csa.index_weight * loss.mean()
+
+
+def read_by_definition(core: CompressedAttention, given: Inputs, documents: Tensor | None = None):
+    """What each query reads: tokens, bool [B, N, N], and entries, bool [B, N, S]."""
+    (n, m), x, window = (given.x.shape[1], core.stride), given.x, core.options.window
+    ids = documents_at(n, batch=len(x)) if documents is None else documents
+    i, last = torch.arange(n), torch.arange(m - 1, n, m)
+    near = (i <= i[:, None]) & (i > i[:, None] - window) & (ids[:, None] == ids[:, :, None])
+    read = (last <= i[:, None]) & (ids[:, None, last] == ids[:, :, None])
+    if isinstance(core, CsaAttention):
+        scores = index_scores(core, x.detach(), ids).masked_fill(~read, -torch.inf)
+        best = scores.topk(min(core.csa.top_k, len(last))).indices
+        read = torch.zeros_like(read).scatter(-1, best, True) & read
+    return near, read
 
 
 def index_scores(core: CsaAttention, x: Tensor, ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from battery import ROTARY, Inputs, Shape, close, context, documents_at, gradients
-from compressed_case import written_out
+from compressed_case import read_by_definition, written_out
 from torch import Tensor
 
 from lightsparse.attention import csa, guards
@@ -199,6 +199,25 @@ def test_density_counts_window_tiles_and_entries_read():
     window = 64 * (1 + 2 * 7)
     pairs = sum(min((t + 1) // 4, 2) for t in range(64))
     assert float(found.stats["density"]) == pytest.approx((window + pairs) / dense)
+
+
+@pytest.mark.parametrize("kind", ["csa", "hca"])
+@pytest.mark.parametrize("borders", [(), *BORDERS])
+def test_the_picture_shows_what_forward_reads(kind, borders):
+    shape = Shape(63, 2, 4, 2, 16)
+    documents = torch.cat([documents_at(63, *borders), documents_at(63)]) if borders else None
+    core, given, ctx = make(kind, shape), Inputs.random(shape), context(63, documents)
+    if isinstance(core, CsaAttention):
+        layout = core.select(given.q, given.k, given.x, ctx).layout
+    else:
+        layout = core.layout(63, ctx, torch.device("cpu"))
+    read = layout.to_dense().expand(2, -1, -1, -1)[:, 0]
+    near, entries = read_by_definition(core, given, documents)
+    assert torch.equal(read[:, :, :63], near)
+    assert torch.equal(read[:, :, layout.num_keys - entries.shape[2] :], entries)
+    density = float(run(core, given, documents).stats["density"])
+    if kind == "hca" or not borders:  # csa counts dense attention by tokens here, by tiles there
+        assert layout.density() == pytest.approx(density, rel=0.15 if kind == "csa" else 1e-6)
 
 
 def test_a_configuration_that_reads_everything_says_so(caplog):

@@ -109,7 +109,7 @@ def test_the_indexer_chooses_what_transformers_chooses():
     positions = torch.arange(N).expand(2, -1)
     right = theirs.indexer(x, x, positions, None, 0).sort(-1).values
     index, tokens = ours.indexer(x, ctx, {}), tokens_of(given().q, ctx)
-    table = ours._layout(index, ours.entries(x, torch.float32, ctx), tokens, ctx).kv_indices[:, 0].sort(-1).values
+    table = ours._layout(index, tokens, ctx).kv_indices[:, 0].sort(-1).values
     assert torch.equal(table.long(), right)
     assert (table < 0).any() and len(table.unique()) > 20  # early queries see few; later ones choose among many
 
