@@ -32,6 +32,7 @@ from lightsparse.kernels import Dropout
 from lightsparse.parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout, ElementMask, LocalWindow, Pattern, interval_mask
 from lightsparse.patterns.grid import compact
+from lightsparse.patterns.layout import no_dense_rows
 from lightsparse.patterns.mask import ALWAYS
 
 _FAR = torch.tensor(1)  # keeps the dropout of entries apart from that of tokens
@@ -149,6 +150,23 @@ class CompressedAttention(FixedPatternAttention):
         near_lse  [B, H, Nq], of the window; there is at least one entry
         """
         raise NotImplementedError(f"{type(self).__name__} has no far")
+
+    @torch.compiler.disable  # tables are made of values
+    def all_entries(self, count: int, tokens: Tensor, q_block: int, ctx: SequenceContext) -> BlockLayout:
+        """Queries at `tokens` [R] over all of `count` entries that they may read. Layers of the same pass share it."""
+        key = ("all entries", count, self.stride, int(tokens[0]), len(tokens), q_block, self.block)
+        if key not in ctx.layouts:
+            mask = entry_mask(count, self.stride, tokens, ctx)
+            ends = torch.arange(q_block - 1, len(tokens) + q_block - 1, q_block, device=tokens.device)
+            ended = (tokens[ends.clamp(max=len(tokens) - 1)] + 1) // self.stride  # entries that a row's last query sees
+            column = torch.arange(-(-count // self.block), device=tokens.device)
+            wanted = (column * self.block < ended[:, None])[None, None]
+            if mask.q_doc is not None and mask.kv_doc is not None:  # no block that ends before the row's first document
+                last = ((column + 1) * self.block - 1).clamp(max=count - 1)
+                wanted = wanted & (mask.kv_doc[:, None, None, last] >= mask.q_doc[:, None, ::q_block, None])
+            table = compact(column.to(torch.int32).expand(wanted.shape), wanted)
+            ctx.layouts[key] = BlockLayout(table, q_block, self.block, mask, no_dense_rows(tokens.device))
+        return ctx.layouts[key]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         length = sequence_length(k, ctx) if ctx.held is None else ctx.q_start + q.shape[2]

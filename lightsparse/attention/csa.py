@@ -29,6 +29,7 @@ from lightsparse.attention.core import AttentionResult, AttentionShape, Sequence
 from lightsparse.attention.csa_index import Index, LightningIndexer, Visible, choose, divergence
 from lightsparse.attention.guards import warn_if_dense
 from lightsparse.attention.over_ranks import sequence_length
+from lightsparse.attention.stages import StagedConfig
 from lightsparse.kernels import Dropout, block_sparse_attention
 from lightsparse.parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout
@@ -38,11 +39,13 @@ _TABLE = 1 << 22  # entries held at once; a longer sequence is worked on in part
 
 
 @dataclass(frozen=True)
-class CsaConfig(CompressedConfig):
+class CsaConfig(CompressedConfig, StagedConfig):
     top_k: int = 512  # compressed entries that a query reads at most
     index_heads: int = 64  # heads of the indexer
     index_dim: int = 128  # width of one
     index_weight: float = 1.0  # of the indexer's loss; only the indexer learns from it
+    dense_steps: int = 0  # optimizer steps at the start in which a query reads every entry; −1 = all of them
+    dense_from: int | None = None  # finished optimizer steps from which on it does so again; null = never
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,17 +74,19 @@ class _Part(NamedTuple):
 
     out: Tensor  # [B, H, R, D]
     lse: Tensor  # [B, H, R]
-    pairs: Tensor  # [B]: queries and entries that they read
+    area: Tensor  # [B|1]: query–key pairs of the tiles computed
     total: Tensor  # scalar: of the indexer's divergence,
     rows: Tensor  # and over how many queries
-    choice: Tensor  # int32 [B, 1, blocks, K]: what the last token of every block chose
+    choice: Tensor  # int32 [B, 1, blocks, K]: what the last token of every block chose; empty in the dense stage
 
 
 class CsaAttention(CompressedAttention):
     """Each token reads the `window` tokens up to itself and the top_k entries that the indexer scores highest.
 
-    aux_loss: index_weight × KL from the attention's weights on the chosen entries to the softmax of the index, mean
-    over the queries that chose any.
+    In the dense stage (dense_steps) a query reads all entries, and the indexer learns over all of them.
+
+    aux_loss: index_weight × KL from the attention's weights on the entries read to the softmax of the index, mean
+    over the queries that read any.
     Stats: density; index_kl, that mean in nats. `choice` is the table's row of each block's last token.
     """
 
@@ -94,10 +99,14 @@ class CsaAttention(CompressedAttention):
         super().__init__(config, shape)
         self.csa = config  # `config` under its own type
         self.indexer = LightningIndexer(shape.embed_dim, config.index_heads, config.index_dim, config.stride)
+        self.dense_now = config.is_dense(0)
         warn_if_dense("attention.top_k × attention.stride", config.top_k * config.stride, shape.context)
 
     def selection_parameters(self) -> list[nn.Parameter]:
         return list(self.indexer.parameters())
+
+    def set_step(self, step: int, max_steps: int) -> None:
+        self.dense_now = self.csa.is_dense(step)
 
     def entries_read(self, visible: Tensor) -> Tensor:
         return visible.clamp(max=self.csa.top_k)
@@ -141,8 +150,8 @@ class CsaAttention(CompressedAttention):
                 parts.append(checkpoint(self._attend, *given, use_reentrant=False, preserve_rng_state=False))
             else:
                 parts.append(self._attend(*given))
-        out, lse, pairs, total, rows, choice = zip(*parts, strict=True)
-        far = Far(torch.cat(out, 2), torch.cat(lse, 2), torch.stack(pairs).sum(0))
+        out, lse, area, total, rows, choice = zip(*parts, strict=True)
+        far = Far(torch.cat(out, 2), torch.cat(lse, 2), torch.stack(area).sum(0))
         if ctx.q_start:
             return far, AttentionResult(far.out)
         sums = torch.stack([torch.stack(total).sum(), torch.stack(rows).sum().to(total[0].dtype)])
@@ -150,7 +159,8 @@ class CsaAttention(CompressedAttention):
             sums = sum_over(sums, ctx.shard)
         mean = sums[0] / sums[1].detach().clamp(min=1)
         loss = self.csa.index_weight * mean
-        return far, AttentionResult(far.out, loss, {"index_kl": mean.detach().float()}, torch.cat(choice, 2))
+        table = None if self.dense_now else torch.cat(choice, 2)
+        return far, AttentionResult(far.out, loss, {"index_kl": mean.detach().float()}, table)
 
     def _parts(self, q: Tensor, entries: Entries, ctx: SequenceContext) -> list[tuple[int, int]]:
         """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
@@ -170,17 +180,23 @@ class CsaAttention(CompressedAttention):
         ctx: SequenceContext,
         dropout: Dropout | None,
     ) -> _Part:
-        layout = self._layout(index, tokens, ctx)
-        table = layout.kv_indices
+        over: Tensor | Visible
+        if self.dense_now:
+            layout = self.all_entries(entries.count, tokens, 1 if ctx.q_start else self.block, ctx)
+            over = Visible((tokens + 1) // self.stride, layout.mask.q_doc, layout.mask.kv_doc)
+        else:
+            layout = self._layout(index, tokens, ctx)
+            over = layout.kv_indices[:, 0]
         out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
         total = rows = q.new_zeros(())
         if not ctx.q_start:
             assert self.sink is not None
             whole = torch.logaddexp(torch.logaddexp(near_lse, lse), self.sink.to(lse.dtype)[:, None])
-            total, rows = divergence(index, q, entries.keys, whole, table[:, 0])
+            total, rows = divergence(index, q, entries.keys, whole, over)
         ends = tokens % self.block == self.block - 1
         ends[-1] = True
-        return _Part(out, lse, (table >= 0).sum((1, 2, 3)).double(), total, rows, table[:, :, ends])
+        choice = layout.kv_indices[:, :, :0] if self.dense_now else layout.kv_indices[:, :, ends]
+        return _Part(out, lse, layout.areas()[0].mean(1), total, rows, choice)
 
     @torch.compiler.disable
     def _layout(self, index: Index, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:

@@ -2,7 +2,7 @@
 
 The score of query t for entry s is I = Σ_j w_j(x_t) · ReLU(⟨q_j(x_t), k_s⟩), few heads, one key (V4's eq. 13–17;
 DeepSeek-V3.2, section 2.1). It chooses for all heads alike. The choice has no gradient: the indexer, its inputs
-detached, learns from KL(p ‖ softmax I) over what was chosen, p being the attention weights of those entries, summed
+detached, learns from KL(p ‖ softmax I) over what is read, p being the attention weights of those entries, summed
 over heads and normalised (V3.2, eq. 3–4; V4's published code has no training of the indexer).
 
 Shapes: B batch, R queries, J index heads, F index width, S entries, K chosen entries of a query, H query heads, D head
@@ -115,44 +115,63 @@ class KL(NamedTuple):
 
 
 @torch.compiler.disable
-def divergence(index: Index, q: Tensor, keys: Tensor, lse: Tensor, table: Tensor) -> KL:
-    """KL(p ‖ softmax I) over each query's chosen entries; its gradient goes into the index alone.
+def divergence(index: Index, q: Tensor, keys: Tensor, lse: Tensor, over: Tensor | Visible) -> KL:
+    """KL(p ‖ softmax I) over some entries of each query; its gradient goes into the index alone.
 
-    q [B, H, R, D], keys [B, Hkv, S, D], lse [B, H, R] of the whole softmax; table int32 [B, R, K]
+    q [B, H, R, D], keys [B, Hkv, S, D], lse [B, H, R] of the whole softmax
+    over  a table of chosen entries, int32 [B, R, K], whose keys are gathered; or all that are visible
     """
-    (batch, heads, rows, _), chosen = q.shape, table.shape[2]
-    per_row = batch * chosen * (keys.shape[1] * keys.shape[3] + index.keys.shape[2] + heads)
+    batch, heads, rows, _ = q.shape
+    per_row = batch * keys.shape[2] * (index.q.shape[2] + heads)
+    if isinstance(over, Tensor):
+        per_row = batch * over.shape[2] * (keys.shape[1] * keys.shape[3] + index.keys.shape[2] + heads)
     q, keys, lse = q.detach(), keys.detach(), lse.detach()
     parts = []
     with torch.autocast(q.device.type, enabled=False):
         for part in _chunks(rows, per_row):
-            given = (index.q[:, part], index.weight[:, part], index.keys)
-            rest = (q[:, :, part], keys, lse[:, :, part], table[:, part])
-            if torch.is_grad_enabled():
-                parts.append(checkpoint(_divergence, *given, *rest, use_reentrant=False, preserve_rng_state=False))
+            columns, ids = slice(None), None
+            if isinstance(over, Tensor):
+                there, ids = over[:, part] >= 0, over[:, part].clamp(min=0).long()
             else:
-                parts.append(_divergence(*given, *rest))
-    return KL(torch.stack(parts).sum(), (table[..., 0] >= 0).sum())
+                columns = slice(max(int(over.ended[part.stop - 1]), 1))
+                there = over.mask(part, torch.arange(columns.stop, device=q.device)).expand(batch, -1, -1)
+            given = (index.q[:, part], index.weight[:, part], index.keys[:, columns])
+            rest = (q[:, :, part], keys[:, :, columns], lse[:, :, part], there)
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(_divergence, *given, *rest, ids, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(_divergence(*given, *rest, ids))
+    total, with_entries = zip(*parts, strict=True)
+    return KL(torch.stack(total).sum(), torch.stack(with_entries).sum())
 
 
 def _divergence(
-    index_q: Tensor, weight: Tensor, index_keys: Tensor, q: Tensor, keys: Tensor, lse: Tensor, table: Tensor
-) -> Tensor:
-    there, ids = table >= 0, table.clamp(min=0).long()
-    logits = _scores(index_q, weight, _taken(index_keys, ids)).masked_fill(~there, -math.inf)
-    target = attention_share(q, keys, lse, table)
-    some = there[..., 0]  # a row of nothing would be softmax(−inf) = NaN
-    found = logits.masked_fill(~some[..., None], 0.0).log_softmax(-1).masked_fill(~there, 0.0)
-    return (torch.special.xlogy(target, target) - target * found).sum()
+    index_q: Tensor,
+    weight: Tensor,
+    index_keys: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    there: Tensor,
+    ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Summed over rows, and how many rows have an entry. there: bool [B, R, K]; ids: which entries, or all."""
+    logits = _scores(index_q, weight, index_keys if ids is None else _taken(index_keys, ids))
+    target = _attention_share(q, keys, lse, there, ids)
+    some = there.any(-1, keepdim=True)  # a row of nothing would be softmax(−inf) = NaN
+    found = logits.masked_fill(~there & some, -math.inf).log_softmax(-1).masked_fill(~there, 0.0)
+    return (torch.special.xlogy(target, target) - target * found).sum(), some.sum()
 
 
 @torch.no_grad()
-def attention_share(q: Tensor, keys: Tensor, lse: Tensor, table: Tensor) -> Tensor:
-    """p [B, R, K]: attention weights of the chosen entries, summed over heads, normalised over them; 0 for none."""
-    there, ids = table >= 0, table.clamp(min=0).long()
-    taken = _taken(keys.transpose(1, 2), ids).to(lse.dtype)  # [B, R, K, Hkv, D]
-    grouped = q.to(lse.dtype).unflatten(1, (keys.shape[1], -1))
-    logits = torch.einsum("bhgrd,brkhd->bhgrk", grouped, taken).flatten(1, 2) / math.sqrt(q.shape[-1])
+def _attention_share(q: Tensor, keys: Tensor, lse: Tensor, there: Tensor, ids: Tensor | None) -> Tensor:
+    """p [B, R, K]: attention weights of these entries, summed over heads, normalised over them; 0 in rows of none."""
+    grouped, keys = q.to(lse.dtype).unflatten(1, (keys.shape[1], -1)), keys.to(lse.dtype)
+    if ids is None:
+        logits = torch.einsum("bhgrd,bhkd->bhgrk", grouped, keys)
+    else:
+        logits = torch.einsum("bhgrd,brkhd->bhgrk", grouped, _taken(keys.transpose(1, 2), ids))
+    logits = logits.flatten(1, 2) / math.sqrt(q.shape[-1])
     logits = (logits - lse[..., None]).masked_fill(~there[:, None], -math.inf)
     most = logits.amax((1, 3), keepdim=True)
     weights = (logits - most.masked_fill(most == -math.inf, 0.0)).exp().sum(1)

@@ -19,14 +19,11 @@ from lightsparse.attention.compressed import (
     Entries,
     Far,
     beside,
-    entry_mask,
     tokens_of,
 )
 from lightsparse.attention.core import AttentionResult, SequenceContext
 from lightsparse.kernels import Dropout, block_sparse_attention
 from lightsparse.patterns import BlockLayout
-from lightsparse.patterns.grid import compact
-from lightsparse.patterns.layout import no_dense_rows
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class HcaAttention(CompressedAttention):
     def far(
         self, q: Tensor, x: Tensor, near_lse: Tensor, entries: Entries, ctx: SequenceContext, dropout: Dropout | None
     ) -> tuple[Far, AttentionResult]:
-        layout = self._all(entries.count, tokens_of(q, ctx), 1 if ctx.q_start else self.block, ctx)
+        layout = self.all_entries(entries.count, tokens_of(q, ctx), 1 if ctx.q_start else self.block, ctx)
         out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
         return Far(out, lse, layout.areas()[0].mean(1)), AttentionResult(out)
 
@@ -53,21 +50,4 @@ class HcaAttention(CompressedAttention):
         """Tokens and, behind them, entries."""
         window = self.window_layout(num_keys, ctx, device)
         tokens = torch.arange(ctx.q_start, num_keys, device=device)
-        return beside(window, self._all(num_keys // self.stride, tokens, window.q_block, ctx))
-
-    @torch.compiler.disable  # tables are made of values
-    def _all(self, count: int, tokens: Tensor, q_block: int, ctx: SequenceContext) -> BlockLayout:
-        """Queries at `tokens` [R] over all of `count` entries that they may read. Layers of the same pass share it."""
-        key = ("all entries", count, self.stride, len(tokens), q_block, self.block)
-        if key not in ctx.layouts:
-            mask = entry_mask(count, self.stride, tokens, ctx)
-            ends = torch.arange(q_block - 1, len(tokens) + q_block - 1, q_block, device=tokens.device)
-            ended = (tokens[ends.clamp(max=len(tokens) - 1)] + 1) // self.stride  # entries that a row's last query sees
-            column = torch.arange(-(-count // self.block), device=tokens.device)
-            wanted = (column * self.block < ended[:, None])[None, None]
-            if mask.q_doc is not None and mask.kv_doc is not None:  # no block that ends before the row's first document
-                last = ((column + 1) * self.block - 1).clamp(max=count - 1)
-                wanted = wanted & (mask.kv_doc[:, None, None, last] >= mask.q_doc[:, None, ::q_block, None])
-            table = compact(column.to(torch.int32).expand(wanted.shape), wanted)
-            ctx.layouts[key] = BlockLayout(table, q_block, self.block, mask, no_dense_rows(tokens.device))
-        return ctx.layouts[key]
+        return beside(window, self.all_entries(num_keys // self.stride, tokens, window.q_block, ctx))

@@ -68,7 +68,7 @@ def read_by_definition(core: CompressedAttention, given: Inputs, documents: Tens
     i, last = torch.arange(n), torch.arange(m - 1, n, m)
     near = (i <= i[:, None]) & (i > i[:, None] - window) & (ids[:, None] == ids[:, :, None])
     read = (last <= i[:, None]) & (ids[:, None, last] == ids[:, :, None])
-    if isinstance(core, CsaAttention):
+    if isinstance(core, CsaAttention) and not core.dense_now:
         scores = index_scores(core, x.detach(), ids).masked_fill(~read, -torch.inf)
         best = scores.topk(min(core.csa.top_k, len(last))).indices
         read = torch.zeros_like(read).scatter(-1, best, True) & read

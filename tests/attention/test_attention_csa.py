@@ -70,6 +70,18 @@ def test_hca_equals_the_definition_in_output_and_gradients(shape):
     equals(make("hca", shape), Inputs.random(shape).leaves())
 
 
+@pytest.mark.parametrize("borders", [(), *BORDERS])
+def test_in_the_dense_stage_every_entry_is_read_and_imitated(borders):
+    shape = Shape(63, 2, 4, 2, 16)
+    documents = torch.cat([documents_at(63, *borders), documents_at(63)]) if borders else None
+    core, given = make("csa", shape, dense_steps=2), Inputs.random(shape).leaves()
+    equals(core, given, documents)
+    assert run(core, given, documents).choice is None
+    core.set_step(2, 9)
+    assert run(core, given, documents).choice is not None
+    equals(core, given, documents)
+
+
 @pytest.mark.parametrize("borders", BORDERS)
 @pytest.mark.parametrize("kind", ["csa", "hca"])
 def test_documents_equal_the_definition_wherever_a_border_cuts_a_stride(kind, borders):
