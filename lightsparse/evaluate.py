@@ -68,7 +68,7 @@ class Words(Plan):
             )
         if self.sweep is not None:
             if self.tasks or self.positions or self.distances or self.context is not None or self.step is not None:
-                raise ValueError("tasks, positions, context, distances and step belong to one run; sweep=… does not take them")
+                raise ValueError("tasks, positions, context, distances and step belong to run=…, not to sweep=…")
             return
         if not (self.tasks or self.positions or self.distances):
             raise ValueError("nothing is asked for; add tasks=[…], positions=true or distances=true")

@@ -50,7 +50,8 @@ def save(pattern: TileMap | BlockLayout, path: Path, title: str) -> Path:
             appended = drawn.num_keys > drawn.num_tokens
             axes.set_xlabel("key token, then summaries" if appended else "key token", fontsize=11)
     keys = [Patch(color=colour, label=label) for colour, label in _legend([drawn])]
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=11)
+    size = 11 if len(keys) < 3 else 9  # three must fit into the width of one panel
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=size)
     subtitle = f"density {drawn.density:.3g} · {drawn.num_tokens:,} tokens · block {drawn.block}"
     if drawn.distinct > len(panels):
         subtitle += f" · {len(panels)} of {drawn.distinct} distinct heads"

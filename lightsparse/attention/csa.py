@@ -1,0 +1,207 @@
+"""Compressed sparse attention, CSA (DeepSeek-V4, section 2.3.1): a window, and the best compressed entries per query.
+
+Every `stride` tokens become one entry, pooled from 2 · stride tokens (csa_compress.py, eq. 9–12). A lightning indexer
+with compressed keys of its own (csa_index.py, eq. 13–17) chooses top_k of the entries that end at or before the query,
+for all heads alike; these, a near window and a learned sink share one softmax. How this differs from V4's layer as a
+whole: compressed.py. V4 alternates CSA with HCA.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightsparse.attention.compressed import (
+    CompressedAttention,
+    CompressedConfig,
+    Entries,
+    Far,
+    beside,
+    entry_mask,
+    tokens_of,
+)
+from lightsparse.attention.core import AttentionResult, AttentionShape, SequenceContext
+from lightsparse.attention.csa_index import Index, LightningIndexer, Visible, choose, divergence
+from lightsparse.attention.guards import warn_if_dense
+from lightsparse.attention.over_ranks import sequence_length
+from lightsparse.attention.stages import StagedConfig
+from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.parallel.shard import sum_over
+from lightsparse.patterns import BlockLayout
+from lightsparse.patterns.layout import no_dense_rows
+
+_TABLE = 1 << 22  # entries held at once; a longer sequence is worked on in parts, chosen again for the backward
+
+
+@dataclass(frozen=True)
+class CsaConfig(CompressedConfig, StagedConfig):
+    top_k: int = 512  # compressed entries that a query reads at most
+    index_heads: int = 64  # heads of the indexer
+    index_dim: int = 128  # width of one
+    index_weight: float = 1.0  # of the indexer's loss; only the indexer learns from it
+    dense_steps: int = 0  # optimizer steps at the start in which a query reads every entry; −1 = all of them
+    dense_from: int | None = None  # finished optimizer steps from which on it does so again; null = never
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, what in (("top_k", "entries"), ("index_heads", "heads")):
+            if getattr(self, name) < 1:
+                raise ValueError(f"attention.{name} is {getattr(self, name)}; it counts {what} and must be at least 1")
+        if self.index_dim < 4 or self.index_dim % 2:
+            raise ValueError(
+                f"attention.index_dim is {self.index_dim}; it is turned in pairs and must be even and at least 4"
+            )
+        if not 0.0 < self.index_weight < math.inf:
+            raise ValueError(
+                f"attention.index_weight is {self.index_weight}; nothing else trains the indexer, it must be above 0"
+            )
+
+    def small(self) -> Self:
+        return replace(self, window=21, block=16, top_k=5, index_heads=2, index_dim=8)
+
+
+class Selection(NamedTuple):
+    layout: BlockLayout
+
+
+class _Part(NamedTuple):
+    """Of some queries."""
+
+    out: Tensor  # [B, H, R, D]
+    lse: Tensor  # [B, H, R]
+    area: Tensor  # [B|1]: query–key pairs of the tiles computed
+    total: Tensor  # scalar: of the indexer's divergence,
+    rows: Tensor  # and over how many queries
+    choice: Tensor  # int32 [B, 1, blocks, K]: what the last token of every block chose; empty in the dense stage
+
+
+class CsaAttention(CompressedAttention):
+    """Each token reads the `window` tokens up to itself and the top_k entries that the indexer scores highest.
+
+    In the dense stage (dense_steps) a query reads all entries, and the indexer learns over all of them.
+
+    aux_loss: index_weight × KL from the attention's weights on the entries read to the softmax of the index, mean
+    over the queries that read any.
+    Stats: density; index_kl, that mean in nats. `choice` is the table's row of each block's last token.
+    """
+
+    Config = CsaConfig
+    chooses = True
+    overlap = True
+    logged = ("index_kl",)
+
+    def __init__(self, config: CsaConfig, shape: AttentionShape):
+        super().__init__(config, shape)
+        self.csa = config  # `config` under its own type
+        self.indexer = LightningIndexer(shape.embed_dim, config.index_heads, config.index_dim, config.stride)
+        self.dense_now = config.is_dense(0)
+        warn_if_dense("attention.top_k × attention.stride", config.top_k * config.stride, shape.context)
+
+    def selection_parameters(self) -> list[nn.Parameter]:
+        return list(self.indexer.parameters())
+
+    def set_step(self, step: int, max_steps: int) -> None:
+        self.dense_now = self.csa.is_dense(step)
+
+    def entries_read(self, visible: Tensor) -> Tensor:
+        return visible.clamp(max=self.csa.top_k)
+
+    def without_entries(self, x: Tensor, ctx: SequenceContext, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.indexer(x, ctx, state)  # decoding keeps its tokens, too
+        return {"index_kl": x.new_zeros((), dtype=torch.float32)}
+
+    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> Selection:
+        """What forward reads, for pictures: tokens and, behind them, entries, a row per query and a key per block.
+
+        The tokens are those of the window's tiles; k plays no part. The table of all queries at once.
+        """
+        n, tokens = sequence_length(k, ctx), tokens_of(q, ctx)
+        window = self.window_layout(n, ctx, q.device)
+        tiles = window.per_token(0, n)
+        table = tiles.kv_indices[..., None] * self.block + torch.arange(self.block, device=q.device)
+        inside = (tiles.kv_indices >= 0)[..., None] & (table < n)
+        table = torch.where(inside, table, -1).flatten(-2).to(torch.int32)
+        near = replace(tiles, kv_indices=table, kv_block=1)
+        return Selection(beside(near, self._layout(self.indexer(x, ctx, {}), tokens, ctx)))
+
+    @torch.compiler.disable  # rows are worked on in parts, by values
+    def far(
+        self, q: Tensor, x: Tensor, near_lse: Tensor, entries: Entries, ctx: SequenceContext, dropout: Dropout | None
+    ) -> tuple[Far, AttentionResult]:
+        index, tokens = self.indexer(x, ctx, self._state(ctx)), tokens_of(q, ctx)
+        parts, runs = [], self._parts(q, entries, ctx)
+        for start, stop in runs:
+            of = slice(start, stop)
+            given = (
+                q[:, :, of],
+                near_lse[:, :, of],
+                Index(index.q[:, of], index.weight[:, of], index.keys),
+                entries,
+                tokens[of],
+                ctx,
+                dropout,
+            )
+            if torch.is_grad_enabled() and len(runs) > 1:
+                parts.append(checkpoint(self._attend, *given, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(self._attend(*given))
+        out, lse, area, total, rows, choice = zip(*parts, strict=True)
+        far = Far(torch.cat(out, 2), torch.cat(lse, 2), torch.stack(area).sum(0))
+        if ctx.q_start:
+            return far, AttentionResult(far.out)
+        sums = torch.stack([torch.stack(total).sum(), torch.stack(rows).sum().to(total[0].dtype)])
+        if ctx.shard is not None:
+            sums = sum_over(sums, ctx.shard)
+        mean = sums[0] / sums[1].detach().clamp(min=1)
+        loss = self.csa.index_weight * mean
+        table = None if self.dense_now else torch.cat(choice, 2)
+        return far, AttentionResult(far.out, loss, {"index_kl": mean.detach().float()}, table)
+
+    def _parts(self, q: Tensor, entries: Entries, ctx: SequenceContext) -> list[tuple[int, int]]:
+        """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
+        per_query = q.shape[0] * min(self.csa.top_k, entries.count)
+        at_once = max(_TABLE // per_query // self.block, 1) * self.block
+        if ctx.shard is not None:
+            return [(0, q.shape[2])]
+        return [(start, min(start + at_once, q.shape[2])) for start in range(0, q.shape[2], at_once)]
+
+    def _attend(
+        self,
+        q: Tensor,
+        near_lse: Tensor,
+        index: Index,
+        entries: Entries,
+        tokens: Tensor,
+        ctx: SequenceContext,
+        dropout: Dropout | None,
+    ) -> _Part:
+        over: Tensor | Visible
+        if self.dense_now:
+            layout = self.all_entries(entries.count, tokens, 1 if ctx.q_start else self.block, ctx)
+            over = Visible((tokens + 1) // self.stride, layout.mask.q_doc, layout.mask.kv_doc)
+        else:
+            layout = self._layout(index, tokens, ctx)
+            over = layout.kv_indices[:, 0]
+        out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
+        total = rows = q.new_zeros(())
+        if not ctx.q_start:
+            assert self.sink is not None
+            whole = torch.logaddexp(torch.logaddexp(near_lse, lse), self.sink.to(lse.dtype)[:, None])
+            total, rows = divergence(index, q, entries.keys, whole, over)
+        ends = tokens % self.block == self.block - 1
+        ends[-1] = True
+        choice = layout.kv_indices[:, :, :0] if self.dense_now else layout.kv_indices[:, :, ends]
+        return _Part(out, lse, layout.areas()[0].mean(1), total, rows, choice)
+
+    @torch.compiler.disable
+    def _layout(self, index: Index, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:
+        """What queries at `tokens` read, a row per query and an entry per block."""
+        mask = entry_mask(index.keys.shape[1], self.stride, tokens, ctx)
+        visible = Visible((tokens + 1) // self.stride, mask.q_doc, mask.kv_doc)
+        table = choose(index, self.csa.top_k, visible)[:, None]
+        return BlockLayout(table, 1, 1, mask, no_dense_rows(tokens.device))
