@@ -194,6 +194,12 @@ def check_model(config: Config) -> Transformer:
     if config.init_from is not None and not checkpoint_steps(Path(config.runs_dir, config.name, "checkpoints")):
         check_start(config, model.vocab_size)
     config.optimizer.build(parameter_groups(model, model.layers))
+    only = config.trainer.selection_only_steps
+    if only and not model.selection_parameters():
+        raise ConfigError(
+            f"trainer.selection_only_steps is {only}, and attention={config.attention.name} has no parameters that "
+            "select, so that nothing would be trained; set it to 0"
+        )
     context_split(config, model)
     return model
 
@@ -266,6 +272,7 @@ def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[s
 
 
 _ABSENT = object()
+_AS_ABSENT = (("init_from", None), ("trainer.selection_only_steps", None), ("trainer.selection_only_steps", 0))
 
 
 def _fixed_values(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -275,7 +282,7 @@ def _fixed_values(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         dotted = f"{prefix}{key}"
         if dotted in FREE_KEYS or (prefix == "strategy." and value in (None, "none")):  # a hook that is not used
             continue
-        if dotted == "init_from" and value is None:
+        if (dotted, value) in _AS_ABSENT:
             continue
         if isinstance(value, Mapping):
             values |= _fixed_values(value, f"{dotted}.")

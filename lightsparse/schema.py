@@ -30,11 +30,17 @@ class TrainerConfig:
     num_nodes: int  # machines, likewise
     progress: bool  # the progress bar
     log_every_n_steps: int  # optimizer steps between rows of metrics.csv
+    selection_only_steps: int | None = 0  # first steps that train only what selects; −1 = all of them, null = 0
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "accumulate", "global_batch", "devices", "num_nodes", "log_every_n_steps"):
             if getattr(self, name) is not None:
                 _at_least(1, f"trainer.{name}", getattr(self, name))
+        if self.selection_only_steps is not None and self.selection_only_steps < -1:
+            raise ValueError(
+                f"trainer.selection_only_steps is {self.selection_only_steps}; it counts optimizer steps, 0 or more, "
+                "and -1 is the whole run"
+            )
         if self.accumulate is not None and self.global_batch is not None:
             raise ValueError(
                 f"trainer.global_batch is {self.global_batch}, from which trainer.accumulate follows; leave out "
@@ -44,6 +50,11 @@ class TrainerConfig:
             raise ValueError(f"trainer.max_time is {self.max_time:g}; it counts seconds and must be above 0")
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"trainer.grad_clip is {self.grad_clip}; a norm is above 0, and null is no clipping")
+
+    def trains_only_selection(self, step: int) -> bool:
+        """Whether the optimizer step after `step` finished ones leaves all but the selection as it is."""
+        only = self.selection_only_steps or 0
+        return only < 0 or step < only
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,12 @@ class Config:
             raise ValueError(
                 "strategy.comm_hook is bf16 and precision is bf16-true, whose gradients are bf16 already; "
                 "use strategy.comm_hook=none"
+            )
+        hook = self.strategy.comm_hook if isinstance(self.strategy, Replicas) else "none"
+        if self.trainer.selection_only_steps and hook in ("topk", "powersgd"):
+            raise ValueError(
+                f"trainer.selection_only_steps is {self.trainer.selection_only_steps} and strategy.comm_hook is "
+                f"{hook}, which would hand on the gradients of those steps later; use strategy.comm_hook=bf16 or none"
             )
 
     @property

@@ -155,6 +155,13 @@ class AttentionCore(nn.Module):
         """What the queries of each unit of `unit` tokens cost, in any measure: for an even split over ranks."""
         return [1.0] * -(-length // unit)
 
+    def selection_parameters(self) -> list[nn.Parameter]:
+        """Those that only choose what is read (an indexer, a gate, a router), and that can be trained alone.
+
+        Here all of a core that chooses and none of another; a core that has others, too, says which.
+        """
+        return list(self.parameters()) if self.chooses else []
+
     def set_step(self, step: int, max_steps: int) -> None:
         """Called before the forward of the optimizer step after `step` finished ones: for schedules over a run."""
 

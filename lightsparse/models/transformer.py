@@ -244,6 +244,15 @@ class Transformer(nn.Module):
             )
         return self.embed_positions(ctx.positions)
 
+    @property
+    def cores(self) -> list[AttentionCore]:
+        """The attention of each layer, the first layer first."""
+        return [part.core for layer in self.layers for part in layer.children() if isinstance(part, SelfAttention)]
+
+    def selection_parameters(self) -> list[nn.Parameter]:
+        """Of all layers: AttentionCore.selection_parameters."""
+        return [parameter for core in self.cores for parameter in core.selection_parameters()]
+
     def caches(self, until: int | None = None, documents: Tensor | None = None) -> list[KVCache]:
         """Empty caches for decoding, one per layer.
 
@@ -251,14 +260,12 @@ class Transformer(nn.Module):
                    None = unknown: every key is kept
         documents  int32 [B, until] or None: document of every token, those to come included
         """
-        cores = [part.core for layer in self.layers for part in layer.children() if isinstance(part, SelfAttention)]
-        return [KVCache(None if until is None else core.lifetimes(until, documents)) for core in cores]
+        return [KVCache(None if until is None else core.lifetimes(until, documents)) for core in self.cores]
 
     def set_step(self, step: int, max_steps: int) -> None:
         """To be called before the optimizer step after `step` finished ones: schedules inside the attention follow."""
-        for part in self.modules():
-            if isinstance(part, AttentionCore):
-                part.set_step(step, max_steps)
+        for core in self.cores:
+            core.set_step(step, max_steps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, N, E] → [B, N, V]. All at once: for a few tokens, not for a long sequence."""

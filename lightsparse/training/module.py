@@ -109,9 +109,10 @@ class LanguageModel(LightningModule):
     # ---- training -----------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
+        self.model.set_step(max(self.global_step - 1, 0), self.config.trainer.max_steps)  # a validation may come first
         self._stop_at_goal()  # where it had been reached and the run was killed before it could say so
         # nats, targets, bytes, density, and what the attention reports of itself
-        self.routers = RouterWatch(self.model)
+        self.routers = RouterWatch(self.model.cores)
         self._sums = torch.zeros(4 + len(self.watched_columns), device=self.device, dtype=torch.float32)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -137,6 +138,8 @@ class LanguageModel(LightningModule):
         nats, targets, text_bytes, density, *reports = self._over_ranks(self._sums).tolist()
         self._sums.zero_()
         self.routers.look(self._over_ranks)
+        if self.config.trainer.trains_only_selection(self.global_step):
+            self._freeze_all_but_selection()
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, micro_batches / max(targets, 1.0))
         total = torch.nn.utils.get_total_norm(gradients)
@@ -157,6 +160,16 @@ class LanguageModel(LightningModule):
         # All samples up to here are in these gradients: whoever saves a checkpoint from now on saves that number.
         samples = (self.global_step + 1) * self.config.samples_per_step
         self.trainer.datamodule.consumed = samples  # type: ignore[attr-defined]
+
+    def _freeze_all_but_selection(self) -> None:
+        """For this step: without a gradient a parameter neither moves nor decays, and has no momentum.
+
+        Not by requires_grad: DDP and FSDP2 wait for the gradients that they saw when they were built.
+        """
+        kept = {id(parameter) for parameter in self.model.selection_parameters()}
+        for parameter in self.parameters():
+            if id(parameter) not in kept:
+                parameter.grad = None
 
     def _leave_out(self, objection: str) -> None:
         """Without gradients the optimizer changes nothing. Raises NonFiniteError when that is once too often."""

@@ -6,10 +6,10 @@ A choice without parameters (MoBA) has nothing to learn by design and is not ask
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightsparse.attention.core import AttentionCore
@@ -22,9 +22,12 @@ STEPS = 10  # in all of which the gradient has to be exactly zero
 class RouterWatch:
     """Warns once, after the first STEPS steps of a start, about layers whose router got no gradient in any of them."""
 
-    def __init__(self, model: nn.Module):
-        cores = [part for part in model.modules() if isinstance(part, AttentionCore) and part.chooses]
-        self.routers = {core.shape.layer: core for core in cores if any(p.requires_grad for p in core.parameters())}
+    def __init__(self, cores: Iterable[AttentionCore]):
+        self.routers = {
+            core.shape.layer: core
+            for core in cores
+            if any(parameter.requires_grad for parameter in core.selection_parameters())
+        }
         self.left = STEPS if self.routers else 0
         self.totals: Tensor | None = None  # [routers]: sum of |gradient| on this rank
 
@@ -50,9 +53,10 @@ class RouterWatch:
 
 
 def _size(core: AttentionCore) -> Tensor:
-    """Sum of |gradient| over the parameters here, fp32 scalar."""
-    total = torch.zeros((), device=next(core.parameters()).device)
-    for parameter in core.parameters():
+    """Sum of |gradient| over the selection's parameters here, fp32 scalar."""
+    parameters = core.selection_parameters()
+    total = torch.zeros((), device=parameters[0].device)
+    for parameter in parameters:
         grad = parameter.grad
         if grad is not None:
             total = total + (grad.to_local() if isinstance(grad, DTensor) else grad).abs().sum().float()

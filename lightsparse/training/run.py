@@ -110,6 +110,7 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
         if weights is not None:  # what is left of a sharded model on one rank cannot run
             writer = language_model(config, data.tokenizer)
             writer.load_state_dict(weights)
+            writer.model.set_step(max(trainer.global_step - 1, 0), config.trainer.max_steps)
         write_sample(config, writer.to(device), data, directory)
     summary = summarize(
         config,
@@ -211,6 +212,8 @@ def _opening(
         f"machine  {where} · {precision} · matmul {config.matmul_precision}: "
         f"{peak / 1e9:.0f} GFLOP/s, fp32 error {matmul_error(device):.0e}",
     ]
+    if config.trainer.selection_only_steps:
+        lines.append(_selection_only(config, model))
     grid, strategy = config.grid, config.strategy
     if grid.ranks > 1:
         line = f"ranks    {grid.ranks} = {grid.data} data × {grid.context} context · {strategy.kind}"
@@ -218,6 +221,14 @@ def _opening(
             line += f" · split {strategy.split}, exchange {strategy.exchange}"
         lines.append(line)
     return lines
+
+
+def _selection_only(config: Config, model: Transformer) -> str:
+    """Which steps train what alone."""
+    only, last = config.trainer.selection_only_steps or 0, config.trainer.max_steps
+    steps = "all steps" if not 0 <= only < last else f"steps 1 to {only} of {last}"
+    count = sum(parameter.numel() for parameter in model.selection_parameters())
+    return f"stage    {steps} train only what selects: {count_text(count)} parameters"
 
 
 def _beginning(directory: RunDirectory, start: Start) -> str:

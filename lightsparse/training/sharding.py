@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from lightsparse.attention.core import AttentionCore
 from lightsparse.models.transformer import Transformer
 from lightsparse.parallel.kinds import ContextRanks
 from lightsparse.parallel.split import Split, split
@@ -20,7 +19,7 @@ def context_split(config: Config, model: Transformer) -> Split | None:
     strategy, ranks = config.strategy, config.grid.context
     if not isinstance(strategy, ContextRanks) or ranks == 1:
         return None
-    cores = [part for part in model.modules() if isinstance(part, AttentionCore)]
+    cores = model.cores
     for core in cores:
         ways = core.context_parallel
         if not ways or strategy.exchange not in ("auto", *ways):

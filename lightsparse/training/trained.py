@@ -36,6 +36,7 @@ def load_run(directory: Path | str, step: int | None = None) -> TrainedRun:
     tokenizer = tokenizer_of(config.data, Path(directory))
     module = language_model(config, tokenizer)
     module.load_state_dict(read_checkpoint(file)["state_dict"])
+    module.model.set_step(max(found - 1, 0), config.trainer.max_steps)  # as the last step of training left it
     return TrainedRun(config, module.model.eval(), tokenizer, found)
 
 

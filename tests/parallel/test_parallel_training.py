@@ -139,6 +139,23 @@ def test_a_router_learns_and_reports_the_same_on_a_split_sequence(one: RankPool,
     assert_same_curve(run(two, folder, "two adaptive", *routed, *common, "strategy=context")[1], wanted)
 
 
+@pytest.mark.multiprocess
+def test_ranks_train_only_the_selection_in_step_with_one(one: RankPool, two: RankPool, folder: Path) -> None:
+    """Also where parameters and their gradients are shards, and where the run goes on in the middle of it."""
+    common = (
+        *("attention=adaptive", "~attention.window", "~attention.block", "optimizer=adamw", "schedule=constant"),
+        *("attention.tau_end=1.0", "trainer.selection_only_steps=4", "trainer.max_steps=6", "eval.every_n_steps=3"),
+        *("optimizer.weight_decay=0.5", "checkpoint.every_n_steps=3", "data.pack=concat"),
+    )
+    wanted = run(one, folder, "alone selects", *common, "data.batch_size=4")[1]
+    for kind in ("ddp", "fsdp"):
+        rows = run(two, folder, f"two {kind} selects", *common, *ON_TWO[kind])[1]
+        assert_same_curve(rows, wanted)
+    parts = [word for word in common if not word.startswith("trainer.max_steps")]
+    run(two, folder, "parts select", *parts, *ON_TWO["fsdp"], "trainer.max_steps=3")
+    assert_same_curve(run(one, folder, "parts select", *common, "data.batch_size=4")[1], wanted)
+
+
 def checkpoint(folder: Path, name: str, step: int) -> dict[str, Any]:
     return read_checkpoint(checkpoint_path(folder / "runs" / name / "checkpoints", step))
 

@@ -30,7 +30,7 @@ def steps(watch: RouterWatch, cores: list[AttentionCore], count: int, scale: flo
 @pytest.mark.parametrize(("scale", "wanted"), [(0.0, 1), (1.0, 0)])
 def test_a_router_is_named_when_its_gradient_is_zero_in_all_of_the_first_steps(scale, wanted, caplog):
     cores = [adaptive(0), adaptive(3)]
-    watch = RouterWatch(torch.nn.ModuleList(cores))
+    watch = RouterWatch(cores)
     with caplog.at_level(logging.WARNING, logger="lightsparse"):
         steps(watch, cores, STEPS - 1, scale)
         assert not caplog.records
@@ -42,7 +42,7 @@ def test_a_router_is_named_when_its_gradient_is_zero_in_all_of_the_first_steps(s
 
 def test_one_step_with_a_gradient_is_enough(caplog):
     cores = [adaptive(0)]
-    watch = RouterWatch(torch.nn.ModuleList(cores))
+    watch = RouterWatch(cores)
     with caplog.at_level(logging.WARNING, logger="lightsparse"):
         steps(watch, cores, 1)
         steps(watch, cores, STEPS, 0.0)
@@ -51,7 +51,7 @@ def test_one_step_with_a_gradient_is_enough(caplog):
 
 def test_what_other_ranks_found_counts(caplog):
     cores = [adaptive(0)]
-    watch = RouterWatch(torch.nn.ModuleList(cores))
+    watch = RouterWatch(cores)
     with caplog.at_level(logging.WARNING, logger="lightsparse"):
         for _ in range(STEPS):
             watch.look(lambda x: x + 1)
@@ -60,7 +60,7 @@ def test_what_other_ranks_found_counts(caplog):
 
 def test_a_choice_without_parameters_raises_no_false_alarm(caplog):
     cores: list[AttentionCore] = [MobaAttention(MobaConfig(block=8, top_k=2), AttentionShape(2, 1, 8, 16))]
-    watch = RouterWatch(torch.nn.ModuleList(cores))
+    watch = RouterWatch(cores)
     with caplog.at_level(logging.WARNING, logger="lightsparse"):
         steps(watch, cores, STEPS)
     assert not caplog.records and not watch.left
