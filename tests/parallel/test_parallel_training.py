@@ -153,7 +153,9 @@ def test_ranks_train_only_the_selection_in_step_with_one(one: RankPool, two: Ran
         assert_same_curve(rows, wanted)
     parts = [word for word in common if not word.startswith("trainer.max_steps")]
     run(two, folder, "parts select", *parts, *ON_TWO["fsdp"], "trainer.max_steps=3")
-    assert_same_curve(run(one, folder, "parts select", *common, "data.batch_size=4")[1], wanted)
+    moved = run(one, folder, "parts select", *common, "data.batch_size=4")[1]
+    without = [[{k: v for k, v in row.items() if k != "choice_churn"} for row in of] for of in (moved, wanted)]
+    assert_same_curve(*without)  # what the other ranks chose before is not compared
 
 
 def checkpoint(folder: Path, name: str, step: int) -> dict[str, Any]:
