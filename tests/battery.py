@@ -23,11 +23,13 @@ from lightsparse.attention.core import AttentionCore, AttentionShape, SequenceCo
 from lightsparse.build import AttentionChoice
 from lightsparse.kernels import use_backend
 from lightsparse.models import KVCache, ModelConfig, Transformer, context_for, generate
+from lightsparse.models.rope import RopeConfig, RotaryEmbedding
 from lightsparse.models.sampling import GREEDY
 from lightsparse.overrides import conf_dir
 from lightsparse.patterns.mask import document_starts
 
 Documents = Tensor | None
+ROTARY = RotaryEmbedding(RopeConfig(), 32)  # for keys and queries of a core's own, of any width
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ def context(n: int, documents: Documents = None, *, seed: int = 5, q_start: int 
     positions = torch.arange(n)[None]
     if documents is not None:
         positions = positions - document_starts(documents)
-    return SequenceContext(positions[:, q_start:], documents, q_start=q_start, seed=seed, states=states)
+    return SequenceContext(
+        positions[:, q_start:], documents, q_start=q_start, seed=seed, states=states, rotary=ROTARY.rotated
+    )
 
 
 def documents_at(n: int, *borders: int, batch: int = 1) -> Tensor:

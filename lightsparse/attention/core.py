@@ -8,7 +8,7 @@ attributes, checked once at construction, so that nothing fails in the middle of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,13 @@ class AttentionShape:
             )
 
 
+class Rotary(Protocol):
+    """Turns vectors of a core's own by their positions, as the model turns q and k."""
+
+    def __call__(self, x: Tensor, positions: Tensor, /) -> Tensor:
+        """x [B, H, n, W], W even, at int64 positions [B|1, n] counted from the document's start → the same, turned."""
+
+
 @dataclass
 class SequenceContext:
     """Where the tokens of one forward pass stand. One object serves all layers of that pass.
@@ -52,6 +59,7 @@ class SequenceContext:
     layouts    what the cores built for this pass, keyed by their own config: built once, read by every layer
     shard      this rank's part of a sequence that several ranks hold: q, k, v, x and positions are those of its tokens
                then, `documents` still those of the whole sequence, [B, shard.length]; None = all of it is here
+    rotary     turns keys and queries of a core's own (indexers, compressors); None = the model rotates nothing
     Raises ValueError for decoding with a shard.
     """
 
@@ -64,6 +72,7 @@ class SequenceContext:
     held: Tensor | None = None
     layouts: dict[Any, Any] = field(default_factory=dict)
     shard: ContextShard | None = None
+    rotary: Rotary | None = None
 
     def __post_init__(self) -> None:
         if self.shard is not None and (self.q_start or self.states is not None):

@@ -137,3 +137,8 @@ class RotaryEmbedding:
         angle_BN1D = (positions_BN[..., None].float() * frequency_D)[:, :, None]
         cos, sin = angle_BN1D.cos() * scale, angle_BN1D.sin() * scale
         return Rotation(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+
+    def rotated(self, x_BHNW: Tensor, positions_BN: Tensor) -> Tensor:
+        """Vectors of any even width W, turned as the model turns heads of that width: SequenceContext.rotary."""
+        rotation = RotaryEmbedding(self.config, x_BHNW.shape[-1])(positions_BN)
+        return rotation.apply(x_BHNW.transpose(1, 2)).transpose(1, 2)

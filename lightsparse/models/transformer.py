@@ -209,6 +209,7 @@ class Transformer(nn.Module):
         rotation = None
         if self.embed_positions is None:
             rotation = self.rotary(ctx.positions)
+            ctx = replace(ctx, rotary=self.rotary.rotated)
         else:
             x_BNE = x_BNE + self._learned(ctx)
         if self.training and self.config.dropout:

@@ -86,6 +86,14 @@ def test_scores_depend_on_the_distance_alone():
     assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-2)
 
 
+@pytest.mark.parametrize("width", [32, 16, 64])
+def test_vectors_of_any_width_are_turned_like_heads_of_that_width(width):
+    config, positions = RopeConfig(scaling="linear", factor=2.0), torch.tensor([[0, 5, 1000]])
+    x_BHNW = torch.randn(2, 4, 3, width)
+    expected = RotaryEmbedding(config, width)(positions).apply(x_BHNW.transpose(1, 2)).transpose(1, 2)
+    assert torch.equal(RotaryEmbedding(config, 32).rotated(x_BHNW, positions), expected)
+
+
 def test_rotation_of_bf16_is_computed_in_fp32_and_returned_in_bf16():
     positions = torch.arange(3000, 3008)[None]
     q = torch.randn(1, 8, 2, 64).bfloat16()

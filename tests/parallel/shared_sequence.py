@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from battery import Inputs, Shape, Variant, context, documents_at
+from battery import ROTARY, Inputs, Shape, Variant, context, documents_at
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -78,7 +78,7 @@ def share(rank: int, world: int, variant: Variant, case: Case, groups: int = 1) 
     positions = torch.arange(case.shape.n)[None] - (0 if documents is None else document_starts(documents))
 
     def attended() -> AttentionResult:
-        ctx = SequenceContext(positions[:, tokens], documents, seed=5, shard=shard)
+        ctx = SequenceContext(positions[:, tokens], documents, seed=5, shard=shard, rotary=ROTARY.rotated)
         return core(*given.tensors()[:3], x=given.x, ctx=ctx)
 
     if case.most_shares is not None:
