@@ -234,10 +234,9 @@ def rounds_like_dense_in_bf16(variant: Variant) -> None:
             results.append([out, *gradients(out, *given.tensors()[:3])])
         return [float(((a.double() - b).norm() / b.norm()).detach()) for a, b in zip(*results, strict=True)]
 
-    ours = errors(
-        lambda given: attend(variant.core(shape, dtype=torch.bfloat16), given),
-        lambda given: attend(variant.core(shape, dtype=torch.float64), given),
-    )
+    core, fine = (variant.core(shape, dtype=dtype) for dtype in (torch.bfloat16, torch.float64))
+    fine.load_state_dict(core.state_dict())  # the weights as they are rounded, or another choice would be right
+    ours = errors(lambda given: attend(core, given), lambda given: attend(fine, given))
 
     def sdpa(given: Inputs) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
