@@ -1,5 +1,5 @@
-"""A planted test of the indexer: attention of low rank, whose true top-k holds nearly all of the mass, is found by fewer
-and smaller heads that saw only their divergence from it."""
+"""A planted test of the indexer: attention of low rank, whose true top-k holds nearly all of its mass, is found by
+fewer and smaller heads that saw only their divergence from it."""
 
 from __future__ import annotations
 
