@@ -98,7 +98,7 @@ def _portion(call: Call, zs: range, ns: range) -> ByBlock | ByQuery:
     block = torch.where(table < 0, call.Y, table + (z * call.J).to(torch.int32)[:, None, None, None])
     block_LK, sharing = block.flatten(0, 2), call.G // call.lists
     number = counts(block_LK, call.Y, sharing)
-    slots = slots_by_block(number, int(number.sum()) // sharing, sharing)
+    slots = slots_by_block(number, int(number.sum()) // sharing, sharing, call.S)
 
     def per_row(values: Tensor) -> Tensor:  # [B|1, N] → of the portion's rows
         return values[b % len(values)][:, ns.start : ns.stop, None].expand(-1, -1, call.G).flatten()

@@ -194,11 +194,13 @@ class ByQuery(Portion):
             sums.dq_RD[of] = torch.bmm(ds, k_LCD).flatten(0, 1).to(sums.dq_RD.dtype)
             block = self.block_LK[lists].flatten()
             read = block < call.Y
+            every = bool(read.all())  # then nothing has to be copied
             for add, grad in (
                 (sums.add_keys, torch.bmm(ds.mT, q_LGD)),
                 (sums.add_values, torch.bmm(weights.mT, dout_LGD)),
             ):
-                add(block[read], grad.view(-1, call.S, call.D)[read])
+                grad = grad.view(-1, call.S, call.D)
+                add(*((block, grad) if every else (block[read], grad[read])))
 
     def _some_lists(self) -> Iterator[tuple[slice, slice]]:
         """Lists, and their rows within the portion. Without entries there is nothing to read."""

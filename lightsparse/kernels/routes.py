@@ -17,8 +17,9 @@ from torch import Tensor
 
 _SLOTS = (16, 32, 64, 128)  # of a tile; fewer waste the matrix product, more waste slots
 # What one slot against one key costs is 1. Then copying a key and its value to where they are multiplied costs _COPY,
-# a tile's bookkeeping _TILE, and a row against the keys gathered for few _LONE. Fitted on one x86 core, blocks of 64.
-_COPY, _TILE, _LONE = 4, 8, 2
+# and a row against the keys gathered for few _LONE. A tile's bookkeeping, whatever its block has keys, costs _TILE, and
+# bringing a slot's query and taking its part away _SLOT. Fitted on one x86 core, blocks of 64 and of 1.
+_COPY, _LONE, _TILE, _SLOT, _FITTED = 4, 2, 512, 8, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +36,17 @@ class Routes:
     position: Tensor
 
 
-def slots_by_block(counts_Y: Tensor, key_lists: int, sharing: int) -> int | None:
+def slots_by_block(counts_Y: Tensor, key_lists: int, sharing: int, keys: int) -> int | None:
     """Slots of a tile for walking by key block, or None where gathering for each query is cheaper.
 
     counts_Y   rows that read each key block, zeros included
     key_lists  entries of all lists; `sharing` rows read each list
+    keys       of a block
     Of equal costs the first of (16, 32, …) wins, and it wins over gathering.
     """
-    by_query = key_lists * (_COPY + sharing * _LONE)
-    costs = [int((-(-counts_Y // m)).sum()) * (m + _TILE + _COPY) for m in _SLOTS]
+    by_query = key_lists * keys * (_COPY + sharing * _LONE)
+    of_slot = max(keys + _SLOT * (1 - keys / _FITTED), 0)  # at _FITTED keys it is in the 1
+    costs = [int((-(-counts_Y // m)).sum()) * (m * of_slot + _TILE + keys * _COPY) for m in _SLOTS]
     best = min(costs)
     return _SLOTS[costs.index(best)] if best <= by_query else None
 

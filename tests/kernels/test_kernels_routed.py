@@ -87,11 +87,19 @@ def test_routes_bring_every_row_to_each_of_its_blocks_once(sharing, slots):
 
 def test_the_way_is_a_matter_of_how_many_rows_chose_the_same_block():
     alone, crowd = torch.tensor([1, 0, 1, 1]), torch.tensor([500, 0, 300, 7])
-    assert slots_by_block(alone, 3, 1) is None
-    assert slots_by_block(crowd, int(crowd.sum()), 1) in (64, 128)
-    assert slots_by_block(crowd, int(crowd.sum()), 1) == slots_by_block(crowd.flip(0), int(crowd.sum()), 1)
-    assert slots_by_block(torch.tensor([16, 16]), 32, 1) == 16  # the first of equal costs, and no slot left over
-    assert slots_by_block(torch.zeros(4, dtype=torch.int64), 0, 1) == 16
+    assert slots_by_block(alone, 3, 1, 64) is None
+    assert slots_by_block(crowd, int(crowd.sum()), 1, 64) in (64, 128)
+    assert slots_by_block(crowd, int(crowd.sum()), 1, 64) == slots_by_block(crowd.flip(0), int(crowd.sum()), 1, 64)
+    assert slots_by_block(torch.tensor([16, 16]), 32, 1, 64) == 16  # the first of equal costs, and no slot left over
+    assert slots_by_block(torch.zeros(4, dtype=torch.int64), 0, 1, 64) == 16
+
+
+@pytest.mark.parametrize("sharing", [1, 4, 16])
+def test_single_keys_are_gathered_however_many_rows_chose_them(sharing: int):
+    """A tile against one key is no matrix product, and its slots cost what they cost against 64 keys."""
+    crowd = torch.full((100,), 5000 * sharing)
+    assert slots_by_block(crowd, 500_000, sharing, 1) is None
+    assert slots_by_block(crowd, 500_000, sharing, 64) is not None
 
 
 def test_a_single_query_reads_its_blocks_from_a_long_past():

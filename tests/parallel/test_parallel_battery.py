@@ -56,6 +56,10 @@ SPECIAL = {
         "under a pattern": Case(fields=(("pattern", LocalWindow(40) | GlobalTokens(5)),), borders=(100,)),
     },
     "dense": {"under a pattern": Case(fields=(("pattern", BigBird(32, 8, 2, seed=1)), ("block", 16)))},
+    "dsa": {
+        "dense warm-up": Case(fields=(("dense_steps", -1),), kind="head_tail", borders=(37, 160)),
+        "keys gathered for each query": Case(fields=(("top_k", 2),), borders=(100,)),
+    },
     "adaptive": {"one choice for all heads": Case(fields=(("shared", True),), training=True, kind="head_tail")},
     "nsa": {
         "keys of its own per branch": Case(fields=(("branch_kv", "own"),), borders=(37, 160), kind="head_tail"),
