@@ -77,7 +77,7 @@ def test_without_lengths_it_is_that_of_the_training(sweep: SweepRecord, tmp_path
     [
         ("sweep=nowhere", "sweep is nowhere, where there is no sweep.json"),
         ("sweep=SWEEP run=runs/x", "name one model"),
-        ("sweep=SWEEP distances=true", "belong to one run"),
+        ("sweep=SWEEP distances=true", "belong to run="),
         ("sweep=SWEEP lengths=[16]", "data.context is 16"),
     ],
 )
