@@ -6,7 +6,7 @@ White: nobody reads there (the future, another document).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -62,11 +62,12 @@ def save(pattern: TileMap | BlockLayout, path: Path, title: str) -> Path:
 def save_gallery(variants: Mapping[str, tuple[TileMap, str]], path: Path) -> Path:
     """Draw the first head of several variants side by side to `path` (PNG by its suffix) and return the path.
 
-    variants  name → (its map, a remark or "")
+    variants  name → (its map, a remark or ""); a remark stands in the legend, an asterisk behind the names that have it
     The last place of the grid is the legend. Type is large: the whole is readable when shrunk to a phone's width.
     """
     places = len(variants) + 1
-    columns = min((4, 3), key=lambda columns: -places % columns)  # the fewest empty places
+    # The fewest empty places; of many variants more stand side by side, so that a screen holds them all.
+    columns = min((4, 3) if places < 12 else (5, 4), key=lambda columns: -places % columns)
     rows = -(-places // columns)
     spacing = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.08, wspace=0.02, hspace=0.03)
     figure = Figure(figsize=(2.0 * columns, 2.6 * rows), dpi=200, layout=spacing)
@@ -74,12 +75,12 @@ def save_gallery(variants: Mapping[str, tuple[TileMap, str]], path: Path) -> Pat
         axes = figure.add_subplot(rows, columns, index + 1)
         _draw(axes, drawn, drawn.panels[0])
         axes.set(xticks=[], yticks=[])
-        axes.set_title(name, fontsize=15, fontweight="bold", pad=6)
+        axes.set_title(f"{name} *" if remark else name, fontsize=15, fontweight="bold", pad=6)
         axes.set_xlabel(f"density {drawn.density:.2g}", fontsize=13.5, color=_QUIET, labelpad=5)
-        appended = drawn.num_keys > drawn.num_tokens
-        note = "\n".join(filter(None, [remark.replace(", ", ",\n"), "summaries →" if appended else ""]))
-        _note(axes, note, right=drawn.num_tokens / drawn.num_keys - 0.03)
-    _draw_legend(figure.add_subplot(rows, columns, places), [drawn for drawn, _ in variants.values()])
+        if drawn.num_keys > drawn.num_tokens:
+            _note(axes, "summaries →", right=drawn.num_tokens / drawn.num_keys - 0.03)
+    maps, remarks = zip(*variants.values(), strict=True)
+    _draw_legend(figure.add_subplot(rows, columns, places), maps, sorted(set(filter(None, remarks))))
     return _written(figure, path)
 
 
@@ -115,30 +116,27 @@ def _label_tokens(axes: Axes, drawn: TileMap) -> None:
 
 def _note(axes: Axes, text: str, right: float) -> None:
     """In the upper right corner, where a causal pattern leaves room."""
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-    if text:
-        axes.text(
-            right, 0.96, text, transform=axes.transAxes, fontsize=12, color=_QUIET, ha="right", va="top", bbox=box
-        )
+    axes.text(right, 0.96, text, transform=axes.transAxes, fontsize=12, color=_QUIET, ha="right", va="top")
 
 
-def _legend(maps: list[TileMap]) -> list[tuple[_Colour, str]]:
+def _legend(maps: Sequence[TileMap]) -> list[tuple[_Colour, str]]:
     """Colours and what they mean; "partly computed" only where it occurs."""
-    entries: list[tuple[_Colour, str]] = [(_COMPUTED, "computed"), (_SKIPPED, "dense attention only")]
+    entries: list[tuple[_Colour, str]] = [(_COMPUTED, "computed"), (_SKIPPED, "only in dense")]
     if any(bool(((panel.read > 0) & (panel.read < one.dense)).any()) for one in maps for panel in one.panels):
         entries.insert(1, (_PARTLY, "partly computed"))
     return entries
 
 
-def _draw_legend(axes: Axes, maps: list[TileMap]) -> None:
+def _draw_legend(axes: Axes, maps: Sequence[TileMap], remarks: Sequence[str]) -> None:
     axes.set(xlim=(0, 1), ylim=(1, 0), box_aspect=1)
     axes.axis("off")
     for row, (colour, label) in enumerate(_legend(maps)):
         top = 0.01 + 0.16 * row
         axes.add_patch(Rectangle((0, top), 0.1, 0.1, facecolor=colour, edgecolor=_FRAME, linewidth=0.6))
-        axes.text(0.16, top - 0.01, label.replace(" only", "\nonly"), fontsize=13, va="top", linespacing=1.15)
-    said = f"↓ query  → key\n{maps[0].num_tokens:,} tokens\nfirst head"
-    axes.text(0, 0.98, said, fontsize=13, color=_QUIET, va="bottom", linespacing=1.4)
+        axes.text(0.16, top + 0.05, label, fontsize=12, va="center")
+    said = [f"↓ query  → key\n{maps[0].num_tokens:,} tokens\nfirst head"]
+    said += ["* " + remark.replace(", ", ",\n  ") for remark in remarks]
+    axes.text(0, 0.98, "\n".join(said), fontsize=12, color=_QUIET, va="bottom", linespacing=1.2)
 
 
 def _written(figure: Figure, path: Path) -> Path:

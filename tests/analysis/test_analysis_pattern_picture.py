@@ -36,7 +36,7 @@ def test_a_tile_read_in_part_is_between_the_two_colours_and_explained():
     assert (colour > COMPUTED).all() and (colour < SKIPPED).all()
     whole = of_layout(LocalWindow(20).layout(64, block=16))
     labels = [[label for _, label in pattern_picture._legend(maps)] for maps in ([half_read()], [whole])]
-    assert labels == [["computed", "partly computed", "dense attention only"], ["computed", "dense attention only"]]
+    assert labels == [["computed", "partly computed", "only in dense"], ["computed", "dense attention only"]]
 
 
 def test_a_large_map_is_averaged_and_a_lone_stripe_stays_visible(monkeypatch):
@@ -57,7 +57,7 @@ def test_the_file_is_a_picture_readable_on_a_phone(tmp_path, heads):
     assert height >= width
 
 
-@pytest.mark.parametrize(("variants", "grid"), [(1, (3, 1)), (7, (4, 2)), (8, (3, 3))])
+@pytest.mark.parametrize(("variants", "grid"), [(1, (3, 1)), (7, (4, 2)), (8, (3, 3)), (13, (5, 3))])
 def test_a_gallery_has_a_place_for_each_variant_and_the_legend(tmp_path, variants, grid):
     named = {f"variant_{i}": (half_read(), "untrained, random input" if i else "") for i in range(variants)}
     height, width = matplotlib.image.imread(save_gallery(named, tmp_path / "all.png")).shape[:2]
