@@ -36,7 +36,7 @@ def test_a_tile_read_in_part_is_between_the_two_colours_and_explained():
     assert (colour > COMPUTED).all() and (colour < SKIPPED).all()
     whole = of_layout(LocalWindow(20).layout(64, block=16))
     labels = [[label for _, label in pattern_picture._legend(maps)] for maps in ([half_read()], [whole])]
-    assert labels == [["computed", "partly computed", "only in dense"], ["computed", "dense attention only"]]
+    assert labels == [["computed", "partly computed", "only in dense"], ["computed", "only in dense"]]
 
 
 def test_a_large_map_is_averaged_and_a_lone_stripe_stays_visible(monkeypatch):
