@@ -44,10 +44,12 @@ class MeanCompressor(nn.Module):
 
 
 class MlpCompressor(nn.Module):
-    """W₂ · gelu(W₁ · [x₁ + e₁; …; x_l + e_l] + b), one for all heads; e is the position within the block.
+    """mean(x) + W₂ · gelu(W₁ · [x₁ + e₁; …; x_l + e_l] + b), one for all heads; e is the position within the block.
 
-    The paper says "a learnable MLP with intra-block position encoding" and no more; width and activation are ours.
-    No bias at the end: added to every key alike, it would leave the softmax as it is.
+    The paper says "a learnable MLP with intra-block position encoding" and no more; width, activation and the mean,
+    around which the MLP starts small, are ours: random summaries choose random blocks, and nothing teaches the selected
+    branch to compare keys that it does not see. No bias at the end: added to every key alike, it would leave the softmax
+    as it is.
     """
 
     def __init__(self, block: int, stride: int, dim: int, hidden: int):
@@ -56,22 +58,25 @@ class MlpCompressor(nn.Module):
         self.position = nn.Parameter(torch.randn(block, dim) * 0.02)
         self.first = nn.Linear(block * dim, hidden)
         self.second = nn.Linear(hidden, dim, bias=False)
-        for linear in (self.first, self.second):  # summaries as large as the keys they stand for
-            nn.init.normal_(linear.weight, std=math.sqrt((1 if linear is self.first else 2) / linear.in_features))
+        nn.init.normal_(self.first.weight, std=math.sqrt(1 / self.first.in_features))
+        nn.init.normal_(self.second.weight, std=0.1 * math.sqrt(2 / hidden))  # a tenth of the keys they stand for
         nn.init.zeros_(self.first.bias)
 
     def parts(self, x_BHND: Tensor) -> Tensor:
-        """What each chunk adds to the O blocks that it is part of: [B, H, C, O · F] of tokens, padded to chunks."""
-        chunks = _in_chunks(x_BHND, self.stride).flatten(3)
+        """What each chunk adds to the O blocks that it is part of, and to their means: [B, H, C, O · F + D] of tokens,
+        padded to chunks.
+        """
+        chunks = _in_chunks(x_BHND, self.stride)
         weight = self.first.weight.to(chunks.dtype).unflatten(1, (self.overlap, -1)).transpose(0, 1)
-        return F.linear(chunks, weight.flatten(0, 1))
+        return torch.cat([F.linear(chunks.flatten(3), weight.flatten(0, 1)), chunks.mean(3) / self.overlap], -1)
 
     def joined(self, parts: Tensor) -> Tensor:
         """[B, H, S, D]"""
-        dtype = parts.dtype
+        dtype, width = parts.dtype, self.overlap * self.first.out_features
+        mean = _added([parts[..., width:]] * self.overlap)
         shift = F.linear(self.position.flatten().to(dtype), self.first.weight.to(dtype), self.first.bias.to(dtype))
-        hidden = F.gelu(_added(list(parts.unflatten(-1, (self.overlap, -1)).unbind(-2))) + shift)
-        return F.linear(hidden, self.second.weight.to(dtype))
+        by_place = parts[..., :width].unflatten(-1, (self.overlap, -1)).unbind(-2)
+        return mean + F.linear(F.gelu(_added(list(by_place)) + shift), self.second.weight.to(dtype))
 
 
 def _in_chunks(x_BHND: Tensor, stride: int) -> Tensor:

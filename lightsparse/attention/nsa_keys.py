@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightsparse.attention.core import AttentionShape, SequenceContext
@@ -38,6 +39,13 @@ class Projections(nn.Module):
         k, v = (linear(x_BNE).unflatten(-1, (self.shape.kv_heads, -1)).transpose(1, 2) for linear in (self.k, self.v))
         return KeysValues(k, v)
 
+    def exactly(self, x_BNE: Tensor) -> KeysValues:
+        """The same in at least fp32, whatever the parameters and autocast are: for what chooses."""
+        dtype = torch.promote_types(x_BNE.dtype, torch.float32)
+        with torch.autocast(x_BNE.device.type, enabled=False):
+            k, v = (F.linear(x_BNE.to(dtype), linear.weight.to(dtype)) for linear in (self.k, self.v))
+        return KeysValues(*(t.unflatten(-1, (self.shape.kv_heads, -1)).transpose(1, 2) for t in (k, v)))
+
 
 class SummaryKeys(nn.Module):
     """The compressed branch's keys and values: those of all complete summaries of the sequence, at least fp32.
@@ -62,7 +70,7 @@ class SummaryKeys(nn.Module):
     @torch.compiler.disable  # how many there are goes by values
     def forward(self, k: Tensor, v: Tensor, x: Tensor, n: int, ctx: SequenceContext) -> KeysValues:
         """k, v [B, Hkv, ·, D] of all tokens so far, or of this rank's, and x of the new ones; n tokens so far."""
-        raw = KeysValues(k, v) if self.own is None else self.own(x)
+        raw = KeysValues(k, v) if self.own is None else self.own.exactly(x)
         state = {} if ctx.states is None else ctx.states[self.layer]
         kept, done = None, 0
         if ctx.q_start and "summary_k" in state:

@@ -54,7 +54,7 @@ def squeezed(of: MlpCompressor | torch.nn.Module, x: Tensor, block: int, stride:
         tokens = x[:, :, start : start + block]
         if isinstance(of, MlpCompressor):
             hidden = torch.nn.functional.gelu(of.first((tokens + of.position).flatten(2)))
-            found.append(of.second(hidden))
+            found.append(tokens.mean(2) + of.second(hidden))
         else:
             found.append(tokens.mean(2))
     return torch.stack(found, 2) if found else x[:, :, :0]
