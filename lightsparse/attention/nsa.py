@@ -9,11 +9,10 @@ through its own branch alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.guards import warn_if_dense
@@ -23,16 +22,13 @@ from lightsparse.attention.nsa_gates import BRANCHES, Gates, mean_gates
 from lightsparse.attention.nsa_keys import KeysValues, SummaryKeys, WindowKeys
 from lightsparse.attention.nsa_picture import together
 from lightsparse.attention.nsa_select import Selector
-from lightsparse.attention.over_ranks import attention, sequence_length
+from lightsparse.attention.over_ranks import sequence_length
+from lightsparse.attention.row_parts import RowPart, Selection, attend_in_parts, row_layout
 from lightsparse.attention.sliding_window import SlidingWindowAttention, SlidingWindowConfig
 from lightsparse.kernels import Dropout, block_sparse_attention
 from lightsparse.parallel.shard import sum_over
-from lightsparse.patterns import BlockLayout, interval_mask
-from lightsparse.patterns.layout import no_dense_rows
+from lightsparse.patterns import BlockLayout
 
-_TABLE = (
-    1 << 24
-)  # entries of the tables held at once; a longer sequence is worked on in parts, chosen again for backward
 _APART = 1 << 20  # between the layer numbers under which the branches draw their dropout
 
 
@@ -89,19 +85,6 @@ class NsaConfig(AttentionConfig):
     def full(self) -> Self:
         """Everything in the selected branch and in the window; the gates remain."""
         return replace(self, top_n=1 << 24, window=1 << 24)
-
-
-class Selection(NamedTuple):
-    layout: BlockLayout
-
-
-class _Part(NamedTuple):
-    """The selected branch of some queries."""
-
-    out: Tensor  # [B, H, R, D]
-    computed: Tensor  # [B, Hkv]: query–key area of the tiles read
-    dense: Tensor  # [B|1]: and of dense attention's
-    choice: Tensor  # int32 [B, Hkv, rows, K]: what the last token of every block chose
 
 
 class NsaAttention(AttentionCore):
@@ -218,60 +201,28 @@ class NsaAttention(AttentionCore):
         layer = self.shape.layer + branch * _APART
         return ctx.dropout(self.options.dropout, layer=layer, training=self.training, batch=len(q), device=q.device)
 
-    def _selected(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, n: int, ctx: SequenceContext) -> _Part:
-        dropout, parts = self._dropout(q, ctx, branch=1), []
-        keys = keys.detach()
-        for start, stop in self._parts(q, n, ctx):
-            seen = k.shape[2] if stop == q.shape[2] else ctx.q_start + stop
-            given = (q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], keys, ctx.q_start + start, n, ctx, dropout)
-            if torch.is_grad_enabled() and stop - start < q.shape[2]:
-                parts.append(checkpoint(self._attend, *given, use_reentrant=False, preserve_rng_state=False))
-            else:
-                parts.append(self._attend(*given))
-        if len(parts) == 1:
-            return parts[0]
-        out, computed, dense, choice = zip(*parts, strict=True)
-        return _Part(torch.cat(out, 2), torch.stack(computed).sum(0), torch.stack(dense).sum(0), torch.cat(choice, 2))
+    def _selected(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, n: int, ctx: SequenceContext) -> RowPart:
+        block, keys = self.options.select_block, keys.detach()
 
-    def _parts(self, q: Tensor, n: int, ctx: SequenceContext) -> list[tuple[int, int]]:
-        """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
-        block = self.options.select_block
-        per_query = q.shape[0] * self.shape.kv_heads * min(self.options.top_n, -(-n // block))
-        at_once = max(_TABLE // per_query // block, 1) * block
-        if ctx.shard is not None or q.shape[2] <= at_once:
-            return [(0, q.shape[2])]
-        return [(start, min(start + at_once, q.shape[2])) for start in range(0, q.shape[2], at_once)]
+        def layout_of(part: slice) -> tuple[BlockLayout, Tensor]:
+            return self._layout(q[:, :, part], keys, ctx.q_start + part.start, n, ctx)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keys: Tensor,
-        first: int,
-        length: int,
-        ctx: SequenceContext,
-        dropout: Dropout | None,
-    ) -> _Part:
-        """Queries `first` … of a sequence of `length` (with a shard: this rank's) over keys up to the last of them."""
-        layout, tokens = self._layout(q, keys, first, length, ctx)
-        out, _ = attention(q, k, v, layout, ctx, dropout=dropout)
-        block = self.options.select_block
-        ends = (tokens % block == block - 1) | (tokens == length - 1)
-        return _Part(out, *layout.areas(), layout.kv_indices[:, :, ends])
+        entries = q.shape[0] * self.shape.kv_heads * min(self.options.top_n, -(-n // block))
+        dropout = self._dropout(q, ctx, branch=1)
+        return attend_in_parts(layout_of, q, k, v, entries, block, n, ctx, dropout)
 
     def _layout(
         self, q: Tensor, keys: Tensor, first: int, length: int, ctx: SequenceContext
     ) -> tuple[BlockLayout, Tensor]:
         """What these queries read of the tokens, and their places in the sequence."""
-        if ctx.shard is None:
-            n, tokens = first + q.shape[2], torch.arange(first, first + q.shape[2], device=q.device)
-        else:
-            n, tokens = length, ctx.shard.tokens.to(q.device)
-        documents = None if ctx.documents is None else ctx.documents[:, :n]
-        mask = interval_mask(n, documents=documents, device=q.device).of_queries(tokens)
-        table = self.choose(q, keys, tokens, length, ctx)
-        return BlockLayout(table, 1, self.options.select_block, mask, no_dense_rows(q.device)), tokens
+        return row_layout(
+            lambda tokens: self.choose(q, keys, tokens, length, ctx),
+            q.shape[2],
+            first,
+            length,
+            self.options.select_block,
+            ctx,
+        )
 
     @torch.compiler.disable  # it goes by values
     @torch.no_grad()
@@ -293,14 +244,12 @@ class NsaAttention(AttentionCore):
         return Selection(together(chosen, self.window.layout(n, ctx, q.device), summaries))
 
     @torch.no_grad()
-    def _density(self, area: Tensor, part: _Part, n: int, ctx: SequenceContext, device: torch.device) -> Tensor:
+    def _density(self, area: Tensor, part: RowPart, n: int, ctx: SequenceContext, device: torch.device) -> Tensor:
         """Of the compressed and the selected branch: scalar."""
         computed, dense = part.computed, part.dense
         if ctx.shard is not None:
             area, computed, dense = (sum_over(t, ctx.shard) for t in (area, computed, dense))
-        tiles = self.window.layout(n, ctx, device).areas()[
-            1
-        ]  # dense attention's, at the compressed branch's granularity
+        tiles = self.window.layout(n, ctx, device).areas()[1]  # dense attention's, in the compressed branch's tiles
         return ((area / tiles[:, None]).mean() + (computed / dense[:, None]).mean()).float()
 
     def _kept_mass(self, q: Tensor, k: Tensor, keys: Tensor, n: int, ctx: SequenceContext) -> Tensor:

@@ -12,23 +12,17 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lightsparse.attention.core import AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.guards import warn_if_dense
 from lightsparse.attention.kept_mass import kept_mass, queries_at, sampled_queries
-from lightsparse.attention.over_ranks import attention, sequence_length
+from lightsparse.attention.over_ranks import sequence_length
+from lightsparse.attention.row_parts import Selection, attend_in_parts, row_layout
 from lightsparse.attention.stages import StagedAttention, StagedConfig
 from lightsparse.attention.summaries import block_documents
 from lightsparse.attention.top_blocks import Documents, Rule, top_blocks
-from lightsparse.kernels import Dropout
 from lightsparse.parallel.shard import sum_over
-from lightsparse.patterns import BlockLayout, interval_mask
-from lightsparse.patterns.layout import no_dense_rows
-
-_TABLE = (
-    1 << 24
-)  # entries of the tables held at once; a longer sequence is worked on in parts, chosen again for backward
+from lightsparse.patterns import BlockLayout
 
 
 @dataclass(frozen=True)
@@ -56,19 +50,6 @@ class Scored(NamedTuple):
 
     queries: Tensor  # [B, S, n, F], of this pass
     blocks: Tensor  # [B, Hkv, C, F], of the whole sequence
-
-
-class Selection(NamedTuple):
-    layout: BlockLayout
-
-
-class _Part(NamedTuple):
-    """Of some queries."""
-
-    out: Tensor  # [B, H, R, D]
-    computed: Tensor  # [B, S]: query–key area of the tiles read
-    dense: Tensor  # [B|1]: and of dense attention's
-    choice: Tensor  # int32 [B, S, rows, K]: what the last token of every block chose
 
 
 class TokenBlocksAttention(StagedAttention):
@@ -143,63 +124,33 @@ class TokenBlocksAttention(StagedAttention):
     def _sparse(
         self, q: Tensor, k: Tensor, v: Tensor, found: Scored, n: int, ctx: SequenceContext
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, density and choice, part by part."""
+        """Output, density and choice."""
+        block = self.options.block
+
+        def layout_of(part: slice) -> tuple[BlockLayout, Tensor]:
+            of_part = found._replace(queries=found.queries[:, :, part])
+            return self._layout(of_part, ctx.q_start + part.start, n, ctx)
+
         dropout = ctx.dropout(
             self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        parts = []
-        for start, stop in self._parts(q, n, ctx):
-            keys = k.shape[2] if stop == q.shape[2] else ctx.q_start + stop
-            of_part = found._replace(queries=found.queries[:, :, start:stop])
-            given = (q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys], of_part, ctx.q_start + start, n, ctx, dropout)
-            if torch.is_grad_enabled() and stop - start < q.shape[2]:
-                parts.append(checkpoint(self._attend, *given, use_reentrant=False, preserve_rng_state=False))
-            else:
-                parts.append(self._attend(*given))
-        out, computed, dense, choice = zip(*parts, strict=True)
-        area, of_dense = torch.stack(computed).sum(0), torch.stack(dense).sum(0)
+        entries = q.shape[0] * q.shape[1] * min(self.options.top_k, -(-n // block))
+        whole = attend_in_parts(layout_of, q, k, v, entries, block, n, ctx, dropout)
+        area, of_dense = whole.computed, whole.dense
         if ctx.shard is not None:
             area, of_dense = sum_over(area, ctx.shard), sum_over(of_dense, ctx.shard)
-        density = (area / of_dense[:, None]).mean().float()
-        return out[0] if len(out) == 1 else torch.cat(out, 2), density, torch.cat(choice, 2)
-
-    def _parts(self, q: Tensor, n: int, ctx: SequenceContext) -> list[tuple[int, int]]:
-        """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
-        per_query = q.shape[0] * q.shape[1] * min(self.options.top_k, -(-n // self.options.block))
-        at_once = max(_TABLE // per_query // self.options.block, 1) * self.options.block
-        if ctx.shard is not None or q.shape[2] <= at_once:
-            return [(0, q.shape[2])]
-        return [(start, min(start + at_once, q.shape[2])) for start in range(0, q.shape[2], at_once)]
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        found: Scored,
-        first: int,
-        length: int,
-        ctx: SequenceContext,
-        dropout: Dropout | None,
-    ) -> _Part:
-        """Queries `first` … of a sequence of `length` (with a shard: this rank's) over keys up to the last of them."""
-        layout, tokens = self._layout(found, first, length, ctx)
-        out, _ = attention(q, k, v, layout, ctx, dropout=dropout)
-        ends = (tokens % self.options.block == self.options.block - 1) | (tokens == length - 1)
-        return _Part(out, *layout.areas(), layout.kv_indices[:, :, ends])
+        return whole.out, (area / of_dense[:, None]).mean().float(), whole.choice
 
     def _layout(self, found: Scored, first: int, length: int, ctx: SequenceContext) -> tuple[BlockLayout, Tensor]:
         """What these queries read, and their places in the sequence."""
-        device = found.queries.device
-        if ctx.shard is None:
-            n = first + found.queries.shape[2]
-            tokens = torch.arange(first, n, device=device)
-        else:
-            n, tokens = length, ctx.shard.tokens.to(device)
-        documents = None if ctx.documents is None else ctx.documents[:, :n]
-        mask = interval_mask(n, documents=documents, device=device).of_queries(tokens)
-        table = self.choose(found.queries, found.blocks, tokens, ctx)
-        return BlockLayout(table, 1, self.options.block, mask, no_dense_rows(device)), tokens
+        return row_layout(
+            lambda tokens: self.choose(found.queries, found.blocks, tokens, ctx),
+            found.queries.shape[2],
+            first,
+            length,
+            self.options.block,
+            ctx,
+        )
 
     @torch.compiler.disable  # places of this rank's tokens: it goes by values
     def _choice_at(self, found: Scored, at: Tensor, n: int, ctx: SequenceContext) -> Tensor:

@@ -2,8 +2,9 @@
 //
 // Arithmetic is fp32. For bf16 inputs on a CPU that multiplies fp16 (AVX512-FP16, twice the rate of fp32), the four
 // products with weights or gradients of scores are fp16: 11 bits, where PyTorch's dense attention rounds both to the 8
-// of bf16. Powers of two keep them in range, and a few dozen terms are summed before they join an fp32 sum. Scores and
-// dP stay fp32. (VDPBF16PS runs at half the rate of fp32 on Intel's CPUs: measured 86 against 174 GFLOP/s.)
+// of bf16. Powers of two keep them in range, and a few dozen terms are summed before they join an fp32 sum. Where one row
+// is larger than another by more than WIDEST, the smaller would lose its bits: such products stay fp32. Scores and dP
+// always are. (VDPBF16PS runs at half the rate of fp32 on Intel's CPUs: measured 86 against 174 GFLOP/s.)
 // Forward (Dao et al. 2022, arXiv 2205.14135): a row's keys come in chunks; a running maximum m and sum l rescale what
 // has been summed so far. Backward: P = exp(S − lse) again, delta = rowsum(dO · O) − dlse, dS = P · (dP − delta).
 // Where every query has a list of blocks of its own (q_block = 1) and many choose the same, the walk goes by key block
@@ -59,6 +60,7 @@ constexpr int SEGMENT = 64; // keys that lie side by side
 constexpr int CHUNK = 128;  // keys of a score tile
 constexpr int STRIDE = CHUNK + 16;  // of its rows: a power of two would crowd a column into few cache sets
 constexpr int64_t OUT_TERMS = 32, GRADIENT_TERMS = 64;  // that are summed in fp16 before they join a sum in fp32
+constexpr float WIDEST = 4096.f;  // largest magnitude of a row over that of another, for products in fp16
 constexpr float SLACK = 2.f;       // growth of a row's maximum that changes nothing
 constexpr int64_t PORTION_ROWS = 4096;  // query rows whose picks are walked by key block
 constexpr int64_t FEW_PICKS = 2;        // of a key block in a portion, on average: below, every row walks its own list
@@ -360,12 +362,26 @@ void write_row(bool bf16, void *base, int64_t offset, int64_t D, float scale, co
   }
 }
 
-// The power of two that brings numbers up to `most` to at most 1.
+// The power of two that brings numbers up to `most` to at most 1, or near it where it would be no normal number.
 inline float scale_to_one(float most) {
   int exponent = 0;
   if (most > 0.f && most < INF) std::frexp(most, &exponent);
-  return std::ldexp(1.f, -std::max(-60, std::min(60, exponent)));
+  return std::ldexp(1.f, -std::max(-100, std::min(126, exponent)));
 }
+
+// What takes the scales of two factors back: finite, for 0 times it must be 0.
+inline float unscaled(float a, float b) {
+  return (float)std::min(1. / ((double)a * b), (double)std::numeric_limits<float>::max());
+}
+
+struct Magnitudes {  // the largest of each row: of all rows the largest and, but for rows of zeros, the smallest
+  float most = 0.f, least = INF;
+  void add(float of_row) {
+    most = std::max(most, of_row);
+    if (of_row > 0.f) least = std::min(least, of_row);
+  }
+  bool wide() const { return most > WIDEST * least; }
+};
 
 #if defined(__AVX512FP16__)
 void halves_of(const float *from, int64_t n, float scale, uint16_t *to) {  // n a multiple of 16
@@ -521,6 +537,7 @@ struct Scratch {  // of one thread
   int64_t *ids;
   uint64_t *hashes;
   float *rows16;                        // [16][Dp]
+  float *rows;                          // [CHUNK][Dp]: keys or values of a unit whose products stay fp32
   uint16_t *q_half, *dout_half;         // [item rows][Dp]
   Pick *picks;                          // of a portion, block by block
   int64_t *stop;                        // [NB + 1]: where the picks of the blocks before end
@@ -552,7 +569,7 @@ struct Call {
   Bounds *bounds = nullptr;
   uint64_t *hashes = nullptr;
   uint16_t *kh = nullptr, *vh = nullptr;
-  float *unit_scale = nullptr;  // [units]
+  float *unit_scale = nullptr;  // [units]; 0 where products stay fp32
   float weight_scale = 1.f, weight_log = 0.f;  // of fp16 weights, and its logarithm
   std::vector<Scratch> scratch;
   int64_t bytes;
@@ -626,6 +643,7 @@ struct Call {
       s.kv_doc = carve.take<int32_t>(CHUNK), s.ids = carve.take<int64_t>(CHUNK);
       s.hashes = carve.take<uint64_t>(CHUNK);
       s.rows16 = carve.take<float>(16 * Dp);
+      s.rows = carve.take<float>(half ? CHUNK * Dp : 0);
       int64_t halves = half && backward ? item_rows * Dp : 0;
       s.q_half = carve.take<uint16_t>(halves), s.dout_half = carve.take<uint16_t>(halves);
       int64_t rows = by_block ? portion_rows : 0;
@@ -691,17 +709,19 @@ struct Call {
     }
   }
 
+  bool half_of(int64_t unit) const { return half && unit_scale[unit] > 0.f; }
+
   // The scale of a unit's keys (backward) or values (forward) in fp16.
   void measure_unit(int64_t unit, Scratch &s) {
-    float most = 0.f;
+    Magnitudes of_rows;
     for (int64_t key = 0; key < a.Nkv; key++) {
       if (backward)
         read_row(true, a.k, offset_k(unit, key), a.D, Dp, 1.f, s.rows16);
       else
         read_row(true, a.v, offset_v(unit, key), a.D, Dp, 1.f, s.rows16);
-      most = std::max(most, largest_magnitude(s.rows16, Dp));
+      of_rows.add(largest_magnitude(s.rows16, Dp));
     }
-    unit_scale[unit] = scale_to_one(most);
+    unit_scale[unit] = of_rows.wide() ? 0.f : scale_to_one(of_rows.most);
   }
 
   Bounds bounds_of(const int32_t *from, const int32_t *until, const int32_t *doc, int64_t n) const {
@@ -759,9 +779,9 @@ struct Call {
     delta = empty ? 0.f : sum_of(sum) - (a.dlse ? a.dlse[at] : 0.f);
   }
 
-  void write_out(int64_t to, float m, float l, const float *sums) const {
+  void write_out(int64_t unit, int64_t to, float m, float l, const float *sums) const {
     bool empty = m == -INF;
-    l /= weight_scale;
+    if (half_of(unit)) l /= weight_scale;
     write_row(a.bf16, a.out, to * a.D, a.D, empty ? 0.f : 1.f / l, sums);
     a.lse[to] = empty ? -INF : m + std::log(l);
   }
@@ -917,18 +937,20 @@ struct Item {
   Call &call;
   Scratch &s;
   int64_t unit, z, row, first, R, M, b;
+  bool half;                            // products with weights and their gradients are fp16
+  float weight_scale = 1.f, weight_log = 0.f;
   const Pick *picks = nullptr;
   Live live[CHUNK / 16];
   int lives = 0, width = 0;
 
   Item(Call &call_, Scratch &s_, int64_t unit_, int64_t z_, int64_t row_, int64_t first_, int64_t R_)
       : call(call_), s(s_), unit(unit_), z(z_), row(row_), first(first_), R(R_), M(call_.G * R_),
-        b(unit_ / call_.a.Hkv) {
+        b(unit_ / call_.a.Hkv), half(call_.half_of(unit_)) {
     read();
   }
   Item(Call &call_, Scratch &s_, int64_t unit_, int64_t first_, const Pick *picks_, int64_t M_)
       : call(call_), s(s_), unit(unit_), z(0), row(0), first(first_), R(1), M(M_), b(unit_ / call_.a.Hkv),
-        picks(picks_) {
+        half(call_.half_of(unit_)), picks(picks_) {
     read();
   }
 
@@ -942,6 +964,10 @@ struct Item {
       if (a.drop_keys)
         s.hash[m] = chained(chained((uint64_t)a.drop_keys[b], (uint64_t)h), (uint64_t)(int64_t)s.pos[m]);
     }
+    use_half(half);
+  }
+  void use_half(bool use) {
+    half = use, weight_scale = use ? call.weight_scale : 1.f, weight_log = use ? call.weight_log : 0.f;
   }
   int64_t head(int64_t m) const {
     return picks ? call.first_head(unit, 0) + picks[m].row % call.heads() : call.first_head(unit, z) + m / R;
@@ -1028,6 +1054,16 @@ struct Item {
     }
   }
 
+  // Rows of some keys, or of their values, in fp32.
+  const float *rows_of(const Segment &x, int n, bool keys) const {
+    const Args &a = call.a;
+    if (!call.half) return keys ? x.kn : x.vn;
+    for (int c = 0; c < n; c++)
+      read_row(true, keys ? a.k : a.v, keys ? call.offset_k(unit, x.key + c) : call.offset_v(unit, x.key + c), a.D,
+               call.Dp, 1.f, s.rows + c * call.Dp);
+    return s.rows;
+  }
+
   void keep_row(int64_t m, float *to) const {
     for (int i = 0; i < lives; i++)
       keep_factors(s.hash[m], live[i].of->hashes, live[i].of->n, live[i].of->np, (uint64_t)call.a.drop_below,
@@ -1042,7 +1078,7 @@ struct Item {
     std::fill(s.l, s.l + M * W, 0.f);
     std::memset(s.sums, 0, M * Dp * 4);
     read_keys(chunks);
-    for (int64_t m = 0; m < M; m++) call.write_out(index(m), s.m[m], sum_of(load(s.l + m * W)), s.sums + m * Dp);
+    for (int64_t m = 0; m < M; m++) call.write_out(unit, index(m), s.m[m], sum_of(load(s.l + m * W)), s.sums + m * Dp);
   }
 
   void read_keys(Chunks &chunks) {
@@ -1054,14 +1090,14 @@ struct Item {
         for (int r = 0; r < rows; r++) online_softmax(m0 + r, s.s + r * STRIDE);
         runs([&](int column, const Segment &x, int n) {
 #if defined(__AVX512FP16__)
-          if (call.half) {
-            const float factor = 1.f / (call.weight_scale * call.unit_scale[unit]);
+          if (half) {
+            const float factor = unscaled(weight_scale, call.unit_scale[unit]);
             return half_product<false>(OUT_TERMS, rows, Dp, n, s.s + column, STRIDE, x.vh, factor, s.sums + m0 * Dp,
                                        x.kt + n * Dp);
           }
 #endif
-          product<false>(rows, (int)(Dp / 16), n, s.s + column, STRIDE, x.vn, call.vn_stride, 16, s.sums + m0 * Dp, Dp,
-                         true, x.kt + n * Dp);
+          product<false>(rows, (int)(Dp / 16), n, s.s + column, STRIDE, rows_of(x, n, false), call.vn_stride, 16,
+                         s.sums + m0 * Dp, Dp, true, x.kt + n * Dp);
         });
       }
   }
@@ -1091,14 +1127,14 @@ struct Item {
       }
     }
     if (call.a.drop_keys) keep_row(m, s.keep);
-    with_constants([&](auto half, auto drop) {
+    with_constants([&](auto halves, auto drop) {
       vf sum = load(s.l + m * W);
-      const float shift = now - call.weight_log, *keep = s.keep;
+      const float shift = now - weight_log, *keep = s.keep;
       for (int c = 0, n = width; c < n; c += W) {
-        vf x = exp_of<half>(load(p + c) - shift);
+        vf x = exp_of<halves>(load(p + c) - shift);
         sum += x;
         if constexpr (drop) x *= load(keep + c);
-        put<half>(p + c, x);
+        put<halves>(p + c, x);
       }
       store(s.l + m * W, sum);
     });
@@ -1109,7 +1145,7 @@ struct Item {
   void with_constants(Use use) const {
     constexpr std::true_type yes;
     constexpr std::false_type no;
-    if (call.half)
+    if (half)
       call.a.drop_keys ? use(yes, yes) : use(yes, no);
     else
       call.a.drop_keys ? use(no, yes) : use(no, no);
@@ -1143,9 +1179,14 @@ struct Item {
     [[maybe_unused]] float q_scale = 1.f, dout_scale = 1.f;
     float ds_scale = 1.f;
 #if defined(__AVX512FP16__)
-    if (call.half) {
-      q_scale = scale_to_one(largest_magnitude(s.q, M * Dp));
-      dout_scale = scale_to_one(largest_magnitude(s.dout, M * Dp));
+    Magnitudes of_q, of_dout;
+    for (int64_t m = 0; half && m < M; m++) {
+      of_q.add(largest_magnitude(s.q + m * Dp, Dp));
+      of_dout.add(largest_magnitude(s.dout + m * Dp, Dp));
+    }
+    use_half(half && !of_q.wide() && !of_dout.wide());
+    if (half) {
+      q_scale = scale_to_one(of_q.most), dout_scale = scale_to_one(of_dout.most);
       halves_of(s.q, M * Dp, q_scale, s.q_half);
       halves_of(s.dout, M * Dp, dout_scale, s.dout_half);
     }
@@ -1157,11 +1198,16 @@ struct Item {
         for (int i = 0; i < lives; i++)
           product<false>(rows, live[i].of->np / 16, a.D, s.dout + m0 * Dp, Dp, live[i].of->vt, 16, 16 * Dp,
                          s.dp + live[i].column, STRIDE, false, i + 1 < lives ? live[i + 1].of->vt : live[0].of->dv);
-        if (call.half) ds_scale = 512.f * scale_to_one(largest_gradient(m0, rows));
+        const bool half_rows = half;
+        if (half) {
+          const Magnitudes of_rows = largest_gradients(m0, rows);
+          use_half(!of_rows.wide());
+          ds_scale = half ? 512.f * scale_to_one(of_rows.most) : 1.f;
+        }
         for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, s.s + r * STRIDE, s.dp + r * STRIDE, ds_scale, a.dbias);
         if (a.dbias) {
           add_bias_gradient(chunks, m0, rows);
-          if (call.half)
+          if (half)
             for (int r = 0; r < rows; r++)
               for (int c = 0; c < width; c += W)
                 put<true>(s.dp + r * STRIDE + c, load(s.dp + r * STRIDE + c) * ds_scale);
@@ -1169,55 +1215,61 @@ struct Item {
         const int panels = (int)(Dp / 16);
         runs([&](int column, const Segment &x, int n) {
 #if defined(__AVX512FP16__)
-          if (call.half) {
+          if (half) {
             const uint16_t *q = s.q_half + m0 * Dp, *dout = s.dout_half + m0 * Dp;
             half_product<true>(GRADIENT_TERMS, n, Dp, rows, s.s + column, STRIDE, dout,
-                               1.f / (call.weight_scale * dout_scale), x.dv, x.dk);
-            half_product<true>(GRADIENT_TERMS, n, Dp, rows, s.dp + column, STRIDE, q, 1.f / (ds_scale * q_scale), x.dk,
+                               unscaled(weight_scale, dout_scale), x.dv, x.dk);
+            half_product<true>(GRADIENT_TERMS, n, Dp, rows, s.dp + column, STRIDE, q, unscaled(ds_scale, q_scale), x.dk,
                                x.kh);
             half_product<false>(GRADIENT_TERMS, rows, Dp, n, s.dp + column, STRIDE, x.kh,
-                                1.f / (ds_scale * call.unit_scale[unit]), s.dq + m0 * Dp, x.kt + n * Dp);
+                                unscaled(ds_scale, call.unit_scale[unit]), s.dq + m0 * Dp, x.kt + n * Dp);
             return;
           }
 #endif
           product<true>(n, panels, rows, s.s + column, STRIDE, s.dout + m0 * Dp, Dp, 16, x.dv, Dp, true, x.dk);
           product<true>(n, panels, rows, s.dp + column, STRIDE, s.q + m0 * Dp, Dp, 16, x.dk, Dp, true, x.kn);
-          product<false>(rows, panels, n, s.dp + column, STRIDE, x.kn, call.kn_stride, 16, s.dq + m0 * Dp, Dp, true,
-                         x.kt + n * Dp);
+          product<false>(rows, panels, n, s.dp + column, STRIDE, rows_of(x, n, true), call.kn_stride, 16,
+                         s.dq + m0 * Dp, Dp, true, x.kt + n * Dp);
         });
+        use_half(half_rows);
       }
       chunks.scatter();
     }
   }
 
-  // That a gradient of the scores of a tile can be, at most.
-  float largest_gradient(int64_t m0, int rows) const {
-    vf most = vf{};
-    float delta = 0.f;
+  // What the gradients of the scores of each row of a tile can be, at most.
+  Magnitudes largest_gradients(int64_t m0, int rows) const {
+    const float keep = call.a.drop_keys ? (float)call.a.keep : 1.f;
+    Magnitudes found;
     for (int r = 0; r < rows; r++) {
-      const float *dp = s.dp + r * STRIDE;
-      for (int c = 0; c < width; c += W) most = larger((vf)((vi)load(dp + c) & 0x7fffffff), most);
-      delta = std::max(delta, std::abs(s.delta[m0 + r]));
+      const float *dp = s.dp + r * STRIDE, *score = s.s + r * STRIDE;
+      vf most = vf{};
+      for (int c = 0; c < width; c += W) {
+        const vf of = (vf)((vi)load(dp + c) & 0x7fffffff);
+        most = larger(load(score + c) > all(-INF) ? of : vf{}, most);
+      }
+      const float of_row = largest_of(most);
+      if (of_row > 0.f) found.add(of_row * keep + std::abs(s.delta[m0 + r]));
     }
-    return largest_of(most) * (call.a.drop_keys ? (float)call.a.keep : 1.f) + delta;
+    return found;
   }
 
   // p: scores → weights (after dropout), dp → gradient of the scores, for the products; fp32 where `plain`
   void softmax_gradient(int64_t m, float *p, float *dp, float ds_scale, bool plain) {
     if (call.a.drop_keys) keep_row(m, s.keep);
-    with_constants([&](auto half, auto drop) {
-      const float lse = s.m[m] - call.weight_log, scale = (plain ? 1.f : ds_scale) / call.weight_scale;
+    with_constants([&](auto halves, auto drop) {
+      const float lse = s.m[m] - weight_log, scale = (plain ? 1.f : ds_scale) / weight_scale;
       const float delta = s.delta[m] * scale, *keep = s.keep;
       auto each = [&](auto is_plain) {
         for (int c = 0, n = width; c < n; c += W) {
-          const vf x = exp_of<half>(load(p + c) - lse);
+          const vf x = exp_of<halves>(load(p + c) - lse);
           vf kept = x, dx = load(dp + c) * scale;
           if constexpr (drop) kept *= load(keep + c), dx *= load(keep + c);
-          put<half>(p + c, kept);
-          put<half && !is_plain>(dp + c, x * (dx - delta));
+          put<halves>(p + c, kept);
+          put<halves && !is_plain>(dp + c, x * (dx - delta));
         }
       };
-      if (half && plain)
+      if (halves && plain)
         each(std::true_type());
       else
         each(std::false_type());
@@ -1327,7 +1379,7 @@ struct Portion {
       }
     });
     each_row([&](int64_t row, int64_t h, int64_t i) {
-      call.write_out((b * call.a.H + h) * call.a.Nq + i, s.row_m[row], s.row_l[row], s.row_sums + row * Dp);
+      call.write_out(unit, (b * call.a.H + h) * call.a.Nq + i, s.row_m[row], s.row_l[row], s.row_sums + row * Dp);
     });
   }
 

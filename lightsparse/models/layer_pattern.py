@@ -18,8 +18,9 @@ def check_layers(pattern: str, local_window: int | None, prefix: str = "model.")
         raise ValueError(f"{prefix}local_window is {local_window}; it counts tokens and must be at least 1")
     if ("L" in pattern) != (local_window is not None):
         raise ValueError(
-            f"{prefix}layer_pattern is {pattern!r} and {prefix}local_window {local_window}; L layers need a window in "
-            "tokens, and only they have one: set both or neither"
+            f"{prefix}layer_pattern is {pattern!r} and {prefix}local_window "
+            f"{'null' if local_window is None else local_window}; L layers need a window in tokens, and only they have "
+            "one: set both or neither"
         )
 
 

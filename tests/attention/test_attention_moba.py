@@ -12,7 +12,7 @@ import torch
 from battery import Inputs, Shape, close, context, documents_at, gradients
 from torch import Tensor
 
-from lightsparse.attention import guards, token_blocks
+from lightsparse.attention import guards, row_parts
 from lightsparse.attention.core import AttentionShape
 from lightsparse.attention.moba import MobaAttention, MobaConfig
 from lightsparse.attention.router import best, listed
@@ -142,7 +142,7 @@ def test_a_sequence_in_parts_equals_the_whole_and_keeps_no_table(borders, monkey
     documents = documents_at(111, *borders, batch=2) if borders else None
     core, results, kept = make(shape, dropout=0.2).train(), [], []
     for table in (1 << 24, 300):
-        monkeypatch.setattr(token_blocks, "_TABLE", table)
+        monkeypatch.setattr(row_parts, "_TABLE", table)
         given, saved = Inputs.random(shape, dtype=torch.float64).leaves(), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.dtype) or t, lambda t: t):
             found = run(core, given, documents)

@@ -12,7 +12,7 @@ import torch
 from battery import Inputs, Shape, close, context, dense_attention, documents_at, gradients
 from nsa_case import as_map, make, only, run, softmax_under, squeezed, written_out
 
-from lightsparse.attention import guards, nsa, nsa_select
+from lightsparse.attention import guards, nsa_select, row_parts
 from lightsparse.attention.core import AttentionShape
 from lightsparse.attention.nsa import NsaAttention, NsaConfig
 from lightsparse.attention.nsa_gates import BRANCHES
@@ -188,7 +188,7 @@ def test_a_sequence_in_parts_equals_the_whole_and_keeps_no_table(borders, monkey
     documents = documents_at(111, *borders, batch=2) if borders else None
     core, results, kept = make(shape, dropout=0.2).double().train(), [], []
     for table in (1 << 24, 300):
-        monkeypatch.setattr(nsa, "_TABLE", table)
+        monkeypatch.setattr(row_parts, "_TABLE", table)
         given, saved = Inputs.random(shape, dtype=torch.float64).leaves(), []
 
         def save(t: torch.Tensor, of=saved) -> torch.Tensor:

@@ -83,6 +83,47 @@ def test_a_value_that_is_no_number_is_not_hidden():
     assert torch.equal(out.isnan().any(-1)[0, 0], touched)
 
 
+@pytest.mark.parametrize("q_block", [32, 1])
+@pytest.mark.parametrize("factor", [1e4, 1e8])
+def test_a_row_that_is_much_larger_takes_no_bits_from_the_others(factor, q_block):
+    """Of v the last one, of the output's gradient the first: each row's error against fp64, relative to that row."""
+    torch.manual_seed(0)
+    q, k, v, grad = torch.randn(4, 1, 2, 160, 64).bfloat16()
+    v[:, :, -1] *= factor
+    grad[:, :, 0] *= factor
+    layout = random_layout(Sizes(1, 2, 2, 160, 160, 64), Tables(1, 1, q_block, 32, most=5, rule="causal"))
+    for rows in (slice(0, -1), slice(1, None)):  # without either, so that one large factor at a time meets the rest
+        found = []
+        for dtype, backend in ((torch.bfloat16, "native"), (torch.float64, "reference")):
+            leaves = [x.to(dtype).clone().requires_grad_() for x in (q, k, v)]
+            out = block_sparse_attention(*leaves, layout, backend=backend)
+            assert isinstance(out, torch.Tensor)
+            (out * grad.to(dtype))[:, :, rows].sum().backward()
+            found.append([out.detach()[:, :, :-1], leaves[2].grad[:, :, 1:]])
+        for name, ours, exact in zip(("out", "dv"), *found, strict=True):
+            error = (ours.double() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)
+            assert error.max() < 0.02, (name, error.max())
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-12, 1e12, 1e30])
+def test_numbers_as_large_and_as_small_as_bf16_has_them(factor):
+    torch.manual_seed(0)
+    q, k, v, grad = torch.randn(4, 1, 2, 130, 64).bfloat16()
+    layout = LocalWindow(100).layout(130, block=32)
+    for large in (v, grad):
+        large *= factor
+        found = []
+        for dtype, backend in ((torch.bfloat16, "native"), (torch.float64, "reference")):
+            leaves = [x.to(dtype).clone().requires_grad_() for x in (q, k, v)]
+            out = block_sparse_attention(*leaves, layout, backend=backend)
+            assert isinstance(out, torch.Tensor)
+            out.backward(grad.to(dtype))
+            found.append([out.detach(), *(x.grad for x in leaves)])
+        for name, ours, exact in zip(("out", "dq", "dk", "dv"), *found, strict=True):
+            assert (ours.double() - exact).norm() < 0.01 * exact.norm(), name
+        large /= factor
+
+
 @pytest.mark.parametrize("kv_block", [16, 4])
 def test_dropout_decides_bit_by_bit_as_keep_scale_does(kv_block):
     """With values that are rows of the identity, the output is the weights: zero exactly where one is dropped."""
