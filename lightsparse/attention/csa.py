@@ -3,7 +3,8 @@
 Every `stride` tokens become one entry, pooled from 2 · stride tokens (csa_compress.py, eq. 9–12). A lightning indexer
 with compressed keys of its own (csa_index.py, eq. 13–17) chooses top_k of the entries that end at or before the query,
 for all heads alike; these, a near window and a learned sink share one softmax. How this differs from V4's layer as a
-whole: compressed.py. V4 alternates CSA with HCA.
+whole: compressed.py. The
+indexer learns from the attention as DSA's does (indexer_loss.py). V4 alternates CSA with HCA.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from lightsparse.attention.compressed import (
     tokens_of,
 )
 from lightsparse.attention.core import AttentionResult, AttentionShape, SequenceContext
-from lightsparse.attention.csa_index import Index, LightningIndexer, Visible, choose, divergence
+from lightsparse.attention.csa_index import CompressedIndexer
 from lightsparse.attention.guards import warn_if_dense
+from lightsparse.attention.indexer import Index
+from lightsparse.attention.indexer_loss import Found, Keys, choose, choose_and_learn, learn_from_dense
 from lightsparse.attention.over_ranks import sequence_length
 from lightsparse.attention.stages import StagedConfig
 from lightsparse.kernels import Dropout, block_sparse_attention
 from lightsparse.parallel.shard import sum_over
-from lightsparse.patterns import BlockLayout
+from lightsparse.patterns import BlockLayout, ElementMask
 from lightsparse.patterns.layout import no_dense_rows
 
 _TABLE = 1 << 22  # entries held at once; a longer sequence is worked on in parts, chosen again for the backward
@@ -69,17 +72,6 @@ class Selection(NamedTuple):
     layout: BlockLayout
 
 
-class _Part(NamedTuple):
-    """Of some queries."""
-
-    out: Tensor  # [B, H, R, D]
-    lse: Tensor  # [B, H, R]
-    area: Tensor  # [B|1]: query–key pairs of the tiles computed
-    total: Tensor  # scalar: of the indexer's divergence,
-    rows: Tensor  # and over how many queries
-    choice: Tensor  # int32 [B, 1, blocks, K]: what the last token of every block chose; empty in the dense stage
-
-
 class CsaAttention(CompressedAttention):
     """Each token reads the `window` tokens up to itself and the top_k entries that the indexer scores highest.
 
@@ -98,7 +90,7 @@ class CsaAttention(CompressedAttention):
     def __init__(self, config: CsaConfig, shape: AttentionShape):
         super().__init__(config, shape)
         self.csa = config  # `config` under its own type
-        self.indexer = LightningIndexer(shape.embed_dim, config.index_heads, config.index_dim, config.stride)
+        self.indexer = CompressedIndexer(shape.embed_dim, config.index_heads, config.index_dim, config.stride)
         self.dense_now = config.is_dense(0)
         warn_if_dense("attention.top_k × attention.stride", config.top_k * config.stride, shape.context)
 
@@ -134,74 +126,89 @@ class CsaAttention(CompressedAttention):
         self, q: Tensor, x: Tensor, near_lse: Tensor, entries: Entries, ctx: SequenceContext, dropout: Dropout | None
     ) -> tuple[Far, AttentionResult]:
         index, tokens = self.indexer(x, ctx, self._state(ctx)), tokens_of(q, ctx)
-        parts, runs = [], self._parts(q, entries, ctx)
-        for start, stop in runs:
-            of = slice(start, stop)
-            given = (
-                q[:, :, of],
-                near_lse[:, :, of],
-                Index(index.q[:, of], index.weight[:, of], index.keys),
-                entries,
-                tokens[of],
-                ctx,
-                dropout,
-            )
-            if torch.is_grad_enabled() and len(runs) > 1:
-                parts.append(checkpoint(self._attend, *given, use_reentrant=False, preserve_rng_state=False))
+        keys = None
+        if torch.is_grad_enabled() and not ctx.q_start:
+            keys = self._keys(q, near_lse, entries)
+        done, parts = [], self._parts(q, entries, ctx)
+        for part in parts:
+            of_part = Index(index.q[:, part], index.weight[:, part], index.keys)
+            to = None if keys is None else keys.part(part, entries.count)
+            layout, found = self._found(of_part, to, tokens[part], ctx)
+            given = (q[:, :, part], entries, of_part, tokens[part], ctx, dropout)
+            if torch.is_grad_enabled() and len(parts) > 1:
+                once = [layout]
+                out, lse = checkpoint(self._read, once, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                parts.append(self._attend(*given))
-        out, lse, area, total, rows, choice = zip(*parts, strict=True)
+                out, lse = self._read([layout], *given)
+            ends = tokens[part] % self.block == self.block - 1
+            ends[-1] = True
+            choice = found.table[:, None] if self.dense_now else found.table[:, None, ends]
+            done.append((out, lse, layout.areas()[0].mean(1), choice, *found[1:]))
+        out, lse, area, choice, divergence, _, rows = zip(*done, strict=True)
         far = Far(torch.cat(out, 2), torch.cat(lse, 2), torch.stack(area).sum(0))
         if ctx.q_start:
             return far, AttentionResult(far.out)
-        sums = torch.stack([torch.stack(total).sum(), torch.stack(rows).sum().to(total[0].dtype)])
+        table = None if self.dense_now else torch.cat(choice, 2)
+        if keys is None:
+            return far, AttentionResult(far.out, choice=table)
+        sums = torch.stack([torch.stack(divergence).sum(), torch.stack(rows).sum()])
         if ctx.shard is not None:
             sums = sum_over(sums, ctx.shard)
         mean = sums[0] / sums[1].detach().clamp(min=1)
         loss = self.csa.index_weight * mean
-        table = None if self.dense_now else torch.cat(choice, 2)
         return far, AttentionResult(far.out, loss, {"index_kl": mean.detach().float()}, table)
 
-    def _parts(self, q: Tensor, entries: Entries, ctx: SequenceContext) -> list[tuple[int, int]]:
+    def _parts(self, q: Tensor, entries: Entries, ctx: SequenceContext) -> list[slice]:
         """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
         per_query = q.shape[0] * min(self.csa.top_k, entries.count)
         at_once = max(_TABLE // per_query // self.block, 1) * self.block
         if ctx.shard is not None:
-            return [(0, q.shape[2])]
-        return [(start, min(start + at_once, q.shape[2])) for start in range(0, q.shape[2], at_once)]
+            at_once = q.shape[2]
+        return [slice(start, min(start + at_once, q.shape[2])) for start in range(0, q.shape[2], at_once)]
 
-    def _attend(
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _keys(self, q: Tensor, near_lse: Tensor, entries: Entries) -> Keys:
+        """What the indexer learns from; beside entries a head reads its window and its sink."""
+        assert self.sink is not None
+        return Keys(q, entries.keys, torch.logaddexp(near_lse, self.sink.to(near_lse.dtype)[:, None]))
+
+    def _found(
+        self, index: Index, keys: Keys | None, tokens: Tensor, ctx: SequenceContext
+    ) -> tuple[BlockLayout, Found]:
+        """What queries at `tokens` read, and what the indexer learns from it where `keys` are there."""
+        mask = entry_mask(index.keys.shape[1], self.stride, tokens, ctx)
+        nothing = Found(tokens.new_empty(len(index.q), 0, 0, dtype=torch.int32), *index.q.new_zeros(3))
+        if self.dense_now:
+            layout = self.all_entries(index.keys.shape[1], tokens, 1 if ctx.q_start else self.block, ctx)
+            return layout, nothing if keys is None else learn_from_dense(index, mask, keys)
+        if keys is None:
+            found = nothing._replace(table=choose(index, mask, self.csa.top_k))
+        else:
+            found = choose_and_learn(index, mask, self.csa.top_k, keys)
+        return _of_table(found.table, mask), found
+
+    def _read(
         self,
+        once: list[BlockLayout],
         q: Tensor,
-        near_lse: Tensor,
-        index: Index,
         entries: Entries,
+        index: Index,
         tokens: Tensor,
         ctx: SequenceContext,
         dropout: Dropout | None,
-    ) -> _Part:
-        over: Tensor | Visible
-        if self.dense_now:
-            layout = self.all_entries(entries.count, tokens, 1 if ctx.q_start else self.block, ctx)
-            over = Visible((tokens + 1) // self.stride, layout.mask.q_doc, layout.mask.kv_doc)
-        else:
-            layout = self._layout(index, tokens, ctx)
-            over = layout.kv_indices[:, 0]
-        out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
-        total = rows = q.new_zeros(())
-        if not ctx.q_start:
-            assert self.sink is not None
-            whole = torch.logaddexp(torch.logaddexp(near_lse, lse), self.sink.to(lse.dtype)[:, None])
-            total, rows = divergence(index, q, entries.keys, whole, over)
-        ends = tokens % self.block == self.block - 1
-        ends[-1] = True
-        choice = layout.kv_indices[:, :, :0] if self.dense_now else layout.kv_indices[:, :, ends]
-        return _Part(out, lse, layout.areas()[0].mean(1), total, rows, choice)
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of some queries, and its lse. once: what they read, for the forward pass; the backward finds it
+        again."""
+        layout = once.pop() if once else self._found(index, None, tokens, ctx)[0]
+        return block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
 
-    @torch.compiler.disable
     def _layout(self, index: Index, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:
-        """What queries at `tokens` read, a row per query and an entry per block."""
+        """What queries at `tokens` choose."""
         mask = entry_mask(index.keys.shape[1], self.stride, tokens, ctx)
-        visible = Visible((tokens + 1) // self.stride, mask.q_doc, mask.kv_doc)
-        table = choose(index, self.csa.top_k, visible)[:, None]
-        return BlockLayout(table, 1, 1, mask, no_dense_rows(tokens.device))
+        return _of_table(choose(index, mask, self.csa.top_k), mask)
+
+
+def _of_table(table: Tensor, mask: ElementMask) -> BlockLayout:
+    """Rows of single queries that read single entries, those of a table [B, R, K]."""
+    return BlockLayout(table[:, None], 1, 1, mask, no_dense_rows(table.device))

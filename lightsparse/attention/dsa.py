@@ -143,10 +143,9 @@ class DsaAttention(StagedAttention):
             mask = self._mask(part, k, ctx)
             of_part = Index(index.q[:, part], index.weight[:, part], index.keys[:, : mask.num_keys])
             if keys is None:
-                found = Found(choose(of_part, mask, self.options.top_k), *index.q.new_zeros(2))
+                found = Found(choose(of_part, mask, self.options.top_k), *index.q.new_zeros(3))
             else:
-                there = Keys(keys.q[:, :, part], keys.k[:, :, : mask.num_keys])
-                found = choose_and_learn(of_part, mask, self.options.top_k, there)
+                found = choose_and_learn(of_part, mask, self.options.top_k, keys.part(part, mask.num_keys))
             layout = _layout(found.table, mask)
             read = k.shape[2] if ctx.shard is not None else mask.num_keys
             given = (q[:, :, part], k[:, :, :read], v[:, :, :read], of_part, mask, ctx, dropout)
@@ -157,8 +156,8 @@ class DsaAttention(StagedAttention):
                 out = self._read([layout], *given)
             tokens = mask.q_pos[0]
             ends = (tokens % _UNIT == _UNIT - 1) | (tokens == sequence_length(k, ctx) - 1)
-            done.append((out, *layout.areas(), layout.kv_indices[:, :, ends], found.divergence, found.uniform))
-        out, computed, dense, choice, divergence, uniform = zip(*done, strict=True)
+            done.append((out, *layout.areas(), layout.kv_indices[:, :, ends], *found[1:]))
+        out, computed, dense, choice, divergence, uniform, rows = zip(*done, strict=True)
         whole = out[0] if len(out) == 1 else torch.cat(out, 2)
         if ctx.q_start:
             return AttentionResult(whole), None
@@ -166,7 +165,7 @@ class DsaAttention(StagedAttention):
         if ctx.shard is not None:
             area, of_dense = sum_over(area, ctx.shard), sum_over(of_dense, ctx.shard)
         stats = {"density": (area / of_dense[:, None]).mean().float()}
-        found_all = Found(choice[0], torch.stack(divergence).sum(), torch.stack(uniform).sum())
+        found_all = Found(choice[0], *(torch.stack(of).sum() for of in (divergence, uniform, rows)))
         return AttentionResult(whole, stats=stats, choice=torch.cat(choice, 2)), None if keys is None else found_all
 
     def _read(

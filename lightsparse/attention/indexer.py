@@ -1,10 +1,10 @@
-"""DeepSeek-V3.2's lightning indexer: few small heads that score every past token for every query (section 2.1, eq. 1).
+"""DeepSeek-V3.2's lightning indexer: few small heads that score every past key for every query (section 2.1, eq. 1).
 
     I[t, s] = Σ_j w[t, j] · ReLU(⟨q[t, j], k[s]⟩)
 
-One index key per token (LayerNorm, then rotated) is shared by all index heads, and the choice by all heads of the
-attention. Everything is computed in fp32 at least, whatever autocast and parameters say, from x detached: what the
-indexer learns changes nothing before it.
+One index key is shared by all index heads, and the choice by all heads of the attention. DSA's keys are those of tokens
+(LayerNorm, then rotated: `Indexer`), CSA's those of compressed entries (csa_index.py). Everything is computed in fp32
+at least, whatever autocast and parameters say, from x detached: what the indexer learns changes nothing before it.
 
 Shapes: B batch, R queries (rows), J index heads, F index width, C keys (columns), K entries of a row's table.
 """
@@ -32,36 +32,48 @@ class Index(NamedTuple):
     keys: Tensor  # [B, C, F]
 
 
-class Indexer(nn.Module):
-    """x → index queries, weights (1 / √(J · F) in them) and keys of its tokens."""
+class IndexQueries(nn.Module):
+    """x → index queries and weights, 1 / √(J · F) in the weights; subclasses add the keys."""
 
     def __init__(self, embed_dim: int, heads: int, width: int):
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(embed_dim, heads * width, bias=False)
-        self.key = nn.Linear(embed_dim, width, bias=False)
         self.weight = nn.Linear(embed_dim, heads, bias=False)
-        self.key_norm = nn.LayerNorm(width, eps=_EPS)
-        for linear in (self.query, self.key, self.weight):
+        for linear in (self.query, self.weight):
             nn.init.normal_(linear.weight, std=_STD)
+
+    def of_queries(self, x: Tensor, ctx: SequenceContext) -> tuple[Tensor, Tensor]:
+        """[B, n, J, F] and [B, n, J] in the dtype of x [B, n, E], which is at ctx.positions."""
+        q = F.linear(x, self.query.weight.to(x.dtype)).unflatten(-1, (self.heads, -1))
+        if ctx.rotary is not None:
+            q = ctx.rotary(q.transpose(1, 2), ctx.positions).transpose(1, 2)
+        return q, F.linear(x, self.weight.weight.to(x.dtype)) * (self.heads * q.shape[-1]) ** -0.5
+
+
+class Indexer(IndexQueries):
+    """x → index queries, weights and keys of its tokens."""
+
+    def __init__(self, embed_dim: int, heads: int, width: int):
+        super().__init__(embed_dim, heads, width)
+        self.key = nn.Linear(embed_dim, width, bias=False)
+        self.key_norm = nn.LayerNorm(width, eps=_EPS)
+        nn.init.normal_(self.key.weight, std=_STD)
 
     def forward(self, x: Tensor, ctx: SequenceContext) -> Index:
         """x [B, n, E] at ctx.positions → Index with R = C = n, differentiable in the parameters alone."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-            query, key, weight, scale, offset = (
-                of.to(x.dtype)
-                for of in (
-                    *(self.query.weight, self.key.weight, self.weight.weight),
-                    *(self.key_norm.weight, self.key_norm.bias),
-                )
-            )
-            q = F.linear(x, query).unflatten(-1, (self.heads, -1))
+            x = as_read(x)
+            key, scale, offset = (of.to(x.dtype) for of in (self.key.weight, *self.key_norm.parameters()))
             keys = F.layer_norm(F.linear(x, key), scale.shape, scale, offset, _EPS)
             if ctx.rotary is not None:
-                q = ctx.rotary(q.transpose(1, 2), ctx.positions).transpose(1, 2)
                 keys = ctx.rotary(keys[:, None], ctx.positions)[:, 0]
-            return Index(q, F.linear(x, weight) * (self.heads * q.shape[-1]) ** -0.5, keys)
+            return Index(*self.of_queries(x, ctx), keys)
+
+
+def as_read(x: Tensor) -> Tensor:
+    """The layer's input as an indexer reads it: detached, at least fp32."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def products(q: Tensor, keys: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 """The indexer's pass over all queries: what each chooses, and the loss that trains the indexer, some rows at a time.
 
 The loss is KL(p ‖ softmax I) (DeepSeek-V3.2, section 2.1, eq. 3 and 4). p are the attention's weights, summed over the
-heads and normalised, detached; both are over every visible token (dense warm-up) or over the chosen ones (sparse). Its
+heads and normalised, detached; both are over every visible key (dense warm-up) or over the chosen ones (sparse). Heads
+count alike or, where their softmax has more in it than these keys (CSA's window), by the share of it on these keys. The
 gradient in I is softmax I − p, so the gradients of the index are at hand as soon as the scores are: they are kept in
 place of the scores, and nothing is computed again.
 
 Where what is chosen is little beside all columns, its keys are gathered for each query; otherwise all columns are
-multiplied and what is not chosen is masked. A row costs more or less by that; the numbers are the same.
+multiplied and what is not chosen is masked. A row costs more or less by that; the numbers are the same. Masks are added
+and multiplied, and nothing that underflows goes through exp: with scattered choices, masked_fill, where and such an exp
+take twenty times as long on a CPU.
 
+Keys are tokens or compressed entries, in the order in which they become visible.
 Shapes: those of indexer.py, and H heads, g query heads of a key/value head, D head dim.
 """
 
@@ -17,6 +21,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -24,6 +29,7 @@ from lightsparse.attention.indexer import Index, Scores, chosen_columns, product
 from lightsparse.patterns import ElementMask
 
 _ROWS = 64  # a chunk's scores of all columns; more rows are no faster
+_HIDDEN = -1e30  # added to a score; finite, so that a row of nothing but hidden ones stays free of NaN
 _COPY, _LONE = 4, 2  # of a gathered key, and of one query against it; a product in a matrix product is 1 (routes.py)
 
 
@@ -32,16 +38,23 @@ class Keys(NamedTuple):
 
     q: Tensor  # [B, H, R, D]
     k: Tensor  # [B, Hkv, C, D], of all columns
+    rest: Tensor | None = None  # [B, H, R], log-sum-exp of what else each head's softmax holds; None = nothing
+
+    def part(self, rows: slice, columns: int) -> Keys:
+        """Of some rows, and the first columns."""
+        rest = None if self.rest is None else self.rest[:, :, rows]
+        return Keys(self.q[:, :, rows], self.k[:, :, :columns], rest)
 
 
 class Found(NamedTuple):
     table: Tensor  # int32 [B, R, K]
     divergence: Tensor  # sum over rows of KL(p ‖ softmax I), in nats, differentiable in the index
     uniform: Tensor  # the same for equal weights in place of softmax I: what knowing nothing costs
+    rows: Tensor  # how many rows of all samples see any key; the others have no divergence
 
 
 def choose(index: Index, mask: ElementMask, top_k: int) -> Tensor:
-    """The top_k visible tokens of each query by score: int32 [B, R, min(top_k, C)], ascending, −1 padded."""
+    """The top_k visible keys of each query by score: int32 [B, R, min(top_k, C)], ascending, −1 padded."""
     return _walk(index, mask, top_k, None, dense=False).table
 
 
@@ -57,13 +70,13 @@ def learn_from_dense(index: Index, mask: ElementMask, attention: Keys) -> Found:
 
 class _Walked(NamedTuple):
     table: Tensor
-    divergence: Tensor
-    uniform: Tensor
+    sums: Tensor  # [3]: of divergence, uniform and rows
     gradients: Index  # of the divergence
 
 
 def _learnt(index: Index, found: _Walked) -> Found:
-    return Found(found.table, _Known.apply(found.divergence, *index, *found.gradients), found.uniform)
+    divergence, uniform, rows = found.sums
+    return Found(found.table, _Known.apply(divergence, *index, *found.gradients), uniform, rows)
 
 
 @torch.compiler.disable  # it goes by values
@@ -72,13 +85,13 @@ def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *
     """Rows in chunks; mask has the rows of the queries and all columns, and is causal."""
     (batch, rows), columns = index.q.shape[:2], index.keys.shape[1]
     width = min(top_k, columns)
-    sums, tables = index.q.new_zeros(2), [index.q.new_empty(batch, 0, width, dtype=torch.int32)]
+    sums, tables = index.q.new_zeros(3), [index.q.new_empty(batch, 0, width, dtype=torch.int32)]
     gradients = Index(*(part if attention is None else torch.zeros_like(part) for part in index))
     with torch.autocast(index.q.device.type, enabled=False):
         if attention is not None:
-            attention = Keys(*(part.to(index.q.dtype) for part in attention))
+            attention = Keys(*(None if part is None else part.to(index.q.dtype) for part in attention))
         for part in _chunks(rows, max(_ROWS // batch, 1)):
-            seen = int(mask.q_pos[:, part].max()) + 1  # columns that some row of the chunk may read
+            seen = max(int((mask.visible_from <= mask.q_pos[:, part].max()).sum()), 1)  # columns of the chunk
             now = Index(index.q[:, part], index.weight[:, part], index.keys[:, :seen])
             among = _visible(mask, part, seen)
             scores, chosen = Scores(now), among.expand(batch, -1, -1)
@@ -88,7 +101,7 @@ def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *
             if attention is None:
                 continue
             of = Index(gradients.q[:, part], gradients.weight[:, part], gradients.keys[:, :seen])
-            to = Keys(attention.q[:, :, part], attention.k[:, :, :seen])
+            to = attention.part(part, seen)
             if dense or not _is_gathered(width, seen, to):
                 sums += _learn(now, scores, chosen, to, of, None)
                 continue
@@ -97,26 +110,29 @@ def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *
                 ids = table[:, few].clamp(min=0).long()
                 own = Index(now.q[:, few], now.weight[:, few], _taken(now.keys, ids))
                 grads = Index(of.q[:, few], of.weight[:, few], of.keys)
-                sums += _learn(own, Scores(own), table[:, few] >= 0, Keys(to.q[:, :, few], to.k), grads, ids)
-    return _Walked(torch.cat(tables, 1), sums[0], sums[1], gradients)
+                sums += _learn(own, Scores(own), table[:, few] >= 0, to.part(few, seen), grads, ids)
+    return _Walked(torch.cat(tables, 1), sums, gradients)
 
 
 def _learn(now: Index, scores: Scores, chosen: Tensor, attention: Keys, grads: Index, ids: Tensor | None) -> Tensor:
-    """Divergence and its value for equal weights, summed over rows: [2]; adds the gradients of the index to `grads`.
+    """Divergence, its value for equal weights and 1, summed over rows: [3]; adds the index's gradients to `grads`.
 
-    chosen  bool [B, R, C]: the set of each row, never empty
+    chosen  bool [B, R, C]: the set of each row; one without any counts for nothing
     ids     int64 [B, R, C]: which columns the keys in `now` are, where they are each row's own; grads.keys has all
     """
-    p = _attention_share(attention, chosen, ids)
-    log_found = scores.total.masked_fill(~chosen, -torch.inf).log_softmax(-1).masked_fill_(~chosen, 0.0)
-    negative_entropy = torch.special.xlogy(p, p).sum()
+    kept = chosen.to(scores.total.dtype)
+    hidden, count = (1 - kept).mul_(_HIDDEN), kept.sum(-1)
+    p = _attention_share(attention, hidden, ids).mul_(kept)
+    found = scores.total.add(hidden)
+    log_found = found.log_softmax(-1)
+    negative_entropy = p.clamp(min=torch.finfo(p.dtype).tiny).log_().mul_(p).sum()
     divergence = negative_entropy - (p * log_found).sum()
-    uniform = negative_entropy + chosen.sum(-1).to(p.dtype).log().sum()
+    uniform = negative_entropy + count.clamp(min=1).log().sum()
 
-    d_scores = log_found.exp_().masked_fill_(~chosen, 0.0).sub_(p)
+    d_scores = found.softmax(-1).mul_(kept).sub_(p)
     for j, product in enumerate(scores.products):
         grads.weight[:, :, j] = (d_scores * product).sum(-1)
-        d_product = (d_scores * now.weight[:, :, j, None]).masked_fill_(product <= 0, 0.0)
+        d_product = (d_scores * now.weight[:, :, j, None]).mul_(product.sign_())  # 0 or 1
         q = now.q[:, :, j]
         if ids is None:
             grads.q[:, :, j] = torch.bmm(d_product, now.keys)
@@ -125,20 +141,28 @@ def _learn(now: Index, scores: Scores, chosen: Tensor, attention: Keys, grads: I
             grads.q[:, :, j] = torch.matmul(d_product[:, :, None], now.keys)[:, :, 0]
             for b, of_keys in enumerate(grads.keys):
                 of_keys.index_add_(0, ids[b].flatten(), (d_product[b, ..., None] * q[b, :, None]).flatten(0, 1))
-    return torch.stack([divergence, uniform])
+    return torch.stack([divergence, uniform, (count > 0).sum().to(p.dtype)])
 
 
-def _attention_share(attention: Keys, chosen: Tensor, ids: Tensor | None) -> Tensor:
-    """p [B, R, C]: the mean over heads of their softmax over the chosen columns, 0 for the others."""
-    q, k = attention
+def _attention_share(attention: Keys, hidden: Tensor, ids: Tensor | None) -> Tensor:
+    """p [B, R, C]: the mean of the heads' softmax over what is not hidden, weighed by these columns' share of all."""
+    q, k, rest = attention
     q = q * q.shape[-1] ** -0.5
-    group, total = q.shape[1] // k.shape[1], torch.zeros((), device=q.device, dtype=q.dtype)
-    for h in range(k.shape[1]):
-        of_head = k[:, h] if ids is None else _taken(k[:, h], ids)
-        for head in range(h * group, (h + 1) * group):
-            logits = products(q[:, head], of_head).masked_fill_(~chosen, -torch.inf)
-            total = total + logits.softmax(-1)
-    return total / q.shape[1]
+    group, total = q.shape[1] // k.shape[1], torch.zeros_like(hidden)
+    most = q.new_full((*hidden.shape[:2], 1), -torch.inf)  # the largest log of a head's weight so far
+    for head in range(q.shape[1]):
+        if head % group == 0:
+            of_head = k[:, head // group] if ids is None else _taken(k[:, head // group], ids)
+        logits = products(q[:, head], of_head).add_(hidden)
+        shares = logits.softmax(-1)
+        if rest is None:
+            total += shares
+            continue
+        here = logits.amax(-1, keepdim=True) - shares.amax(-1, keepdim=True).log()  # their log-sum-exp
+        log_weight = F.logsigmoid(here - rest[:, head, :, None])
+        before, most = most, torch.maximum(most, log_weight)
+        total.mul_((before - most).exp()).add_(shares.mul_((log_weight - most).exp()))
+    return total.div_(total.sum(-1, keepdim=True))
 
 
 def _visible(mask: ElementMask, rows: slice, columns: int) -> Tensor:

@@ -164,7 +164,7 @@ def best(scores: Tensor, among: Tensor, most: int) -> Tensor:
     if most >= scores.shape[-1]:
         return among.expand(scores.shape)
     ranked = scores.masked_fill(~among, -math.inf)
-    lowest = ranked.topk(most, dim=-1).values[..., -1:]
+    lowest = ranked.topk(most, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above = ranked > lowest
     equal = among & (ranked == lowest)
     room = most - above.sum(-1, keepdim=True)
