@@ -48,8 +48,8 @@ class MlpCompressor(nn.Module):
 
     The paper says "a learnable MLP with intra-block position encoding" and no more; width, activation and the mean,
     around which the MLP starts small, are ours: random summaries choose random blocks, and nothing teaches the selected
-    branch to compare keys that it does not see. No bias at the end: added to every key alike, it would leave the softmax
-    as it is.
+    branch to compare keys that it does not see. No bias at the end: added to every key alike, it would leave the
+    softmax as it is.
     """
 
     def __init__(self, block: int, stride: int, dim: int, hidden: int):

@@ -31,6 +31,7 @@ _DOES_NOT_COMPILE = (TorchDynamoException, NotImplementedError)
 
 log = logging.getLogger(__name__)
 BLOCKS, DENSITIES = (64, 128), (0.05, 0.2)  # of patterns
+BACKENDS = ("native", "blocked", "flex")
 
 EXAMPLE = """python -m lightsparse.bench kernels --seq 16384 --heads 4 --head-dim 64 --block 64,128 --density 0.05,0.2
   python -m lightsparse.bench kernels --seq 8192,16384,32768 --variants all
@@ -52,8 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pattern", choices=KINDS, help="window, or mixed with global tokens and strides (window)")
     options.add_runtime(parser, threads=1)
     parser.add_argument("--repeats", type=options.count, default=5, metavar="R", help="timed rounds (5)")
-    parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention; it compiles for a minute")
+    about_backends = "native, blocked, flex (which compiles for a minute): measure these, of patterns"
+    options.add_list(parser, "--backends", _backend, list(BACKENDS), about_backends)
     options.add_json(parser)
+
+
+def _backend(text: str) -> str:
+    if text not in BACKENDS:
+        raise argparse.ArgumentTypeError(f"backend {text!r} is not measured; choose from {', '.join(BACKENDS)}")
+    return text
 
 
 def _shown(values: Sequence[object]) -> str:
@@ -81,8 +89,11 @@ def _measure_patterns(args: argparse.Namespace, report: Report) -> None:
     )
     report.notes += product_notes(args.dtype)
     with runtime(args.threads, args.matmul_precision):
-        with_flex = not args.no_flex
-        backends = ("native", "blocked") if available() else ("blocked",)
+        with_flex = "flex" in args.backends
+        backends = [name for name in BACKENDS[:2] if name in args.backends]
+        if "native" in backends and not available():
+            backends.remove("native")
+            report.notes.append("native is left out: there is no C++ compiler to build it with.")
         for dtype, seq, block, density in itertools.product(args.dtype, args.seq, blocks, densities):
             log.info("%s, %s tokens, block %s, density %s", dtype, f"{seq:,}", block, density)
             pattern = pattern_at(kind, density, seq, block)

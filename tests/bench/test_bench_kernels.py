@@ -7,7 +7,7 @@ from lightsparse.bench import __main__ as command
 from lightsparse.bench import kernels
 
 TINY = ["kernels", "--seq", "96,130", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--block", "16"]
-TINY += ["--density", "0.4", "--repeats", "2", "--no-flex"]
+TINY += ["--density", "0.4", "--repeats", "2", "--backends", "native,blocked"]
 PROMISED = {
     *("backend", "pass", "seq", "heads", "head_dim", "block", "density", "dtype", "threads"),
     *("ms", "dense_ms", "speedup", "flop_ratio", "efficiency"),
