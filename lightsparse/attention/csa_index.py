@@ -6,18 +6,23 @@ V4's published code has no training of the indexer: it learns here as V3.2's doe
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightsparse.attention.core import SequenceContext
 from lightsparse.attention.csa_compress import Compressor, compressed, entry_positions
-from lightsparse.attention.indexer import Index, IndexQueries, as_read
+from lightsparse.attention.indexer import STD, Index, IndexQueries, as_read
 
 
 class CompressedIndexer(IndexQueries):
     """x → index queries and weights of its tokens, and keys from a compressor of its own."""
 
     def __init__(self, embed_dim: int, heads: int, width: int, stride: int):
-        super().__init__(embed_dim, heads, width)
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(embed_dim, heads * width, bias=False)
+        self.weight = nn.Linear(embed_dim, heads, bias=False)
+        for linear in (self.query, self.weight):
+            nn.init.normal_(linear.weight, std=STD)
         self.compressor = Compressor(embed_dim, 1, width, stride, overlap=True)
 
     def forward(self, x: Tensor, ctx: SequenceContext, state: dict[str, Tensor]) -> Index:

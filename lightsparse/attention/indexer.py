@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightsparse.attention.core import SequenceContext
 from lightsparse.attention.router import best
 
-_STD = 0.02
+STD = 0.02  # of new projections, as in the model's layers
 _EPS = 1e-6  # of the LayerNorm, as published
 
 
@@ -33,15 +33,11 @@ class Index(NamedTuple):
 
 
 class IndexQueries(nn.Module):
-    """x → index queries and weights, 1 / √(J · F) in the weights; subclasses add the keys."""
+    """x → index queries and weights, 1 / √(J · F) in the weights; subclasses make the projections and add the keys."""
 
-    def __init__(self, embed_dim: int, heads: int, width: int):
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(embed_dim, heads * width, bias=False)
-        self.weight = nn.Linear(embed_dim, heads, bias=False)
-        for linear in (self.query, self.weight):
-            nn.init.normal_(linear.weight, std=_STD)
+    heads: int
+    query: nn.Linear  # E → J · F
+    weight: nn.Linear  # E → J
 
     def of_queries(self, x: Tensor, ctx: SequenceContext) -> tuple[Tensor, Tensor]:
         """[B, n, J, F] and [B, n, J] in the dtype of x [B, n, E], which is at ctx.positions."""
@@ -55,10 +51,14 @@ class Indexer(IndexQueries):
     """x → index queries, weights and keys of its tokens."""
 
     def __init__(self, embed_dim: int, heads: int, width: int):
-        super().__init__(embed_dim, heads, width)
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(embed_dim, heads * width, bias=False)
         self.key = nn.Linear(embed_dim, width, bias=False)
+        self.weight = nn.Linear(embed_dim, heads, bias=False)
         self.key_norm = nn.LayerNorm(width, eps=_EPS)
-        nn.init.normal_(self.key.weight, std=_STD)
+        for linear in (self.query, self.key, self.weight):
+            nn.init.normal_(linear.weight, std=STD)
 
     def forward(self, x: Tensor, ctx: SequenceContext) -> Index:
         """x [B, n, E] at ctx.positions → Index with R = C = n, differentiable in the parameters alone."""

@@ -45,8 +45,9 @@ def held(p: Tensor, table: Tensor) -> float:
 
 
 def test_the_indexer_finds_what_the_attention_reads() -> None:
-    """Measured: the oracle holds 0.994 of the mass, the indexer 0.99 (0.29 untrained, as a random choice); divergence
-    0.04 to 0.06 nats, that of equal weights 3.1.
+    """Measured: the oracle holds 0.994 of the mass, the indexer 0.992 (0.29 untrained, as a random choice); divergence
+    0.119 nats after these 100 steps, that of equal weights 3.114. Of twelve initial draws, ten end at 0.11 to 0.31 nats
+    and two at 0.51 and 0.83 (0.981 and 0.955 of the mass): the seed here is one of the ten.
 
     Demanded: an oracle that holds 0.95, an indexer of two heads for four that holds 0.95 of that on sequences it has
     not seen, and a divergence a tenth of that of equal weights; the untrained one and a random choice hold far less.
