@@ -144,11 +144,11 @@ class CsaAttention(CompressedAttention):
             ends[-1] = True
             choice = found.table[:, None] if self.dense_now else found.table[:, None, ends]
             done.append((out, lse, layout.areas()[0].mean(1), choice, *found[1:]))
-        out, lse, area, choice, divergence, _, rows = zip(*done, strict=True)
-        far = Far(torch.cat(out, 2), torch.cat(lse, 2), torch.stack(area).sum(0))
+        outs, lses, area, choices, divergence, _, rows = zip(*done, strict=True)
+        far = Far(torch.cat(outs, 2), torch.cat(lses, 2), torch.stack(area).sum(0))
         if ctx.q_start:
             return far, AttentionResult(far.out)
-        table = None if self.dense_now else torch.cat(choice, 2)
+        table = None if self.dense_now else torch.cat(choices, 2)
         if keys is None:
             return far, AttentionResult(far.out, choice=table)
         sums = torch.stack([torch.stack(divergence).sum(), torch.stack(rows).sum()])
@@ -201,7 +201,8 @@ class CsaAttention(CompressedAttention):
         """Attention of some queries, and its lse. once: what they read, for the forward pass; the backward finds it
         again."""
         layout = once.pop() if once else self._found(index, None, tokens, ctx)[0]
-        return block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
+        out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
+        return out, lse
 
     def _layout(self, index: Index, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:
         """What queries at `tokens` choose."""

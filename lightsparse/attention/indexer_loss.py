@@ -89,7 +89,8 @@ def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *
     gradients = Index(*(part if attention is None else torch.zeros_like(part) for part in index))
     with torch.autocast(index.q.device.type, enabled=False):
         if attention is not None:
-            attention = Keys(*(None if part is None else part.to(index.q.dtype) for part in attention))
+            q, k, rest = attention
+            attention = Keys(q.to(index.q), k.to(index.q), None if rest is None else rest.to(index.q))
         for part in _chunks(rows, max(_ROWS // batch, 1)):
             seen = max(int((mask.visible_from <= mask.q_pos[:, part].max()).sum()), 1)  # columns of the chunk
             now = Index(index.q[:, part], index.weight[:, part], index.keys[:, :seen])
