@@ -429,6 +429,25 @@ def chooses_again_what_it_chose(variant: Variant) -> None:
             assert not torch.allclose(plain, attend(core.eval(), given)), "dropout does nothing"
 
 
+def trains_the_same_recomputed_layer_by_layer(variant: Variant) -> None:
+    """With model.checkpoint, in pieces: all parameters have the same gradients, of the core's own loss too."""
+    for fields in ({"dense_steps": 0}, {"dense_steps": -1}) if hasattr(variant.choice.config, "dense_steps") else ({},):
+        core, found = replace(variant.choice.config.small(), **fields), []
+        tokens = torch.arange(2 * 111).view(2, 111) ** 2 % 61
+        for recompute in (False, True):
+            torch.manual_seed(0)
+            config = ModelConfig(depth=2, embed_dim=32, heads=4, kv_heads=2, mlp_dim=32, checkpoint=recompute, chunk=50)
+            model = Transformer(config, lambda of, c=core: variant.core_class(c, of), vocab_size=61).double().train()
+            output = model(tokens, context_for(tokens))
+            loss = model.loss_sum(output.hidden, tokens.roll(1, 1))
+            (loss if output.aux_loss is None else loss + 100 * output.aux_loss).backward()
+            found.append({name: p.grad for name, p in model.named_parameters()} | output.stats)
+        assert found[0].keys() == found[1].keys()
+        for name, expected in found[0].items():
+            assert expected is not None and found[1][name] is not None, f"{name} has no gradient"
+            close(found[1][name], expected, 1e-6, name)
+
+
 def compiles(variant: Variant) -> None:
     """torch.compile (traced by AOTAutograd, run eagerly) gives what eager gives."""
     shape = Shape(63, 1, 4, 2, 32)

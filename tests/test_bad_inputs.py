@@ -266,6 +266,45 @@ BAD = {
         r"attention: BlockDilated\.segment_lengths is \(100, 200\); every entry must be a multiple",
         ("attention=block_sparse", "attention.segment_lengths=[100,200]"),
     ),
+    "nothing chosen by summaries": Row(
+        r"attention\.top_n is 0; it counts the 1 first and 2 local blocks, so it must be at least 3",
+        ("attention=nsa", "attention.top_n=0"),
+    ),
+    "summaries that do not fit": Row(
+        r"attention\.select_block is 24; it must be a multiple of attention\.compress_stride, which is 16",
+        ("attention=nsa", "attention.select_block=24"),
+    ),
+    "no token chosen": Row(r"attention\.top_k is 0; it must be at least 1", ("attention=dsa", "attention.top_k=0")),
+    "entries of no token": Row(
+        r"attention\.stride is 0; it counts tokens per entry", ("attention=csa", "attention.stride=0")
+    ),
+    "gate of no width": Row(
+        r"attention\.gate_dim is 0; the gate rotates pairs, .* at least 2", ("attention=seer", "attention.gate_dim=0")
+    ),
+    "never sparse": Row(
+        r"attention\.dense_from is 3 and attention\.dense_steps 5; there must be sparse steps in between",
+        ("attention=moba", "attention.dense_steps=5", "attention.dense_from=3"),
+    ),
+    "selection less than never": Row(
+        r"trainer\.selection_only_steps is -2; .* -1 is the whole run",
+        ("attention=seer", "trainer.selection_only_steps=-2"),
+    ),
+    "selection without parameters": Row(
+        r"trainer\.selection_only_steps is 3, and attention=moba has no parameters that select.*; set it to 0",
+        ("attention=moba", "trainer.selection_only_steps=3"),
+    ),
+    "local layers of no token": Row(
+        r"model\.local_window is 0; it counts tokens", ("model.layer_pattern=L", "model.local_window=0")
+    ),
+    "local layers without a window": Row(
+        r"model\.layer_pattern is 'L' and model\.local_window null; .* set both or neither", ("model.layer_pattern=L",)
+    ),
+    "unknown row of the shootout": Row(
+        r"shootout is nope; conf/shootout has adaptive, ", ("experiment=shootout_mqar", "shootout=nope")
+    ),
+    "recall nearer than possible": Row(
+        r"data\.nearest is 0; 64 keys of 2 tokens", ("data=recall_stream", "data.context=256", "data.nearest=0")
+    ),
     "density out of reach": Row(r".*density 0\.0001 is out of reach", ("attention.density=0.0001",)),
     "ranks without strategy": Row(
         r"the job has 2 ranks .* strategy=single takes 1; use strategy=ddp", ("trainer.devices=2",)

@@ -37,6 +37,7 @@ PROPERTIES = (
     Property(battery.generates_like_the_full_forward, "supports_causal"),
     Property(battery.batches_prompts_of_any_lengths, "supports_causal"),
     Property(battery.chooses_again_what_it_chose),
+    Property(battery.trains_the_same_recomputed_layer_by_layer),
     Property(battery.compiles),
     Property(battery.grows_linearly),
     Property(battery.reports_its_density),

@@ -146,11 +146,19 @@ class AttentionCore(nn.Module):
     supports_documents: ClassVar[bool] = True
     supports_gqa: ClassVar[bool] = True
     exact_at_full_budget: ClassVar[bool] = True  # with budget = everything it equals dense attention
-    reads_input: ClassVar[bool] = True  # whether forward reads x; False: with model.checkpoint x comes without its norm
+    reads_input: ClassVar[bool] = (
+        True  # whether forward reads x; False: with model.checkpoint x comes without its norm.
+    )
+    # A class with a forward of its own says so itself: what it inherits was said of another forward.
     chooses: ClassVar[bool] = False  # what is read depends on the input; then `choice` holds the table
     logged: ClassVar[tuple[str, ...]] = ()  # its scalars in `stats` beside density: columns of metrics.csv
     logged_per_head: ClassVar[tuple[str, ...]] = ()  # the same with one value per key/value head (or one for all)
     context_parallel: tuple[str, ...] = ()  # exchanges it can use when several ranks hold a sequence
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "forward" in vars(cls) and "reads_input" not in vars(cls):
+            cls.reads_input = True
 
     def __init__(self, config: AttentionConfig, shape: AttentionShape):
         super().__init__()

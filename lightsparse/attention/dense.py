@@ -44,6 +44,7 @@ class DenseAttention(FixedPatternAttention):
 
     Config = DenseConfig
     config: DenseConfig
+    reads_input = False
 
     def __init__(self, config: DenseConfig, shape: AttentionShape):
         super().__init__(config, shape)

@@ -95,6 +95,7 @@ class BlockSparseHierarchical(FixedPatternAttention):
     """
 
     Config = HierarchicalConfig
+    reads_input = False
     supports_bidirectional = False
 
     def __init__(self, config: HierarchicalConfig, shape: AttentionShape):

@@ -39,7 +39,6 @@ class MobaAttention(TokenBlocksAttention):
     """
 
     Config = MobaConfig
-    reads_input = False
 
     def scored(self, q: Tensor, k: Tensor, ctx: SequenceContext) -> Scored:
         return Scored(q.detach(), self._block_means(k, ctx))

@@ -63,6 +63,7 @@ class TokenBlocksAttention(StagedAttention):
     """
 
     supports_bidirectional = False
+    reads_input = False
     chooses = True
     logged: ClassVar[tuple[str, ...]] = ("kept_mass",)
     context_parallel = ("sparse", "gather")

@@ -12,10 +12,12 @@ Shapes: B batch, N tokens, n tokens of a piece, E embed_dim, H heads, D head_dim
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightsparse.attention.core import AttentionResult, SequenceContext
 from lightsparse.models.rope import Rotation
@@ -33,6 +35,7 @@ class Recomputed:
     def __init__(self, layer: Layer, rotation: Rotation | None, ctx: SequenceContext):
         self.layer, self.rotation, self.ctx = layer, rotation, ctx
         self.result: AttentionResult | None = None
+        self.learns = torch.is_grad_enabled()
 
     def __call__(self, x_BNE: Tensor) -> tuple[Tensor, AttentionResult]:
         parameters = [p for p in self.layer.parameters() if p.requires_grad]
@@ -88,15 +91,20 @@ class _RecomputedLayer(torch.autograd.Function):
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(x_BNE)
         with _autocast(ctx):
-            result = of.attend(of.all_heads(x_BNE), x_BNE)
+            heads = of.all_heads(x_BNE)
+            with torch.set_grad_enabled(of.learns):  # a core may have its loss, and what it reports of it, only then
+                result = of.attend(heads, x_BNE)
+            result = replace(result, out=result.out.detach())  # and what was kept for its gradients goes
             y_BNE = torch.empty_like(x_BNE)
             for piece in of.pieces(x_BNE):
                 y_BNE[:, piece] = of.after(x_BNE[:, piece], result.out[:, :, piece])
-        aux_loss = None if result.aux_loss is None else result.aux_loss.clone()
-        of.result = AttentionResult(result.out.new_empty(0), None, result.stats, result.choice)
+        aux_loss = None if result.aux_loss is None else result.aux_loss.detach().clone()
+        stats = {name: value.detach() for name, value in result.stats.items()}
+        of.result = AttentionResult(result.out.new_empty(0), None, stats, result.choice)
         return y_BNE, aux_loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BNE: Tensor, grad_aux: Tensor | None):
         (x_BNE,) = ctx.saved_tensors
         of: Recomputed = ctx.of

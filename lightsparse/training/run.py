@@ -212,6 +212,9 @@ def _opening(
         f"machine  {where} · {precision} · matmul {config.matmul_precision}: "
         f"{peak / 1e9:.0f} GFLOP/s, fp32 error {matmul_error(device):.0e}",
     ]
+    if "S" not in config.model.layers:
+        name, pattern = config.attention.name, config.model.layer_pattern
+        lines.append(f"layers   {pattern}, none of them S: attention={name} is in no layer")
     if config.trainer.selection_only_steps:
         lines.append(_selection_only(config, model))
     grid, strategy = config.grid, config.strategy

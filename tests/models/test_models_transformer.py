@@ -76,7 +76,7 @@ def test_widths_left_out_follow_from_the_depth(fields, widths):
         ({"depth": 4, "layer_pattern": "SSXD"}, "letters S .* and L"),
         ({"depth": 4, "layer_pattern": ""}, "letters S .* and L"),
         ({"depth": 2, "layer_pattern": "SSD"}, "longer than model.depth 2"),
-        ({"depth": 2, "layer_pattern": "LS"}, "model.local_window None; L layers need a window"),
+        ({"depth": 2, "layer_pattern": "LS"}, "model.local_window null; L layers need a window"),
         ({"depth": 2, "local_window": 8}, "model.local_window 8; L layers need a window"),
         ({"depth": 2, "layer_pattern": "LS", "local_window": 0}, "model.local_window is 0"),
     ],

@@ -130,6 +130,13 @@ def test_the_start_says_how_many_steps_train_how_much(tiny: Tiny, capsys: pytest
     assert "stage    steps 1 to 3 of 6 train only what selects: 260 parameters" in capsys.readouterr().out
 
 
+def test_the_start_says_that_the_chosen_attention_is_in_no_layer(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(*tiny("attention=moba", "model.layer_pattern=D"))
+    assert "layers   D, none of them S: attention=moba is in no layer" in capsys.readouterr().out
+
+
 def test_wrong_values_are_refused_in_one_sentence(tiny: Tiny) -> None:
     with pytest.raises(ConfigError, match=r"trainer.selection_only_steps is -2; it counts optimizer steps, 0 or more"):
         tiny(*ROUTED, "trainer.selection_only_steps=-2")
