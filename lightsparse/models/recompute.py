@@ -32,6 +32,7 @@ class Recomputed:
 
     def __init__(self, layer: Layer, rotation: Rotation | None, ctx: SequenceContext):
         self.layer, self.rotation, self.ctx = layer, rotation, ctx
+        self.learns = torch.is_grad_enabled()  # a core may have its loss only then, and forward() always runs without
         self.result: AttentionResult | None = None
 
     def __call__(self, x_BNE: Tensor) -> tuple[Tensor, AttentionResult]:
@@ -88,12 +89,17 @@ class _RecomputedLayer(torch.autograd.Function):
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(x_BNE)
         with _autocast(ctx):
-            result = of.attend(of.all_heads(x_BNE), x_BNE)
+            heads = of.all_heads(x_BNE)
+            with torch.set_grad_enabled(of.learns):  # of what comes, only the core's own parameters require gradients
+                result = of.attend(heads, x_BNE.detach())
+            out_BHND = result.out.detach()
+            aux_loss = None if result.aux_loss is None else result.aux_loss.detach().clone()
+            stats = {name: value.detach() for name, value in result.stats.items()}
+            of.result = AttentionResult(out_BHND.new_empty(0), None, stats, result.choice)
+            del heads, result
             y_BNE = torch.empty_like(x_BNE)
             for piece in of.pieces(x_BNE):
-                y_BNE[:, piece] = of.after(x_BNE[:, piece], result.out[:, :, piece])
-        aux_loss = None if result.aux_loss is None else result.aux_loss.clone()
-        of.result = AttentionResult(result.out.new_empty(0), None, result.stats, result.choice)
+                y_BNE[:, piece] = of.after(x_BNE[:, piece], out_BHND[:, :, piece])
         return y_BNE, aux_loss
 
     @staticmethod

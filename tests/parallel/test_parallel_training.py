@@ -127,11 +127,11 @@ def test_layers_recomputed_in_pieces_on_a_split_sequence_have_the_curve_of_one_r
     attention: str, one: RankPool, two: RankPool, folder: Path
 ) -> None:
     common = (
-        *(f"attention={attention}", "~attention.window", "~attention.block", "optimizer=adamw", "data.batch_size=2"),
-        *("data.pack=isolate", "trainer.max_steps=3", "eval.every_n_steps=3"),
+        *(f"attention={attention}", "~attention.window", "~attention.block", "optimizer=adamw", "data.batch_size=1"),
+        *("data.pack=isolate", "trainer.max_steps=2", "eval.every_n_steps=2", "data.context=1024"),
     )
     wanted = run(one, folder, f"alone keeps {attention}", *common)[1]
-    pieces = ("model.checkpoint=true", "model.chunk=100", "strategy=context", "strategy.split=head_tail")
+    pieces = ("model.checkpoint=true", "model.chunk=200", "strategy=context", "strategy.split=contiguous")
     assert_same_curve(run(two, folder, f"two recompute {attention}", *common, *pieces)[1], wanted)
 
 
