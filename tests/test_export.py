@@ -13,11 +13,12 @@ from lightsparse.data import ByteTokenizer
 from lightsparse.data.subwords import train_bpe
 from lightsparse.export import main
 from lightsparse.models import context_for, hf
-from lightsparse.overrides import compose_raw
+from lightsparse.overrides import compose_raw, conf_dir
 from lightsparse.targets import ConfigError
 from lightsparse.training.module import language_model
 
 SPARSE = ("attention=sliding_window", "attention.window=9", "attention.sinks=2", "attention.block=16")
+VARIANTS = sorted(path.stem for path in (conf_dir() / "attention").glob("*.yaml"))
 TEXT = "to bé or not to be, that is the question"
 
 
@@ -164,6 +165,26 @@ def test_a_learned_attention_stays_behind_and_that_is_said(run, capsys):
     with pytest.raises(ConfigError, match="parameters of its own"):
         hf.register_exported(out)
     AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("attention", VARIANTS)
+def test_every_attention_comes_along_or_one_sentence_says_why_not_and_the_rest_is_whole(run, capsys, attention):
+    directory, ours = run(f"attention={attention}")
+    own = {name for name, _ in ours.named_parameters() if ".self_attn.core." in name}
+    out = exported(directory)
+    said = capsys.readouterr().out.splitlines()
+    assert len([line for line in said if "stays behind: " in line]) == bool(own)
+    if own:
+        assert any(line.startswith(f"{len(own)} parameters of that attention are not in the folder") for line in said)
+        with pytest.raises(ConfigError, match=f"attention={attention} has parameters of its own"):
+            hf.register_exported(out)
+    else:
+        theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation=hf.register_exported(out))
+        torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-4, atol=1e-4)
+    again = hf.load_model(out).state_dict()
+    weights = dict(ours.named_parameters())
+    assert weights.keys() - own <= again.keys()
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items() if name not in own)
 
 
 def test_a_learned_attention_that_no_layer_uses_is_none(run):

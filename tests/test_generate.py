@@ -9,18 +9,21 @@ from lightsparse.config import parse as parse_config
 from lightsparse.data import ByteTokenizer
 from lightsparse.generate import Options, main, parse
 from lightsparse.models import context_for
-from lightsparse.overrides import compose_raw
+from lightsparse.overrides import compose_raw, conf_dir
 from lightsparse.targets import ConfigError
 from lightsparse.training.module import language_model
 
 TOKENIZER = ByteTokenizer()
+VARIANTS = sorted(path.stem for path in (conf_dir() / "attention").glob("*.yaml"))
 
 
 def saved(folder, *more):
     """A run directory with the checkpoints of steps 5 and 10, and the module of step 10."""
+    window = ("attention=sliding_window", "attention.window=16", "attention.block=8")
     raw = compose_raw(
         [
-            *("attention=sliding_window", "attention.window=16", "attention.block=8", "model=nano", "model.depth=1"),
+            *(() if any(word.startswith("attention=") for word in more) else window),
+            *("model=nano", "model.depth=1"),
             *("model.embed_dim=32", "model.heads=2", "model.head_dim=16", "data=stdlib", *more),
         ]
     )
@@ -53,6 +56,18 @@ def test_greedy_text_is_the_likeliest_one_of_the_newest_checkpoint(run, capsys):
     folder, module = run
     out, about = said(capsys, f"run={folder}", "prompt=def main(", "temperature=0", "max_new_tokens=30")
     assert out.startswith("def main(") and out.endswith("\n") and "step 10 · sliding_window" in about
+    tokens = torch.tensor([[TOKENIZER.bos, *TOKENIZER.encode(out[:-1])]])
+    with torch.no_grad():
+        likeliest = module.model.logits(module.model(tokens, context_for(tokens)).hidden)[0].argmax(-1)
+    assert torch.equal(likeliest[9:-1], tokens[0, 10:]) and tokens.shape[1] == 1 + 9 + 30
+
+
+@pytest.mark.parametrize("attention", VARIANTS)
+def test_every_attention_writes_what_is_likeliest_after_all_before_it(attention, tmp_path, capsys):
+    module = saved(tmp_path / "run", f"attention={attention}", "data.context=128")
+    words = (f"run={tmp_path / 'run'}", "prompt=def main(", "temperature=0", "max_new_tokens=30")
+    out, about = said(capsys, *words)
+    assert f"step 10 · {attention}" in about
     tokens = torch.tensor([[TOKENIZER.bos, *TOKENIZER.encode(out[:-1])]])
     with torch.no_grad():
         likeliest = module.model.logits(module.model(tokens, context_for(tokens)).hidden)[0].argmax(-1)

@@ -36,6 +36,7 @@ def test_no_row_but_dense_computes_more_than_half(name):
     config = row(name)
     torch.manual_seed(0)
     model = language_model(config, config.data.build_tokenizer()).model.eval()
+    model.set_step(config.trainer.max_steps - 1, config.trainer.max_steps)  # after a dense stage at the start
     tokens = config.data.samples(0, 2 * config.data.context).val[0]["tokens"][None]
     with torch.no_grad():
         density = float(model(tokens, context_for(tokens)).stats["chosen_density"])

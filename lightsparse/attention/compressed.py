@@ -96,6 +96,7 @@ class CompressedAttention(FixedPatternAttention):
 
     supports_bidirectional = False
     exact_at_full_budget = False
+    reads_input = True
     overlap = False  # whether an entry also pools the stride before its own
     context_parallel = ("sparse", "gather")
 

@@ -12,7 +12,6 @@ Shapes: B batch, N tokens, n tokens of a piece, E embed_dim, H heads, D head_dim
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,8 +33,8 @@ class Recomputed:
 
     def __init__(self, layer: Layer, rotation: Rotation | None, ctx: SequenceContext):
         self.layer, self.rotation, self.ctx = layer, rotation, ctx
+        self.learns = torch.is_grad_enabled()  # a core may have its loss only then, and forward() always runs without
         self.result: AttentionResult | None = None
-        self.learns = torch.is_grad_enabled()
 
     def __call__(self, x_BNE: Tensor) -> tuple[Tensor, AttentionResult]:
         parameters = [p for p in self.layer.parameters() if p.requires_grad]
@@ -92,15 +91,16 @@ class _RecomputedLayer(torch.autograd.Function):
         ctx.save_for_backward(x_BNE)
         with _autocast(ctx):
             heads = of.all_heads(x_BNE)
-            with torch.set_grad_enabled(of.learns):  # a core may have its loss, and what it reports of it, only then
-                result = of.attend(heads, x_BNE)
-            result = replace(result, out=result.out.detach())  # and what was kept for its gradients goes
+            with torch.set_grad_enabled(of.learns):  # of what comes, only the core's own parameters require gradients
+                result = of.attend(heads, x_BNE.detach())
+            out_BHND = result.out.detach()
+            aux_loss = None if result.aux_loss is None else result.aux_loss.detach().clone()
+            stats = {name: value.detach() for name, value in result.stats.items()}
+            of.result = AttentionResult(out_BHND.new_empty(0), None, stats, result.choice)
+            del heads, result
             y_BNE = torch.empty_like(x_BNE)
             for piece in of.pieces(x_BNE):
-                y_BNE[:, piece] = of.after(x_BNE[:, piece], result.out[:, :, piece])
-        aux_loss = None if result.aux_loss is None else result.aux_loss.detach().clone()
-        stats = {name: value.detach() for name, value in result.stats.items()}
-        of.result = AttentionResult(result.out.new_empty(0), None, stats, result.choice)
+                y_BNE[:, piece] = of.after(x_BNE[:, piece], out_BHND[:, :, piece])
         return y_BNE, aux_loss
 
     @staticmethod

@@ -32,7 +32,8 @@ under bf16-mixed, 2 and 2 under bf16-true), w those of a parameter:
     process      on a CPU, what libraries take beside their code once they are used: 50 MiB
 
 Weights, gradients, optimizer state and their copy are divided by the ranks under fsdp. The text and what the imports
-hold are not counted. Fused norms (CUDA) keep 4 E and 4 (A + K) less.
+hold are not counted, nor what a core keeps beside q, k, v and the output: for the summaries of nsa and hca a fifth of
+the activations at a context of 512, for csa's two fifths. Fused norms (CUDA) keep 4 E and 4 (A + K) less.
 Measured peaks stand beside it in tests/training/test_training_estimate.py: it is right within a factor of 1.5.
 """
 

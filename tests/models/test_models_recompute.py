@@ -26,9 +26,8 @@ class Gated(AttentionCore):
         k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
         out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         gate = self.gate(x).sigmoid().transpose(1, 2)[..., None]
-        return AttentionResult(
-            (out * gate).to(q.dtype), aux_loss=gate.float().square().mean(), stats={"density": gate.mean()}
-        )
+        loss = gate.float().square().mean() if torch.is_grad_enabled() else None  # as where a loss is dear
+        return AttentionResult((out * gate).to(q.dtype), aux_loss=loss, stats={"density": gate.mean()})
 
 
 def window(shape):

@@ -36,6 +36,7 @@ import torch.distributed as dist
 _FORKS = multiprocessing.get_context("forkserver")
 # torch._dynamo is what makes the first DDP module, or the import of our kernels, take seconds.
 _FORKS.set_forkserver_preload(["pytest", "torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo"])
+_START = 300.0  # seconds that ranks have to find one another: on a machine full of others, imports alone take a minute
 _GRACE = 2.0  # seconds that the other ranks have to answer after one has failed, so that their errors are shown, too
 
 
@@ -46,7 +47,7 @@ class RankFailureError(AssertionError):
 class RankPool:
     """`world` ranks that run functions together, one after the other.
 
-    timeout  seconds a run may take; beyond it, the stack of every silent rank is shown
+    timeout  seconds a run may take, the start of the ranks aside; beyond it, the stack of every silent rank is shown
     """
 
     def __init__(self, world: int, timeout: float = 60.0):
@@ -61,12 +62,15 @@ class RankPool:
 
         Raises RankFailureError with the ranks' tracebacks when one raised, ended or did not answer in time.
         """
-        if not self._workers:
-            self._start()
+        task = pickle.dumps((function, args))
         ended: set[int] = set()
         good = False
         try:
-            results, failures = self._answers(pickle.dumps((function, args)), set(dies), ended)
+            if not self._workers:
+                self._start()
+            for pipe in self._pipes:
+                pipe.send((list(sys.path), task))
+            results, failures = self._answers(self.timeout, set(dies), ended)
             good = not failures and not ended
         finally:  # an answer that nobody took would be taken for that of the next run
             if not good:
@@ -75,14 +79,12 @@ class RankPool:
             raise RankFailureError("\n".join(f"rank {rank} {text}" for rank, text in sorted(failures.items())))
         return results
 
-    def _answers(self, task: bytes, dies: set[int], ended: set[int]) -> tuple[list[Any], dict[int, str]]:
+    def _answers(self, seconds: float, dies: set[int], ended: set[int]) -> tuple[list[Any], dict[int, str]]:
         """The results, and what went wrong by rank; ranks that ended are put into `ended`."""
-        for pipe in self._pipes:
-            pipe.send((list(sys.path), task))
         results: list[Any] = [None] * self.world
         failures: dict[int, str] = {}
         silent = set(range(self.world))
-        until = time.monotonic() + self.timeout
+        until = time.monotonic() + seconds
         while silent and (ready := wait([self._pipes[rank] for rank in silent], max(0.0, until - time.monotonic()))):
             for rank in [rank for rank in silent if self._pipes[rank] in ready]:
                 silent.remove(rank)
@@ -99,7 +101,7 @@ class RankPool:
                 else:
                     failures[rank] = answer
                     until = min(until, time.monotonic() + _GRACE)
-        late = f"{_GRACE:g} s of another's failure" if failures else f"{self.timeout:g} s"
+        late = f"{_GRACE:g} s of another's failure" if failures else f"{seconds:g} s"
         for rank in silent:
             failures[rank] = f"did not answer within {late}; it is here:\n{self._stack(rank)}"
         return results, failures
@@ -134,6 +136,9 @@ class RankPool:
             theirs.close()  # else the end of a worker would not end the pipe
             self._workers.append(worker)
             self._pipes.append(ours)
+        _, failures = self._answers(_START, set(), set())
+        if failures:
+            raise RankFailureError("\n".join(f"rank {rank} {text}" for rank, text in sorted(failures.items())))
 
     def _stack(self, rank: int) -> str:
         """Where a silent rank is."""
@@ -149,28 +154,40 @@ def _work(pipe: Connection, folder: str, port: int, rank: int, world: int, secon
     with Path(folder, f"stack{rank}").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         torch.set_num_threads(1)
+        pipe.send(_attempt(lambda: _join(port, rank, world, seconds)))
         while True:
             try:
                 path, task = pipe.recv()
             except EOFError:
                 return
-            try:
-                if not dist.is_initialized():
-                    _join(port, rank, world, seconds)
-                sys.path[:] = path
-                function, args = pickle.loads(task)
-                torch.manual_seed(0)
-                answer = (True, pickle.dumps(function(rank, world, *args)))
-            except BaseException:  # whatever it was, the parent shows it
-                answer = (False, "raised\n" + traceback.format_exc())
-            pipe.send(answer)
+            sys.path[:] = path
+            pipe.send(_attempt(lambda task=task: _call(task, rank, world)))
+
+
+def _attempt(call: Callable[[], Any]) -> tuple[bool, Any]:
+    """(True, its pickled result), or (False, its traceback)."""
+    try:
+        return True, pickle.dumps(call())
+    except BaseException:  # whatever it was, the parent shows it
+        return False, "raised\n" + traceback.format_exc()
+
+
+def _call(task: bytes, rank: int, world: int) -> Any:
+    function, args = pickle.loads(task)
+    torch.manual_seed(0)
+    return function(rank, world, *args)
 
 
 def _join(port: int, rank: int, world: int, seconds: float) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not have an address
-    timeout = timedelta(seconds=seconds)
-    store = dist.TCPStore("127.0.0.1", port, world, is_master=False, timeout=timeout)
+    timeout, start = timedelta(seconds=seconds), timedelta(seconds=_START)
+    store = dist.TCPStore("127.0.0.1", port, world, is_master=False, timeout=start)
+    store.set(f"here{rank}", "")
+    store.wait(
+        [f"here{other}" for other in range(world)], start
+    )  # from here on all are there, and the usual time is enough
+    store.set_timeout(timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
 
 

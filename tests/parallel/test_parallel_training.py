@@ -12,6 +12,7 @@ import torch
 from rank_processes import RankPool, pool_fixture
 from rank_runs import fitted, words
 
+from lightsparse.overrides import conf_dir
 from lightsparse.training.checkpoint_files import checkpoint_path, read_checkpoint
 
 two, four = pool_fixture(2, timeout=120.0), pool_fixture(4, timeout=120.0)
@@ -118,6 +119,20 @@ def test_accumulation_muon_clipping_recomputing_and_one_stream_agree_too(
     assert found == pytest.approx(wanted, rel=1e-3) and len(found) == 8
     without = [[{k: v for k, v in row.items() if k != "grad_norm"} for row in of] for of in (rows, accumulated)]
     assert_same_curve(*without)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("attention", sorted(path.stem for path in (conf_dir() / "attention").glob("*.yaml")))
+def test_layers_recomputed_in_pieces_on_a_split_sequence_have_the_curve_of_one_rank_that_keeps_them(
+    attention: str, one: RankPool, two: RankPool, folder: Path
+) -> None:
+    common = (
+        *(f"attention={attention}", "~attention.window", "~attention.block", "optimizer=adamw", "data.batch_size=1"),
+        *("data.pack=isolate", "trainer.max_steps=2", "eval.every_n_steps=2", "data.context=1024"),
+    )
+    wanted = run(one, folder, f"alone keeps {attention}", *common)[1]
+    pieces = ("model.checkpoint=true", "model.chunk=200", "strategy=context", "strategy.split=contiguous")
+    assert_same_curve(run(two, folder, f"two recompute {attention}", *common, *pieces)[1], wanted)
 
 
 @pytest.mark.multiprocess

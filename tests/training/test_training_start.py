@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightsparse.config import check, config_hash, differences
 from lightsparse.data import ByteTokenizer
 from lightsparse.models import context_for, hf
+from lightsparse.overrides import conf_dir
 from lightsparse.targets import ConfigError
 from lightsparse.training import run
 from lightsparse.training.module import language_model
@@ -45,10 +46,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(run, "matmul_peak", lambda *given: 1e11)
 
 
-@pytest.mark.parametrize("attention", ["dense", "sliding_window", "adaptive"])
+@pytest.mark.parametrize("attention", sorted(path.stem for path in (conf_dir() / "attention").glob("*.yaml")))
 def test_the_weights_are_those_of_the_folder_whatever_the_attention(tiny, llama, attention):
     folder = llama()
-    config, _ = tiny(f"init_from={folder}", f"attention={attention}", "attention.block=16", *FORM)
+    config, _ = tiny(f"init_from={folder}", f"attention={attention}", *FORM)
     check(config)
     model = language_model(config, ByteTokenizer()).model
     fresh = {name: weight.clone() for name, weight in model.named_parameters() if ".core." in name}
@@ -58,7 +59,8 @@ def test_the_weights_are_those_of_the_folder_whatever_the_attention(tiny, llama,
     for name, weight in theirs.items():
         assert torch.equal(found.pop(name.removeprefix("model.")), weight)
     assert found.keys() == fresh.keys() and all(torch.equal(found[name], weight) for name, weight in fresh.items())
-    assert str(folder) in line and ("start fresh" in line) == (attention == "adaptive")
+    assert str(folder) in line and "\n" not in line
+    assert (f"{len(fresh)} of the attention's own" in line) == ("start fresh" in line) == bool(fresh)
 
 
 def test_a_run_continues_from_its_own_checkpoint_and_not_from_the_folder_again(tiny, llama, quick, capsys):
@@ -144,7 +146,7 @@ def test_stretched_weights_give_the_logits_of_transformers_under_the_same_rope_a
     torch.testing.assert_close(ours, logits_under(None, out), rtol=1e-4, atol=1e-4)
 
 
-def test_what_does_not_fit_is_refused_before_the_run_with_the_overrides_that_help(tiny, llama):
+def test_what_does_not_fit_is_refused_before_the_run_with_the_overrides_that_help(tiny, llama, tmp_path):
     folder = llama()
     config, _ = tiny(f"init_from={folder}")
     with pytest.raises(ConfigError) as refused:
@@ -154,6 +156,9 @@ def test_what_does_not_fit_is_refused_before_the_run_with_the_overrides_that_hel
     check(tiny(f"init_from={folder}", *words)[0])
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         check(tiny(f"init_from={folder}/nowhere", *words)[0])
+    (tmp_path / "a_run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"is a run; export it first: python -m lightsparse\.export run="):
+        check(tiny(f"init_from={tmp_path / 'a_run'}", *words)[0])
     with pytest.raises(ConfigError, match="embeddings of 300 tokens, and the data's tokenizer has 256"):
         check(tiny(f"init_from={llama(300)}", *words)[0])
     stored = json.loads((folder / "config.json").read_text())

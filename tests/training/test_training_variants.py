@@ -7,15 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 from lightsparse.overrides import conf_dir
 from lightsparse.schema import Config
 from lightsparse.training import run
 from lightsparse.training.metrics import read_metrics
+from lightsparse.training.module import LanguageModel
 from lightsparse.training.run import fit
 
 Tiny = Callable[..., tuple[Config, dict[str, Any]]]
-VARIANTS = sorted(path.stem for path in (conf_dir() / "attention").glob("*.yaml"))
+YAMLS = {path.stem: OmegaConf.load(path) for path in sorted((conf_dir() / "attention").glob("*.yaml"))}
+VARIANTS = list(YAMLS)
+TIMINGS = {"wall_s", "tokens_per_s", "flops_per_s", "dense_flops_per_s", "mfu"}
+
+
+class Killed(Exception):
+    """Stands for SIGKILL where the test must live on."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +47,38 @@ def test_a_variant_trains_and_writes_by_override(name: str, tiny: Tiny) -> None:
     assert table[-1]["val_loss"] < table[0]["val_loss"]
     # Above 1 where several branches read the same tokens and each is as long as this context (nsa).
     assert all(0 < row["attention_density"] <= 2.5 for row in table[1:])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_that_was_killed_ends_with_the_same_bits(
+    name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own columns included; one with a dense stage goes on within it."""
+    staged = ["attention.dense_steps=3"] if "dense_steps" in YAMLS[name] else []
+    words = (f"attention={name}", *staged, "data.context=160", "trainer.max_steps=4", "eval.every_n_steps=2")
+    (whole, raw), (parts, raw_parts) = (
+        tiny(*words, "checkpoint.every_n_steps=1", "eval.sample_tokens=0", f"name={each}")
+        for each in ("whole", "parts")
+    )
+    fit(whole, raw)
+    step = LanguageModel.training_step
+
+    def dies(self: LanguageModel, batch: Any, index: int) -> Any:
+        if self.trainer.global_step == 2:
+            raise Killed
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(LanguageModel, "training_step", dies)
+        fit(parts, raw_parts)
+    fit(parts, raw_parts)
+    one, two = ([{k: v for k, v in row.items() if k not in TIMINGS} for row in rows(each)] for each in (whole, parts))
+    assert one == two
+    one, two = (
+        torch.load(Path(each.runs_dir) / each.name / "checkpoints" / "step-4.ckpt", weights_only=True)["state_dict"]
+        for each in (whole, parts)
+    )
+    assert one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
 
 
 def test_a_router_reports_its_gates_its_heads_and_its_churn(tiny: Tiny) -> None:

@@ -85,6 +85,8 @@ def described(folder: str | Path) -> Described:
     Raises ConfigError for a folder without config.json, another family, and whatever our model cannot represent.
     """
     path = Path(folder) / "config.json"
+    if not path.is_file() and Path(folder, "checkpoints").is_dir():
+        raise ConfigError(f"{folder} is a run; export it first: python -m lightsparse.export run={folder} out=<folder>")
     if not path.is_file():
         raise ConfigError(f"{folder} has no config.json; name a folder that transformers' save_pretrained has written")
     family = _family(path)
