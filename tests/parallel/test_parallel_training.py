@@ -129,6 +129,7 @@ def test_layers_recomputed_in_pieces_on_a_split_sequence_have_the_curve_of_one_r
     common = (
         *(f"attention={attention}", "~attention.window", "~attention.block", "optimizer=adamw", "data.batch_size=1"),
         *("data.pack=isolate", "trainer.max_steps=2", "eval.every_n_steps=2", "data.context=1024"),
+        "data.val_fraction=0.2",
     )
     wanted = run(one, folder, f"alone keeps {attention}", *common)[1]
     pieces = ("model.checkpoint=true", "model.chunk=200", "strategy=context", "strategy.split=contiguous")
