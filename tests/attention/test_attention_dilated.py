@@ -364,7 +364,10 @@ def test_a_longnet_model_survives_repetition_copies_pickling_and_checkpointing(d
     }
     for name, other in others.items():
         for found, expected in zip(loss_and_gradients(other, documents), first, strict=True):
-            assert torch.equal(found, expected), name
+            if name == "checkpointing":  # by pieces: the same sums in another order
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+            else:
+                assert torch.equal(found, expected), name
     assert not any("branches" in key for key in model.state_dict())
 
 
