@@ -15,7 +15,10 @@ from lightsparse.analysis.report_picture import COLOURS, panels
 from lightsparse.analysis.report_table import QUALITY, Group, differing, front, measured, number, quality_name
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-_CURVES = ("val_bits_per_byte", "train_bits_per_byte", "tokens_per_s", "grad_norm", "learning_rate")
+_CURVES = (
+    *("val_bits_per_byte", "val_accuracy", "val_loss", "train_bits_per_byte", "train_loss"),
+    *("tokens_per_s", "grad_norm", "learning_rate"),
+)
 _AXES = ("tokens", "step", "wall_s")
 
 
@@ -39,7 +42,7 @@ def page(title: str, found: Sequence[Group], remarks: Sequence[str] = ()) -> str
         *(_image(png, f"{quality_name(found)} against {against}") for against, png in panels(found).items()),
         "</div>",
         "<h2>Curves</h2>",
-        _curve_controls(),
+        _curve_controls(found),
         "<h2>What is attended</h2>",
         _patterns(found),
         "<h2>Configs</h2>",
@@ -113,13 +116,17 @@ def _patterns(found: Sequence[Group]) -> str:
     return '<div class="pictures">' + "\n".join(figures) + "</div>" if figures else "<p>No fixed pattern to draw.</p>"
 
 
-def _curve_controls() -> str:
+def _curve_controls(found: Sequence[Group]) -> str:
+    """Metrics that some run has, so that the first one shows something."""
+    held = {key for group in found for run in group.runs for row in run.rows for key in row}
+    curves = [one for one in _CURVES if one in held]
+
     def choice(name: str, label: str, options: Sequence[str]) -> str:
         words = "".join(f'<option value="{one}">{one.replace("_", " ")}</option>' for one in options)
         return f'<label>{label} <select id="{name}">{words}</select></label>'
 
     return (
-        f'<p class="controls">{choice("metric", "show", _CURVES)} {choice("axis", "over", _AXES)} '
+        f'<p class="controls">{choice("metric", "show", curves)} {choice("axis", "over", _AXES)} '
         '<label><input type="checkbox" id="log"> logarithmic</label> <button id="whole">whole range</button></p>'
         '<canvas id="plot"></canvas><p id="under">Drag over a range to look closer.</p><ul id="legend"></ul>'
     )

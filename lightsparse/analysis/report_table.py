@@ -101,7 +101,12 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         Group({names[key]: value for key, value in zip(keys, values, strict=True) if value}, members)
         for values, members in found.items()
     ]
-    return sorted(made, key=lambda group: group.spread(QUALITY).mean or float("inf"))
+
+    def quality(group: Group) -> float:
+        mean = group.spread(QUALITY).mean
+        return math.inf if mean is None else mean
+
+    return sorted(made, key=quality)
 
 
 def front(points: Sequence[tuple[float, float]], better: int) -> list[int]:

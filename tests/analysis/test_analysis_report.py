@@ -167,3 +167,16 @@ def test_runs_that_minimise_wrong_answers_are_compared_by_them(tmp_path):
     found, _, _ = report([str(tmp_path / "s1"), str(tmp_path / "s2"), f"out={tmp_path}"])
     assert found[0].spread("objective").mean == 0.375 and found[0].spread("val_accuracy").mean == 0.625
     assert "1 - accuracy" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_without_a_wrong_answer_stands_first_and_only_curves_that_some_run_has_are_offered(tmp_path):
+    for density, accuracy in ((0.2, 0.75), (0.5, 1.0)):
+        folder = write_run(tmp_path / f"d{density}", 1, density, 3.0)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary |= {"val_accuracy": accuracy, "minimised": "1 - val_accuracy"}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "metrics.csv").write_text("step,tokens,wall_s,val_bits_per_byte,val_accuracy\n0,0,0.1,,0.5\n")
+    found, _, _ = report([str(tmp_path / "d0.2"), str(tmp_path / "d0.5"), f"out={tmp_path}"])
+    assert [group.spread("val_accuracy").mean for group in found] == [1.0, 0.75]
+    offered = re.findall(r'<option value="(\w+)">', (tmp_path / "report.html").read_text())
+    assert offered == ["val_accuracy", "tokens", "step", "wall_s"]
