@@ -3,8 +3,7 @@
 Every `stride` tokens become one entry, pooled from 2 · stride tokens (csa_compress.py, eq. 9–12). A lightning indexer
 with compressed keys of its own (csa_index.py, eq. 13–17) chooses top_k of the entries that end at or before the query,
 for all heads alike; these, a near window and a learned sink share one softmax. How this differs from V4's layer as a
-whole: compressed.py. The
-indexer learns from the attention as DSA's does (indexer_loss.py). V4 alternates CSA with HCA.
+whole: compressed.py. The indexer learns from the attention as DSA's does (indexer_loss.py). V4 alternates CSA with HCA.
 """
 
 from __future__ import annotations
