@@ -63,7 +63,7 @@ class DenseAttention(FixedPatternAttention):
         else:
             samples = [self._by_document(*qkv, ctx.documents[b]) for b, qkv in enumerate(zip(q, k, v, strict=True))]
             out = torch.stack(samples)
-        return AttentionResult(out, stats={"density": torch.ones(())})
+        return AttentionResult(out, stats={"density": torch.ones((), device=q.device)})
 
     def lifetimes(self, until: int, documents: Tensor | None = None) -> Lifetimes | None:
         return None if self.config.pattern is None else super().lifetimes(until, documents)

@@ -138,7 +138,7 @@ class BlockSparseHierarchical(FixedPatternAttention):
             return super().forward(q, k, v, x=x, ctx=ctx)
         length = sequence_length(k, ctx) if ctx.held is None else ctx.q_start + q.shape[2]
         layout = self.layout(length, ctx, q.device)
-        stats = {} if ctx.q_start else {"density": torch.tensor(layout.density())}
+        stats = {} if ctx.q_start else {"density": torch.tensor(layout.density(), device=q.device)}
         layout = own_rows(layout, ctx)
         segments, sources = self.pattern.segments(length, self.block), None
         if ctx.states is not None:

@@ -2,6 +2,7 @@
 
 speedup = dense time ÷ sparse time; flop_ratio = area of dense causal tiles ÷ area of computed tiles = 1 / density;
 efficiency = speedup ÷ flop_ratio: 1.0 means that sparse tiles cost what dense tiles cost.
+With --device cuda: FlexAttention and `blocked`, forward and backward, on the GPU.
 With --variants: whole attention variants from conf/attention/ in place of patterns, forward + backward in training;
 of those that choose from the input, the time of the choice and of attention apart.
 """
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_list(parser, "--density", float, None, about_density)
     options.add_list(parser, "--dtype", options.dtype, ["fp32", "bf16"], "fp32, bf16; dense SDPA runs in the same")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where patterns are measured (cpu)")
     parser.add_argument("--pattern", choices=KINDS, help="window, or mixed with global tokens and strides (window)")
     options.add_runtime(parser, threads=1)
     parser.add_argument("--repeats", type=options.count, default=5, metavar="R", help="timed rounds (5)")
@@ -81,24 +83,29 @@ def measure(args: argparse.Namespace, report: Report) -> None:
 
 def _measure_patterns(args: argparse.Namespace, report: Report) -> None:
     kind, blocks, densities = args.pattern or KINDS[0], args.block or BLOCKS, args.density or DENSITIES
-    kv_heads = options.kv_heads(args)
+    kv_heads, device = options.kv_heads(args), torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and PyTorch finds no CUDA device here; leave it out to measure on the CPU")
     report.notes.append(
         f"Dense: causal scaled_dot_product_attention in the row's dtype. One process; dense and the backends "
         f"take turns, {args.repeats} times, under the same matmul precision. ms are medians, speedup is the median of "
         "the ratios within a turn, cpu_speedup the same in CPU time."
     )
-    report.notes += product_notes(args.dtype)
+    if device.type == "cpu":
+        report.notes += product_notes(args.dtype)
     with runtime(args.threads, args.matmul_precision):
-        with_flex = "flex" in args.backends
-        backends = [name for name in BACKENDS[:2] if name in args.backends]
-        if "native" in backends and not available():
+        # On CPU FlexAttention has a forward only, which is measured apart from ours.
+        with_flex = "flex" in args.backends and device.type == "cpu"
+        backends = [name for name in args.backends if name != "flex" or device.type == "cuda"]
+        if "native" in backends and (device.type == "cuda" or not available()):
             backends.remove("native")
-            report.notes.append("native is left out: there is no C++ compiler to build it with.")
+            why = "it runs on CPU only" if device.type == "cuda" else "there is no C++ compiler to build it with"
+            report.notes.append(f"native is left out: {why}.")
         for dtype, seq, block, density in itertools.product(args.dtype, args.seq, blocks, densities):
             log.info("%s, %s tokens, block %s, density %s", dtype, f"{seq:,}", block, density)
             pattern = pattern_at(kind, density, seq, block)
-            layout = pattern.layout(seq, block=block, heads=args.heads, kv_heads=kv_heads)
-            given = inputs(seq, args.heads, kv_heads, args.head_dim, options.DTYPES[dtype])
+            layout = pattern.layout(seq, block=block, heads=args.heads, kv_heads=kv_heads, device=device)
+            given = inputs(seq, args.heads, kv_heads, args.head_dim, options.DTYPES[dtype], device)
             sparse = {name: ours(layout, name) for name in backends}
             errors = {name: _verify(name, given, layout, kind) for name in backends}
             if with_flex:
@@ -120,23 +127,27 @@ def _measure_patterns(args: argparse.Namespace, report: Report) -> None:
                 "dtype": dtype,
                 "threads": args.threads,
                 "matmul_precision": args.matmul_precision,
+                "device": args.device,
                 "repeats": args.repeats,
             }
             trainable = {name: sparse[name] for name in backends}  # FlexAttention has no backward on CPU
             for name, contenders, run in (("fwd", sparse, _forward), ("fwd+bwd", trainable, _forward_backward)):
                 calls = {key: run(attend, given) for key, attend in {"dense": dense, **contenders}.items()}
-                laps = alternate(calls, args.repeats)
+                laps = alternate(calls, args.repeats, device)
                 for key in contenders:
                     result = compared(laps[key], laps["dense"], layout.density())
+                    if device.type == "cuda":
+                        result["cpu_speedup"] = None  # of launching
                     report.rows.append({"backend": key, "pass": name, **about, **result, "error": errors[key]})
 
 
 def _verify(backend: str, given: Inputs, layout: BlockLayout, kind: str) -> float:
     """Largest relative error: every row at a small ragged size at half density, sampled rows at the measured size."""
     (heads, seq, head_dim), kv_heads, block = given.q.shape[1:], given.k.shape[1], layout.q_block
-    small = min(seq, 8 * block - block // 3)
-    small_layout = pattern_at(kind, 0.5, small, block).layout(small, block=block, heads=heads, kv_heads=kv_heads)
-    small_given = inputs(small, heads, kv_heads, head_dim, given.q.dtype)
+    small, device = min(seq, 8 * block - block // 3), given.q.device
+    small_pattern = pattern_at(kind, 0.5, small, block)
+    small_layout = small_pattern.layout(small, block=block, heads=heads, kv_heads=kv_heads, device=device)
+    small_given = inputs(small, heads, kv_heads, head_dim, given.q.dtype, device)
     cases = ((small_layout, small_given, torch.arange(small)), (layout, given, sampled_rows(seq, block)))
     errors = []
     for of, problem, rows in cases:

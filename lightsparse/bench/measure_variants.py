@@ -35,6 +35,8 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     given_too = [name for name in ("block", "pattern") if getattr(args, name)]
     if given_too:
         raise ValueError(f"--{given_too[0]} is given with --variants; a variant is what its YAML says, leave it out")
+    if args.device != "cpu":
+        raise ValueError(f"--device is {args.device} and --variants measures on the CPU only; leave --device out")
     for density in args.density or ():
         if not 0.0 < density <= 1.0:
             raise ValueError(f"--density is {density}; it is a share of dense tiles and must lie in (0, 1]")

@@ -17,23 +17,36 @@ class Lap:
     cpu: float  # seconds of CPU time of the whole process, all threads; other processes do not count
 
 
-def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[Lap]]:
+_CPU = torch.device("cpu")
+
+
+def alternate(
+    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device = _CPU
+) -> dict[str, list[Lap]]:
     """Every contender once per round, in an order that turns round each time; one untimed call of each comes first.
 
+    A lap ends when `device` has done its work.
     Returns a list of `rounds` laps for each name. Raises ValueError for rounds below 1.
     """
     if rounds < 1:
         raise ValueError(f"repeats is {rounds}; it counts timed rounds and must be at least 1")
     for call in contenders.values():
         call()
+    _finish(device)
     laps: dict[str, list[Lap]] = {name: [] for name in contenders}
     for turn in range(rounds):
         order = list(contenders.items())
         for name, call in order if turn % 2 == 0 else reversed(order):
             wall, cpu = time.perf_counter(), time.process_time()
             call()
+            _finish(device)
             laps[name].append(Lap(time.perf_counter() - wall, time.process_time() - cpu))
     return laps
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def median_ms(laps: list[Lap]) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightsparse.kernels import block_sparse_attention
 from lightsparse.patterns import BlockLayout
 
+_CPU = torch.device("cpu")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, H, N, D], k, v [B, Hkv, N, D] → [B, H, N, D]
 
 # A kernel may err as much as dense attention does in its dtype, twice, plus this much relative to the result: room for
@@ -25,7 +26,7 @@ FLOOR = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 
 
 def ours(layout: BlockLayout, backend: str) -> Attend:
-    """Our kernel over `layout`: backend blocked or native."""
+    """Our kernel over `layout`: backend blocked or native, or flex on CUDA."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = block_sparse_attention(q, k, v, layout, backend=backend)
@@ -47,12 +48,14 @@ class Inputs:
     grad: Tensor  # [B, H, N, D], gradient of the output
 
 
-def inputs(seq: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Inputs:
-    """Normal numbers, batch 1, the same on every call."""
+def inputs(
+    seq: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device = _CPU
+) -> Inputs:
+    """Normal numbers, batch 1, the same on every call and device."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(of_heads: int) -> Tensor:
-        return torch.randn(1, of_heads, seq, head_dim, generator=generator).to(dtype)
+        return torch.randn(1, of_heads, seq, head_dim, generator=generator).to(device, dtype)
 
     q, k, v, grad = normal(heads), normal(kv_heads), normal(kv_heads), normal(heads)
     return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad)
@@ -72,6 +75,7 @@ def check(attend: Attend, given: Inputs, layout: BlockLayout, rows: Tensor, what
     Raises VerificationError, naming the tensor, when it exceeds twice the error of dense attention in the same dtype
     under the same matmul precision (plus FLOOR).
     """
+    rows = rows.to(given.q.device)
     mask = allowed(layout, rows)
     exact = _over_rows(given, mask, rows, torch.float64, backward)
     dense = _over_rows(given, mask, rows, given.q.dtype, backward)
@@ -91,14 +95,14 @@ def check(attend: Attend, given: Inputs, layout: BlockLayout, rows: Tensor, what
 
 def allowed(layout: BlockLayout, rows: Tensor) -> Tensor:
     """Bool [B|1, H|Hkv|1, R, N]: which keys the queries `rows` read, by the layout's definition and nothing else."""
-    block_row = rows // layout.q_block
+    device, block_row = rows.device, rows // layout.q_block
     table = layout.kv_indices[:, :, block_row].long()
-    chosen = torch.zeros(*table.shape[:3], layout.num_kv_blocks + 1, dtype=torch.bool)
+    chosen = torch.zeros(*table.shape[:3], layout.num_kv_blocks + 1, dtype=torch.bool, device=device)
     chosen.scatter_(3, torch.where(table < 0, layout.num_kv_blocks, table), True)
     chosen[:, :, torch.isin(block_row, layout.dense_rows.long())] = True
-    keys = torch.arange(layout.num_keys)
-    of_batch = torch.arange(max(layout.mask.q_pos.shape[0], len(table)))[:, None, None, None]
-    in_interval = layout.mask(of_batch, torch.tensor(0), rows[:, None], keys)
+    keys = torch.arange(layout.num_keys, device=device)
+    of_batch = torch.arange(max(layout.mask.q_pos.shape[0], len(table)), device=device)[:, None, None, None]
+    in_interval = layout.mask(of_batch, torch.tensor(0, device=device), rows[:, None], keys)
     return chosen[..., keys // layout.kv_block] & in_interval
 
 

@@ -40,7 +40,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     *flat, scale = rest
     layout, dropout = layout_arguments.unflattened(*flat)
-    return routed.forward(q, k, v, layout, scale, bias, dropout)
+    with torch.autocast(q.device.type, enabled=False):  # it would round what is summed in fp32
+        return routed.forward(q, k, v, layout, scale, bias, dropout)
 
 
 @_forward.register_fake
@@ -68,7 +69,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *flat, scale = rest
     layout, dropout = layout_arguments.unflattened(*flat)
-    dq, dk, dv, dbias = routed.backward(grad_out, grad_lse, out, lse, q, k, v, layout, scale, bias, dropout)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, dbias = routed.backward(grad_out, grad_lse, out, lse, q, k, v, layout, scale, bias, dropout)
     return dq, dk.contiguous(), dv.contiguous(), q.new_empty(0) if dbias is None else dbias
 
 
