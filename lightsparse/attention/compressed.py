@@ -181,7 +181,9 @@ class CompressedAttention(FixedPatternAttention):
         assert near_lse is not None and self.sink is not None
         if not entries.count:  # no stride is whole; yet all parameters take part in the loss, or DDP would wait
             nothing = torch.stack([p.sum() for p in self.parameters() if p is not self.sink]).sum() * 0.0
-            stats = self.without_entries(x, ctx, self._state(ctx)) | {"density": torch.tensor(window.density(), device=q.device)}
+            stats = self.without_entries(x, ctx, self._state(ctx)) | {
+                "density": torch.tensor(window.density(), device=q.device)
+            }
             return AttentionResult(with_sink(near, near_lse, self.sink), nothing, {} if ctx.q_start else stats)
         if dropout is not None:
             dropout = Dropout(dropout.rate, chain(dropout.keys, _FAR.to(dropout.keys.device)))

@@ -126,7 +126,9 @@ class DilatedAttention(AttentionCore):
         weighed = self.config.heads == "all" and len(self.branches) > 1
         parts, density = self._parts(q.contiguous(), k.contiguous(), v.contiguous(), ctx, weighed)
         out = _mixture(parts, q) if weighed else _side_by_side([part for of_branch in parts for part in of_branch], q)
-        return AttentionResult(out, stats={} if density is None else {"density": torch.tensor(density, device=q.device)})
+        return AttentionResult(
+            out, stats={} if density is None else {"density": torch.tensor(density, device=q.device)}
+        )
 
     @torch.compiler.disable  # every gather has its own sizes and would be compiled apart, to wait for the same kernels
     def _parts(

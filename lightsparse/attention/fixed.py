@@ -47,7 +47,9 @@ class FixedPatternAttention(AttentionCore):
         out, lse = attention(q, k, v, rows, ctx, ring=True, dropout=dropout, return_lse=with_lse)
         if self.sink is not None and lse is not None:
             out = with_sink(out, lse, self.sink)
-        return AttentionResult(out, stats={} if ctx.q_start else {"density": torch.tensor(layout.density(), device=q.device)})
+        return AttentionResult(
+            out, stats={} if ctx.q_start else {"density": torch.tensor(layout.density(), device=q.device)}
+        )
 
     def shard_unit(self) -> int:
         return self.block

@@ -12,7 +12,8 @@ import itertools
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -26,6 +27,7 @@ from lightsparse.bench.report import Report
 from lightsparse.bench.timing import Lap, alternate, cpu_speedup, runtime, speedup
 from lightsparse.bench.verify import VerificationError
 from lightsparse.kernels.compute_dtype import keeps_fp32
+from lightsparse.training.memory import keep_freed
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +97,12 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         "One step = forward, mean cross-entropy over all tokens, backward, optimizer; the same weights, tokens, "
         f"dtype, optimizer and matmul precision ({args.matmul_precision!r}) for all; ms_per_step is {way}. "
         "loss is that before the first step. peak_rss_mib: a whole process with this model alone, imports included. "
-        "layout_share: share of a step that building and looking up block layouts takes, a layout for all layers."
+        "layout_share: share of a step that building and looking up block layouts takes, a layout for all layers. "
+        + (
+            "Freed memory goes back to the system, as in a run that is short of it."
+            if args.recompute
+            else "Freed memory is kept for the next tensors, as in a run with room, for all of them."
+        )
     )
     if "bf16" in args.dtype:
         report.notes += _product_notes()
@@ -150,7 +157,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
 
 def one_step(name: str, setup: Setup) -> Found:
     """The first step of a model. Meant for a fresh process."""
-    with runtime(setup.threads, setup.matmul_precision):
+    with _machine(setup):
         if setup.context > WARM_UP:
             Contender(name, replace(setup, context=WARM_UP)).step()
         contender = Contender(name, setup)
@@ -166,7 +173,7 @@ def one_step(name: str, setup: Setup) -> Found:
 
 def peak_of_steps(name: str, setup: Setup) -> int:
     """Peak resident memory of two training steps, bytes. Meant for a fresh process."""
-    with runtime(setup.threads, setup.matmul_precision):
+    with _machine(setup):
         contender = Contender(name, setup)
         contender.step()  # the first allocates the optimizer's state
         contender.step()
@@ -195,7 +202,7 @@ def _in_turns(names: Sequence[str], setup: Setup, repeats: int) -> tuple[dict[st
 
 def _time(found: dict[str, Found], setup: Setup, repeats: int) -> None:
     """Add laps, first loss, density and the layouts' share; the contenders of one call take turns."""
-    with runtime(setup.threads, setup.matmul_precision):
+    with _machine(setup):
         contenders = {name: Contender(name, setup) for name in found}
         losses: dict[str, list[float]] = {name: [] for name in found}
 
@@ -213,6 +220,15 @@ def _time(found: dict[str, Found], setup: Setup, repeats: int) -> None:
                 contender.density,
             )
             of.layout_share = _share(name, contender.layout_seconds, of.laps[-1])
+
+
+@contextmanager
+def _machine(setup: Setup) -> Iterator[None]:
+    """Threads, precision and memory as every contender has them."""
+    if not setup.recompute:  # which says that memory is short
+        keep_freed()
+    with runtime(setup.threads, setup.matmul_precision):
+        yield
 
 
 def _share(name: str, seconds: float, lap: Lap) -> float | None:

@@ -37,7 +37,13 @@ from lightsparse.training.health import NonFiniteError
 from lightsparse.training.preemption import leave_when_asked
 from lightsparse.training.ranks import is_first_rank, launched_ranks
 from lightsparse.training.run import fit
-from lightsparse.training.shortage import MemoryShortError, check_memory, memory_named, warn_of_memory
+from lightsparse.training.shortage import (
+    MemoryShortError,
+    check_memory,
+    keep_freed_where_there_is_room,
+    memory_named,
+    warn_of_memory,
+)
 from lightsparse.training.summary import objective
 from lightsparse.training.writer import CheckpointLateError, is_writing
 
@@ -56,6 +62,7 @@ def train(composed: DictConfig) -> float:
         needed = estimate(config)
         if is_first_rank():
             warn_of_memory(config, needed)
+        keep_freed_where_there_is_room(config, needed)
         with memory_named(config, needed), _disk_named(config):
             return objective(fit(config, raw))
 

@@ -15,6 +15,7 @@ import torch
 from lightsparse.config import Config
 from lightsparse.targets import ConfigError
 from lightsparse.training.estimate import Estimate, remedies, size
+from lightsparse.training.memory import keep_freed
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ _CGROUPS = (  # limit and use of a container's memory, version 2 and 1
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 _ALARM = 2.0  # an estimate so many times the memory there is gets a warning
+_ROOM = 2.0  # an estimate that the free memory holds so many times lets the run keep what it frees
 _SMALLER = 0.7  # what ran out of memory is proposed again only at this share of its estimate
 
 
@@ -74,6 +76,12 @@ def warn_of_memory(config: Config, needed: Estimate) -> None:
             "THIS WILL HARDLY FIT: about %s of memory and %s has %s; %s",
             needed, _whose(), size(total), ways_out(config, 0.9 * total),
         )  # fmt: skip
+
+
+def keep_freed_where_there_is_room(config: Config, needed: Estimate) -> bool:
+    """Have this process make tensors of what it frees, unless memory is short or they are on a GPU: whether it does."""
+    _, free = memory_per_rank(config)
+    return not torch.cuda.is_available() and _ROOM * needed.total <= free and keep_freed()
 
 
 @contextmanager

@@ -18,7 +18,10 @@ def results(core: AttentionCore, given: battery.Inputs, device: str, documents: 
     """Output, auxiliary loss and the gradients of the inputs and of the core's parameters, on the CPU."""
     core, given = copy.deepcopy(core).to(device), given.leaves().map(lambda t: t.to(device).detach().requires_grad_())
     ctx = battery.context(given.x.shape[1], documents)
-    on_device = {"positions": ctx.positions.to(device), "documents": None if documents is None else documents.to(device)}
+    on_device = {
+        "positions": ctx.positions.to(device),
+        "documents": None if documents is None else documents.to(device),
+    }
     result = core(*given.tensors()[:3], x=given.x, ctx=replace(ctx, **on_device))
     weights = torch.randn(result.out.shape, generator=torch.Generator().manual_seed(9)).to(device)
     loss = (result.out * weights).sum() + (0 if result.aux_loss is None else result.aux_loss)

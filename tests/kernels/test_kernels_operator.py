@@ -150,10 +150,10 @@ def test_a_compiled_call_takes_batches_of_any_size(of):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["blocked", "native", "routed"])
 def test_autocast_around_a_kernel_changes_no_bit(backend, dtype):
-    layout, bias, drop = calls(backend)["packed"]
+    layout, _, drop = calls(backend)["packed"]
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):  # the backward inside, too
-            found.append(results(backend, inputs(SIZES, dtype), layout, bias=None, dropout=drop))
+            found.append(results(backend, inputs(SIZES, dtype), layout, dropout=drop))
     for name, value in found[0].items():
         assert torch.equal(found[1][name], value) and found[1][name].dtype == value.dtype, name
