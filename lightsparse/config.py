@@ -24,6 +24,7 @@ from torch import nn
 from lightsparse.attention.core import AttentionShape, SequenceContext
 from lightsparse.build import AttentionChoice, OptimizerChoice, check_buildable, chosen, typed
 from lightsparse.data import DataConfig, TokenizerConfig
+from lightsparse.kernels.compute_dtype import default_precision
 from lightsparse.models.transformer import Transformer
 from lightsparse.overrides import compose_raw, raised_by_hydra, sentence, unknown_key, with_added
 from lightsparse.parallel.kinds import KINDS, StrategyConfig
@@ -81,7 +82,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         if not raised_by_hydra(error):
             raise
         raise ConfigError(explain(error, overrides)) from error
-    return parse(with_launched_ranks(raw))
+    return parse(on_this_machine(raw))
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -102,12 +103,13 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     return f"{key} has no value in conf/ that could be overridden; write +{key}=… to add it, or list it in its YAML"
 
 
-def with_launched_ranks(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The composed config with the ranks that torchrun or SLURM has started, where one of them did.
+def on_this_machine(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The composed config with what null leaves to the machine, and the ranks that torchrun or SLURM has started.
 
-    Raises ConfigError where trainer.devices or trainer.num_nodes was given another value than that.
+    A run keeps these values: where it is continued on another kind of machine, a difference is named.
+    Raises ConfigError where trainer.devices or trainer.num_nodes was given another value than the launcher's.
     """
-    node, launched = dict(raw), launched_ranks()
+    node, launched = _with_precision(raw), launched_ranks()
     if launched is None or not isinstance(node.get("trainer"), Mapping):
         return node
     here = dict(zip(("devices", "num_nodes"), launched, strict=True))
@@ -121,8 +123,18 @@ def with_launched_ranks(raw: Mapping[str, Any]) -> dict[str, Any]:
     return node
 
 
+def _with_precision(raw: Mapping[str, Any]) -> dict[str, Any]:
+    node = dict(raw)
+    if "precision" in node and node["precision"] is None:
+        node["precision"] = default_precision()
+    if type(node.get("precision")) is int:  # `precision=32` reads as a number
+        node["precision"] = str(node["precision"])
+    return node
+
+
 def parse(raw: Mapping[str, Any]) -> Config:
     """The typed config from the composed one (`overrides.plain`). Raises ConfigError."""
+    raw = _with_precision(raw)
     node = dict(raw)
     allow = typed_allow(node.get("allow_targets"))
     node["attention"] = AttentionChoice.of(node.get("attention"), allow)
@@ -132,8 +144,6 @@ def parse(raw: Mapping[str, Any]) -> Config:
     node["schedule"] = chosen(Schedule, node.get("schedule"), "schedule", allow)
     node["strategy"] = _strategy(node.get("strategy"), allow)
     node["trainer"] = typed(TrainerConfig, node.get("trainer"), "trainer", allow)
-    if type(node.get("precision")) is int:  # `precision=32` reads as a number
-        node["precision"] = str(node["precision"])
     if node.get("name") is None:
         node["name"] = f"{node['attention'].name}-{node['data'].context}-{config_hash(raw)}"
     return typed(Config, node, "", allow)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -21,6 +21,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if config.invocation_params.args and any(not arg.startswith("-") for arg in config.invocation_params.args):
         return 0
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _MOST_WORKERS)
+
+
+@pytest.fixture(autouse=True)
+def matmul_precision() -> Iterator[None]:
+    """Runs set it for their process; where the CPU has AMX the tests after them would multiply in bf16."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from lightsparse.training.module import LanguageModel
 
 ROOT = Path(__file__).parent.parent
 TINY = (
+    "precision=32",
     "attention=sliding_window",
     "attention.window=32",
     "attention.block=16",

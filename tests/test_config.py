@@ -5,13 +5,15 @@ import shutil
 from collections import namedtuple
 
 import pytest
+import torch
 import yaml
 from hydra.errors import ConfigCompositionException
 
-from lightsparse.config import check, compose, config_hash, differences, explain, parse
+from lightsparse.config import check, compose, config_hash, differences, explain, on_this_machine, parse
 from lightsparse.data.files import FilesData
 from lightsparse.data.prepare import prepare
 from lightsparse.data.tokenizer import BPE
+from lightsparse.kernels import compute_dtype
 from lightsparse.models.transformer import Transformer
 from lightsparse.overrides import compose_raw, conf_dir
 from lightsparse.targets import ConfigError
@@ -202,8 +204,23 @@ def test_a_runs_dir_below_a_file_is_refused(tmp_path):
 
 def test_the_default_name_tells_attention_context_and_what_is_trained():
     plain = compose(["attention=dense", "data.context=512"])
-    assert plain.name == f"dense-512-{config_hash(compose_raw(['attention=dense', 'data.context=512']))}"
+    raw = on_this_machine(compose_raw(["attention=dense", "data.context=512"]))
+    assert plain.name == f"dense-512-{config_hash(raw)}"
     assert compose(["name=mine"]).name == "mine"
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_a_precision_left_to_the_machine_is_what_it_multiplies_faster_and_the_run_keeps_it(monkeypatch, faster):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(compute_dtype, "_multiplies_bf16_faster", lambda: faster)
+    chosen = "bf16-mixed" if faster else "32"
+    raw = on_this_machine(compose_raw([]))
+    assert raw["precision"] == chosen == compose([]).precision
+    assert compose([]).name == compose([f"precision={chosen}"]).name
+    other = "32" if faster else "bf16-mixed"
+    assert compose([f"precision={other}"]).precision == other
+    monkeypatch.setattr(compute_dtype, "_multiplies_bf16_faster", lambda: not faster)
+    assert differences(raw, on_this_machine(compose_raw([]))) == [f"precision: {chosen} there, {other} here"]
 
 
 SAME = [

@@ -18,6 +18,20 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if dtype is torch.bfloat16 and _multiplies_bf16_faster() else torch.float32
 
 
+def default_precision() -> str:
+    """What `precision: null` means on this machine: bf16-mixed where it multiplies bf16 faster than fp32, else 32."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
+    return "bf16-mixed" if _multiplies_bf16_faster() else "32"
+
+
+def product_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Of the matrix products of a model that is trained at a `precision` of the config."""
+    if precision == "bf16-mixed":
+        return compute_dtype(torch.bfloat16, device)
+    return torch.float32 if precision == "32" else torch.bfloat16
+
+
 def as_autocast(x: torch.Tensor) -> torch.Tensor:
     """x in autocast's dtype where autocast is on, else as it is."""
     device = x.device.type

@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lightsparse.config import check, explain, parse, with_launched_ranks
+from lightsparse.config import check, explain, on_this_machine, parse
 from lightsparse.data import DataError
 from lightsparse.files import DiskFullError, disk_named
 from lightsparse.overrides import HYDRA_VERSION, conf_dir, plain, raised_by_hydra
@@ -52,7 +52,7 @@ from lightsparse.training.writer import CheckpointLateError, is_writing
 def train(composed: DictConfig) -> float:
     """One run; returns what sweepers minimise: bits per byte, or the share of wrong answers where the data asks."""
     with refusals_as_one_sentence():
-        raw = with_launched_ranks(plain(composed))
+        raw = on_this_machine(plain(composed))
         config = parse(raw)
         _refuse_ranks_inside_a_sweep(config)
         if config.doctor:

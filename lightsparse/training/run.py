@@ -21,6 +21,7 @@ from lightsparse.data.kept import keep_tokenizer, with_run_tokenizer
 from lightsparse.data.module import DataModule
 from lightsparse.files import write_text
 from lightsparse.kernels import flash, set_backend
+from lightsparse.kernels.compute_dtype import product_dtype
 from lightsparse.models.transformer import Transformer
 from lightsparse.parallel.errors import RankError, RankTimeoutError, ranks_named
 from lightsparse.parallel.kinds import ContextRanks, SeveralRanks
@@ -93,7 +94,7 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
     device = trainer.strategy.root_device
     layout = _layout(config)
     if is_first:
-        recorder.peak = matmul_peak(device, torch.float32 if config.precision == "32" else torch.bfloat16)
+        recorder.peak = matmul_peak(device, product_dtype(config.precision, device))
         for line in _opening(config, model, data, layout, device, recorder.peak):
             console.print(line)
         console.print(_beginning(directory, start))

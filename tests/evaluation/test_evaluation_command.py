@@ -14,6 +14,7 @@ from lightsparse.training import run as training_run
 from lightsparse.training.run import fit
 
 TINY = (
+    "precision=32",
     *("attention=dense", "model=nano", "model.depth=1", "model.embed_dim=32", "model.heads=2", "model.head_dim=16"),
     *("trainer.max_steps=2", "trainer.progress=false", "threads=1", "eval.sample_tokens=0", "eval.every_n_steps=2"),
 )

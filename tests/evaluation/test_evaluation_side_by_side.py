@@ -19,6 +19,7 @@ from lightsparse.training.run import fit
 from lightsparse.training.trained import load_run
 
 TINY = (
+    "precision=32",
     *("data=recall_stream", "data.context=64", "data.vocabulary=16", "data.pairs=8", "data.nearest=12"),
     *("data.examples=32", "model=nano", "model.depth=2", "model.embed_dim=32", "model.heads=1", "model.mlp=none"),
     *("model.layer_pattern=LS", "model.local_window=4", "trainer.max_steps=1", "trainer.progress=false", "threads=1"),

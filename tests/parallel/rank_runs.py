@@ -25,6 +25,7 @@ multiprocessing.set_forkserver_preload(
 
 ROOT = Path(__file__).parents[2]
 TINY = (
+    "precision=32",
     "data=files",
     "model=nano",
     "model.depth=2",
@@ -66,7 +67,7 @@ def words(folder: Path, *more: str) -> list[str]:
 
 def fitted(rank: int, world: int, line: list[str]) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """The run of a command line as one rank of a pool: its summary, and the rows of metrics.csv."""
-    from lightsparse.config import check, parse, with_launched_ranks
+    from lightsparse.config import check, on_this_machine, parse
     from lightsparse.overrides import compose_raw
     from lightsparse.training import run
     from lightsparse.training.metrics import read_metrics
@@ -84,7 +85,7 @@ def fitted(rank: int, world: int, line: list[str]) -> tuple[dict[str, Any], list
     )
     run.draw_plots = lambda *given: None  # longer than the training
     run.matmul_peak = lambda *given: 1e11
-    raw = with_launched_ranks(compose_raw(line))
+    raw = on_this_machine(compose_raw(line))
     config = parse(raw)
     check(config)
     summary = run.fit(config, raw)

@@ -6,7 +6,7 @@ import pytest
 from rank_processes import pool_fixture
 from rank_runs import members
 
-from lightsparse.config import check, compose, config_hash, differences, with_launched_ranks
+from lightsparse.config import check, compose, config_hash, differences, on_this_machine
 from lightsparse.overrides import compose_raw
 from lightsparse.parallel.kinds import KINDS
 from lightsparse.parallel.mesh import RankGrid
@@ -118,7 +118,7 @@ def test_ranks_follow_from_the_launcher_and_the_run_s_name_does_not(
     assert (config.trainer.devices, config.trainer.num_nodes) == (ranks or (1, 1))
     assert config.name == name_before
     if ranks:
-        raw = with_launched_ranks(compose_raw([f"trainer.devices={ranks[0]}"]))  # the same said twice
+        raw = on_this_machine(compose_raw([f"trainer.devices={ranks[0]}"]))  # the same said twice
         assert raw["trainer"]["num_nodes"] == ranks[1]
         with pytest.raises(ConfigError, match=r"^trainer\.devices is 5 and the launcher has started"):
             compose(["strategy=context", "trainer.devices=5"])

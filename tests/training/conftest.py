@@ -14,6 +14,7 @@ from lightsparse.overrides import compose_raw
 from lightsparse.schema import Config
 
 TINY = (
+    "precision=32",
     "attention=dense",
     "data=files",
     "model=nano",

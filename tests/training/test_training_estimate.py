@@ -20,7 +20,14 @@ from lightsparse.training.module import language_model
 from lightsparse.training.optimizers import parameter_groups
 
 VARIANTS = ("dense", "block_sparse", "sliding_window", "big_bird", "dilated", "hierarchical", "adaptive")
-SHAPE = ("model.depth=2", "model.heads=2", "model.embed_dim=96", "model.head_dim=48", "data.context=512")
+SHAPE = (
+    "precision=32",
+    "model.depth=2",
+    "model.heads=2",
+    "model.embed_dim=96",
+    "model.head_dim=48",
+    "data.context=512",
+)
 
 
 def kept_bytes(config: Config) -> int:
