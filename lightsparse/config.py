@@ -126,9 +126,8 @@ def on_this_machine(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _with_precision(raw: Mapping[str, Any]) -> dict[str, Any]:
     node = dict(raw)
     if "precision" in node and node["precision"] is None:
-        node["precision"] = default_precision()
-    if type(node.get("precision")) is int:  # `precision=32` reads as a number
-        node["precision"] = str(node["precision"])
+        chosen = default_precision()
+        node["precision"] = 32 if chosen == "32" else chosen  # as `precision=32` reads: a number
     return node
 
 
@@ -144,6 +143,8 @@ def parse(raw: Mapping[str, Any]) -> Config:
     node["schedule"] = chosen(Schedule, node.get("schedule"), "schedule", allow)
     node["strategy"] = _strategy(node.get("strategy"), allow)
     node["trainer"] = typed(TrainerConfig, node.get("trainer"), "trainer", allow)
+    if type(node.get("precision")) is int:
+        node["precision"] = str(node["precision"])
     if node.get("name") is None:
         node["name"] = f"{node['attention'].name}-{node['data'].context}-{config_hash(raw)}"
     return typed(Config, node, "", allow)

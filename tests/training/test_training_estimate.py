@@ -126,7 +126,7 @@ def test_what_is_proposed_fits_and_says_what_it_takes() -> None:
 
 
 def test_the_samples_of_a_step_stay_as_they_are_in_smaller_batches() -> None:
-    config = compose(["attention=sliding_window", "data.batch_size=6", "trainer.accumulate=2"])
+    config = compose(["precision=32", "attention=sliding_window", "data.batch_size=6", "trainer.accumulate=2"])
     found = dict(remedies(config, 0.6 * estimate(config).total, several_devices=False))
     assert "data.batch_size=3 trainer.accumulate=4" in found
 
