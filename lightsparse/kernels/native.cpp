@@ -58,6 +58,7 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int ROWS = 64;    // query rows of a score tile
 constexpr int SEGMENT = 64; // keys that lie side by side
 constexpr int CHUNK = 128;  // keys of a score tile
+constexpr int GROUP = 16;   // rows of a score tile that skip hidden panels together
 constexpr int STRIDE = CHUNK + 16;  // of its rows: a power of two would crowd a column into few cache sets
 constexpr int64_t OUT_TERMS = 32, GRADIENT_TERMS = 64;  // that are summed in fp16 before they join a sum in fp32
 constexpr float WIDEST = 4096.f;  // largest magnitude of a row over that of another, for products in fp16
@@ -498,6 +499,18 @@ struct Bounds {  // of the keys of a panel or segment
     from_min = std::min(from_min, o.from_min), from_max = std::max(from_max, o.from_max);
     until_min = std::min(until_min, o.until_min), until_max = std::max(until_max, o.until_max);
     doc_min = std::min(doc_min, o.doc_min), doc_max = std::max(doc_max, o.doc_max);
+  }
+};
+
+struct Reach {  // of some rows
+  int32_t pos_min = INT32_MAX, pos_max = INT32_MIN, doc_min = INT32_MAX, doc_max = INT32_MIN;
+  void add(const Reach &o) {
+    pos_min = std::min(pos_min, o.pos_min), pos_max = std::max(pos_max, o.pos_max);
+    doc_min = std::min(doc_min, o.doc_min), doc_max = std::max(doc_max, o.doc_max);
+  }
+  bool misses(const Bounds &of, bool docs) const {
+    if (of.from_min > pos_max || of.until_max <= pos_min) return true;
+    return docs && (of.doc_min > doc_max || of.doc_max < doc_min);
   }
 };
 
@@ -942,6 +955,7 @@ struct Item {
   const Pick *picks = nullptr;
   Live live[CHUNK / 16];
   int lives = 0, width = 0;
+  int begin[ROWS / GROUP], end[ROWS / GROUP];  // the columns that each group of rows computes; others hold anything
 
   Item(Call &call_, Scratch &s_, int64_t unit_, int64_t z_, int64_t row_, int64_t first_, int64_t R_)
       : call(call_), s(s_), unit(unit_), z(z_), row(row_), first(first_), R(R_), M(call_.G * R_),
@@ -978,46 +992,113 @@ struct Item {
   // Scores of rows m0 … m0 + rows − 1 against what they see of a chunk, −inf where they may not read. False: nothing.
   bool scores(const Chunks &chunk, int64_t m0, int rows) {
     const Args &a = call.a;
-    int32_t pos_min = INT32_MAX, pos_max = INT32_MIN, doc_min = INT32_MAX, doc_max = INT32_MIN;
-    for (int64_t m = m0; m < m0 + rows; m++) {
-      pos_min = std::min(pos_min, s.pos[m]), pos_max = std::max(pos_max, s.pos[m]);
-      doc_min = std::min(doc_min, s.doc[m]), doc_max = std::max(doc_max, s.doc[m]);
+    Reach of_group[ROWS / GROUP], all_rows;
+    for (int r = 0; r < rows; r++) {
+      const int32_t pos = s.pos[m0 + r], doc = s.doc[m0 + r];
+      of_group[r / GROUP].add(Reach{pos, pos, doc, doc});
     }
+    for (const Reach &of : of_group) all_rows.add(of);
     const bool docs = a.q_doc && a.kv_doc;
+    bool any_masked = false;
     lives = width = 0;
     for (int i = 0; i < chunk.segments; i++) {
       const Segment &x = chunk.segment[i];
       const Bounds &of = x.bounds;
-      if (of.from_min > pos_max || of.until_max <= pos_min) continue;
-      if (docs && (of.doc_min > doc_max || of.doc_max < doc_min)) continue;
-      bool full = of.from_max <= pos_min && of.until_min > pos_max;
-      if (docs) full = full && of.doc_min == of.doc_max && doc_min == doc_max;  // they overlap, so they are equal
+      if (all_rows.misses(of, docs)) continue;
+      bool full = of.from_max <= all_rows.pos_min && of.until_min > all_rows.pos_max;
+      if (docs) full = full && of.doc_min == of.doc_max && all_rows.doc_min == all_rows.doc_max;  // and so are equal
       live[lives++] = Live{&x, width, !full};
+      any_masked |= !full;
       width += x.np;
     }
+    const int groups = (rows + GROUP - 1) / GROUP;
+    std::fill(begin, begin + groups, 0);
+    std::fill(end, end + groups, width);
+    if (any_masked && !call.gather) narrow(of_group, groups, docs);
     const float *q = s.q + m0 * call.Dp;
     for (int i = 0; i < lives; i++) {
       const Segment &x = *live[i].of;
       float *to = s.s + live[i].column;
       const void *next = i + 1 < lives ? live[i + 1].of->kt : call.backward ? live[0].of->vt : live[0].of->vn;
       if (!next) next = live[0].of->vh;
-      product<false>(rows, x.np / 16, a.D, q, call.Dp, x.kt, 16, 16 * call.Dp, to, STRIDE, false, next);
+      by_rows(rows, live[i].column, x.np, [&](int r, int count, int c, int n) {
+        product<false>(count, n / 16, a.D, q + r * call.Dp, call.Dp, x.kt + c * call.Dp, 16, 16 * call.Dp,
+                       to + r * STRIDE + c, STRIDE, false, next);
+      });
       if (a.bias) add_bias(chunk, x, m0, rows, to);
-      if (live[i].masked) hide(x, m0, rows, to, docs);
+      if (live[i].masked)
+        by_rows(rows, live[i].column, x.n, [&](int r, int count, int c, int n) {
+          hide(x, m0 + r, count, to + r * STRIDE, c, c + n, docs);
+        });
       if (x.n < x.np)
         for (int r = 0; r < rows; r++) std::fill(to + r * STRIDE + x.n, to + r * STRIDE + x.np, -INF);
     }
     return lives > 0;
   }
 
-  void hide(const Segment &x, int64_t m0, int rows, float *to, bool docs) const {
+  // Leaves out the panels before the first and after the last one that any row of a group may see.
+  void narrow(const Reach *of_group, int groups, bool docs) {
+    const Bounds *bounds = call.bounds + (call.mask_batch == 1 ? 0 : b) * call.panels;
+    for (int g = 0; g < groups; g++) {
+      begin[g] = width, end[g] = 0;
+      for (int i = 0; i < lives; i++)
+        for (int p = 0; p < live[i].of->np / 16; p++)
+          if (!live[i].masked || !of_group[g].misses(bounds[live[i].of->panel + p], docs))
+            widen(g, live[i].column + p * 16);
+    }
+    for (bool again = true; again;) {  // until the groups that compute a panel follow one another
+      again = false;
+      for (int c = 0; c < width; c += 16) {
+        const auto [first, last] = groups_at(groups, c);
+        for (int g = first; g < last; g++)
+          if (c < begin[g] || c >= end[g]) widen(g, c), again = true;
+      }
+    }
+  }
+  void widen(int g, int column) { begin[g] = std::min(begin[g], column), end[g] = std::max(end[g], column + 16); }
+
+  // The groups from the first to the last that compute a column; none: equal numbers.
+  std::pair<int, int> groups_at(int groups, int column) const {
+    int first = 0, last = groups;
+    while (first < last && (column < begin[first] || column >= end[first])) first++;
+    while (last > first && (column < begin[last - 1] || column >= end[last - 1])) last--;
+    return {first, last};
+  }
+
+  // What a tile computes of n columns, as rectangles: use(first row, rows, first column of these, columns).
+  template <class Use>
+  void by_rows(int rows, int column, int n, Use use) const {
+    auto clipped = [&](int g) {
+      return std::make_pair(std::max(begin[g], column) - column, std::min(end[g], column + n) - column);
+    };
+    for (int r = 0, stop; r < rows; r = stop) {
+      const auto [from, to] = clipped(r / GROUP);
+      for (stop = r + GROUP; stop < rows && clipped(stop / GROUP) == std::make_pair(from, to);) stop += GROUP;
+      stop = std::min(stop, rows);
+      if (from < to) use(r, stop - r, from, to - from);
+    }
+  }
+
+  // The same, for sums over rows: no column is in two rectangles.
+  template <class Use>
+  void by_columns(int rows, int column, int n, Use use) const {
+    const int groups = (rows + GROUP - 1) / GROUP;
+    for (int c = 0, stop; c < n; c = stop) {
+      const auto [first, last] = groups_at(groups, column + c);
+      for (stop = c + 16; stop < n && groups_at(groups, column + stop) == std::make_pair(first, last);) stop += 16;
+      stop = std::min(stop, n);
+      const int r = first * GROUP;
+      if (first < last) use(r, std::min(last * GROUP, rows) - r, c, stop - c);
+    }
+  }
+
+  void hide(const Segment &x, int64_t m0, int rows, float *to, int first, int stop, bool docs) const {
     const int32_t *from = x.from, *until = x.until, *doc = x.doc;
-    const int n = x.n;
     for (int r = 0; r < rows; r++, to += STRIDE) {
       const int32_t pos = s.pos[m0 + r], of = s.doc[m0 + r];
-      for (int c = 0; c < n; c++) to[c] = (from[c] <= pos) & (pos < until[c]) ? to[c] : -INF;
+      for (int c = first; c < stop; c++) to[c] = (from[c] <= pos) & (pos < until[c]) ? to[c] : -INF;
       if (docs)
-        for (int c = 0; c < n; c++) to[c] = doc[c] == of ? to[c] : -INF;
+        for (int c = first; c < stop; c++) to[c] = doc[c] == of ? to[c] : -INF;
     }
   }
 
@@ -1087,24 +1168,32 @@ struct Item {
       for (int64_t m0 = 0; m0 < M; m0 += ROWS) {
         int rows = (int)std::min((int64_t)ROWS, M - m0);
         if (!scores(chunks, m0, rows)) continue;
-        for (int r = 0; r < rows; r++) online_softmax(m0 + r, s.s + r * STRIDE);
+        for (int r = 0; r < rows; r++) {
+          const int from = begin[r / GROUP], to = end[r / GROUP];
+          if (from < to) online_softmax(m0 + r, s.s + r * STRIDE + from, from, to - from);
+        }
         runs([&](int column, const Segment &x, int n) {
+          const void *next = x.kt + n * Dp;
+          const float *values = half ? nullptr : rows_of(x, n, false);
+          by_rows(rows, column, n, [&](int r, int count, int c, int keys) {
+            const float *p = s.s + r * STRIDE + column + c;
+            float *to = s.sums + (m0 + r) * Dp;
 #if defined(__AVX512FP16__)
-          if (half) {
-            const float factor = unscaled(weight_scale, call.unit_scale[unit]);
-            return half_product<false>(OUT_TERMS, rows, Dp, n, s.s + column, STRIDE, x.vh, factor, s.sums + m0 * Dp,
-                                       x.kt + n * Dp);
-          }
+            if (half) {
+              const float factor = unscaled(weight_scale, call.unit_scale[unit]);
+              return half_product<false>(OUT_TERMS, count, Dp, keys, p, STRIDE, x.vh + c * Dp, factor, to, next);
+            }
 #endif
-          product<false>(rows, (int)(Dp / 16), n, s.s + column, STRIDE, rows_of(x, n, false), call.vn_stride, 16,
-                         s.sums + m0 * Dp, Dp, true, x.kt + n * Dp);
+            product<false>(count, (int)(Dp / 16), keys, p, STRIDE, values + c * call.vn_stride, call.vn_stride, 16, to,
+                           Dp, true, next);
+          });
         });
       }
   }
 
-  // p: scores → weights relative to exp(s.m). Where a row's maximum grows by little, s.m stays as it is: weights up to
+  // p: `width` scores from column `first` on → weights relative to exp(s.m). Where a row's maximum grows by little, s.m stays as it is: weights up to
   // exp(SLACK) are as exact as those up to 1, and what has been summed need not be scaled anew.
-  void online_softmax(int64_t m, float *p) {
+  void online_softmax(int64_t m, float *p, int first, int width) {
     vf most = load(p);
     for (int c = W; c < width; c += W) most = larger(most, load(p + c));
     float now = s.m[m];
@@ -1129,7 +1218,7 @@ struct Item {
     if (call.a.drop_keys) keep_row(m, s.keep);
     with_constants([&](auto halves, auto drop) {
       vf sum = load(s.l + m * W);
-      const float shift = now - weight_log, *keep = s.keep;
+      const float shift = now - weight_log, *keep = s.keep + first;
       for (int c = 0, n = width; c < n; c += W) {
         vf x = exp_of<halves>(load(p + c) - shift);
         sum += x;
@@ -1196,40 +1285,61 @@ struct Item {
         int rows = (int)std::min((int64_t)ROWS, M - m0);
         if (!scores(chunks, m0, rows)) continue;
         for (int i = 0; i < lives; i++)
-          product<false>(rows, live[i].of->np / 16, a.D, s.dout + m0 * Dp, Dp, live[i].of->vt, 16, 16 * Dp,
-                         s.dp + live[i].column, STRIDE, false, i + 1 < lives ? live[i + 1].of->vt : live[0].of->dv);
+          by_rows(rows, live[i].column, live[i].of->np, [&](int r, int count, int c, int n) {
+            product<false>(count, n / 16, a.D, s.dout + (m0 + r) * Dp, Dp, live[i].of->vt + c * Dp, 16, 16 * Dp,
+                           s.dp + r * STRIDE + live[i].column + c, STRIDE, false,
+                           i + 1 < lives ? live[i + 1].of->vt : live[0].of->dv);
+          });
         const bool half_rows = half;
         if (half) {
           const Magnitudes of_rows = largest_gradients(m0, rows);
           use_half(!of_rows.wide());
           ds_scale = half ? 512.f * scale_to_one(of_rows.most) : 1.f;
         }
-        for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, s.s + r * STRIDE, s.dp + r * STRIDE, ds_scale, a.dbias);
+        for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, r, ds_scale, a.dbias);
         if (a.dbias) {
           add_bias_gradient(chunks, m0, rows);
           if (half)
             for (int r = 0; r < rows; r++)
-              for (int c = 0; c < width; c += W)
+              for (int c = begin[r / GROUP]; c < end[r / GROUP]; c += W)
                 put<true>(s.dp + r * STRIDE + c, load(s.dp + r * STRIDE + c) * ds_scale);
         }
         const int panels = (int)(Dp / 16);
         runs([&](int column, const Segment &x, int n) {
+          const void *next = x.kt + n * Dp;
+          const float *keys_of_run = half ? nullptr : rows_of(x, n, true);
+          auto to_keys = [&](const float *of_tile, auto use) {
+            by_columns(rows, column, n, [&](int r, int count, int c, int keys) {
+              use(of_tile + r * STRIDE + column + c, (m0 + r) * Dp, count, c * Dp, keys);
+            });
+          };
 #if defined(__AVX512FP16__)
           if (half) {
-            const uint16_t *q = s.q_half + m0 * Dp, *dout = s.dout_half + m0 * Dp;
-            half_product<true>(GRADIENT_TERMS, n, Dp, rows, s.s + column, STRIDE, dout,
-                               unscaled(weight_scale, dout_scale), x.dv, x.dk);
-            half_product<true>(GRADIENT_TERMS, n, Dp, rows, s.dp + column, STRIDE, q, unscaled(ds_scale, q_scale), x.dk,
-                               x.kh);
-            half_product<false>(GRADIENT_TERMS, rows, Dp, n, s.dp + column, STRIDE, x.kh,
-                                unscaled(ds_scale, call.unit_scale[unit]), s.dq + m0 * Dp, x.kt + n * Dp);
+            to_keys(s.s, [&](const float *p, int64_t row, int count, int64_t key, int keys) {
+              half_product<true>(GRADIENT_TERMS, keys, Dp, count, p, STRIDE, s.dout_half + row,
+                                 unscaled(weight_scale, dout_scale), x.dv + key, x.dk);
+            });
+            to_keys(s.dp, [&](const float *ds, int64_t row, int count, int64_t key, int keys) {
+              half_product<true>(GRADIENT_TERMS, keys, Dp, count, ds, STRIDE, s.q_half + row,
+                                 unscaled(ds_scale, q_scale), x.dk + key, x.kh);
+            });
+            by_rows(rows, column, n, [&](int r, int count, int c, int keys) {
+              half_product<false>(GRADIENT_TERMS, count, Dp, keys, s.dp + r * STRIDE + column + c, STRIDE,
+                                  x.kh + c * Dp, unscaled(ds_scale, call.unit_scale[unit]), s.dq + (m0 + r) * Dp, next);
+            });
             return;
           }
 #endif
-          product<true>(n, panels, rows, s.s + column, STRIDE, s.dout + m0 * Dp, Dp, 16, x.dv, Dp, true, x.dk);
-          product<true>(n, panels, rows, s.dp + column, STRIDE, s.q + m0 * Dp, Dp, 16, x.dk, Dp, true, x.kn);
-          product<false>(rows, panels, n, s.dp + column, STRIDE, rows_of(x, n, true), call.kn_stride, 16,
-                         s.dq + m0 * Dp, Dp, true, x.kt + n * Dp);
+          to_keys(s.s, [&](const float *p, int64_t row, int count, int64_t key, int keys) {
+            product<true>(keys, panels, count, p, STRIDE, s.dout + row, Dp, 16, x.dv + key, Dp, true, x.dk);
+          });
+          to_keys(s.dp, [&](const float *ds, int64_t row, int count, int64_t key, int keys) {
+            product<true>(keys, panels, count, ds, STRIDE, s.q + row, Dp, 16, x.dk + key, Dp, true, x.kn);
+          });
+          by_rows(rows, column, n, [&](int r, int count, int c, int keys) {
+            product<false>(count, panels, keys, s.dp + r * STRIDE + column + c, STRIDE,
+                           keys_of_run + c * call.kn_stride, call.kn_stride, 16, s.dq + (m0 + r) * Dp, Dp, true, next);
+          });
         });
         use_half(half_rows);
       }
@@ -1244,7 +1354,7 @@ struct Item {
     for (int r = 0; r < rows; r++) {
       const float *dp = s.dp + r * STRIDE, *score = s.s + r * STRIDE;
       vf most = vf{};
-      for (int c = 0; c < width; c += W) {
+      for (int c = begin[r / GROUP]; c < end[r / GROUP]; c += W) {
         const vf of = (vf)((vi)load(dp + c) & 0x7fffffff);
         most = larger(load(score + c) > all(-INF) ? of : vf{}, most);
       }
@@ -1254,14 +1364,16 @@ struct Item {
     return found;
   }
 
-  // p: scores → weights (after dropout), dp → gradient of the scores, for the products; fp32 where `plain`
-  void softmax_gradient(int64_t m, float *p, float *dp, float ds_scale, bool plain) {
+  // Row r of the tile: scores → weights (after dropout), dp → gradient of the scores, for the products; fp32 where
+  // `plain`.
+  void softmax_gradient(int64_t m, int r, float ds_scale, bool plain) {
+    float *p = s.s + r * STRIDE, *dp = s.dp + r * STRIDE;
     if (call.a.drop_keys) keep_row(m, s.keep);
     with_constants([&](auto halves, auto drop) {
       const float lse = s.m[m] - weight_log, scale = (plain ? 1.f : ds_scale) / weight_scale;
       const float delta = s.delta[m] * scale, *keep = s.keep;
       auto each = [&](auto is_plain) {
-        for (int c = 0, n = width; c < n; c += W) {
+        for (int c = begin[r / GROUP], n = end[r / GROUP]; c < n; c += W) {
           const vf x = exp_of<halves>(load(p + c) - lse);
           vf kept = x, dx = load(dp + c) * scale;
           if constexpr (drop) kept *= load(keep + c), dx *= load(keep + c);
@@ -1282,14 +1394,15 @@ struct Item {
       for (int r = 0; r < rows; r++) {
         float *to = a.dbias + ((b * a.H + head(m0 + r)) * a.NQ + (picks ? query(m0 + r) : row)) * a.K;
         const float *ds = s.dp + r * STRIDE + live[i].column;
+        const int first = begin[r / GROUP] - live[i].column, stop = end[r / GROUP] - live[i].column;
         if (picks) {
-          for (int c = 0; c < live[i].of->n; c++) to[picks[m0 + r].entry] += ds[c];
+          for (int c = std::max(first, 0); c < std::min(stop, live[i].of->n); c++) to[picks[m0 + r].entry] += ds[c];
           continue;
         }
         for (int k = live[i].of->first_span; k < live[i].of->first_span + live[i].of->spans; k++) {
           const Span &of = chunk.span[k];
           float sum = 0;
-          for (int c = of.column; c < of.column + of.count; c++) sum += ds[c];
+          for (int c = std::max(of.column, first); c < std::min(of.column + of.count, stop); c++) sum += ds[c];
           if (of.entry >= 0) to[of.entry] += sum;
         }
       }
