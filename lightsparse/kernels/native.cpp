@@ -249,10 +249,11 @@ inline void store_twice(float *to, vf x) {  // 16 numbers, each as two equal fp1
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(halves)));
 }
 
-// C += factor · A · B in fp16, `most` terms at a time, those sums in fp32. A as `store_twice` leaves it, B [K][ldb].
+// C += factor · A · B in fp16, `most` terms at a time, those sums in fp32. A as `store_twice` leaves it in a score tile
+// (a constant stride: 13 rows have more addresses than there are registers), B [K][ldb].
 template <int MR, int NV, bool TA>
-__attribute__((noinline)) void half_tile(int64_t most, int64_t K, const float *a, int64_t lda, const uint16_t *b,
-                                         int64_t ldb, float factor, float *c, int64_t ldc, const char *ahead) {
+__attribute__((noinline)) void half_tile(int64_t most, int64_t K, const float *a, const uint16_t *b, int64_t ldb,
+                                         float factor, float *c, int64_t ldc, const char *ahead) {
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < 2 * NV; j++) __builtin_prefetch(c + i * ldc + j * 16, 1);
   while (K > 0) {
@@ -269,12 +270,12 @@ __attribute__((noinline)) void half_tile(int64_t most, int64_t K, const float *a
       for (int j = 0; j < NV; j++) row[j] = _mm512_loadu_ph(b + j * 32);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; i++) {
-        const __m512h x = _mm512_castps_ph(_mm512_set1_ps(TA ? a[i] : a[i * lda]));
+        const __m512h x = _mm512_castps_ph(_mm512_set1_ps(TA ? a[i] : a[i * STRIDE]));
 #pragma GCC unroll 16
         for (int j = 0; j < NV; j++) sum[i][j] = _mm512_fmadd_ph(x, row[j], sum[i][j]);
       }
       b += ldb;
-      a += TA ? lda : 1;
+      a += TA ? STRIDE : 1;
       __builtin_prefetch(ahead);
       ahead += 64;
     }
@@ -295,13 +296,13 @@ __attribute__((noinline)) void half_tile(int64_t most, int64_t K, const float *a
 }
 
 template <int NV, bool TA>
-void half_columns(int64_t most, int M, int64_t K, const float *a, int64_t lda, const uint16_t *b, int64_t ldb,
-                  float factor, float *c, int64_t ldc, const char *&ahead) {
+void half_columns(int64_t most, int M, int64_t K, const float *a, const uint16_t *b, int64_t ldb, float factor,
+                  float *c, int64_t ldc, const char *&ahead) {
   int i = 0, stop = M;
   auto rows = [&](auto count) {
     constexpr int n = decltype(count)::value;
     for (; i + n <= stop; i += n, ahead += 64 * K)
-      half_tile<n, NV, TA>(most, K, a + (TA ? i : i * lda), lda, b, ldb, factor, c + i * ldc, ldc, ahead);
+      half_tile<n, NV, TA>(most, K, a + (TA ? i : i * STRIDE), b, ldb, factor, c + i * ldc, ldc, ahead);
   };
   const int twelves = (13 - M % 13) % 13;  // with so many tiles of 12 rows, the others have 13
   stop = M >= 12 * twelves ? M - 12 * twelves : 0;
@@ -314,14 +315,14 @@ void half_columns(int64_t most, int M, int64_t K, const float *a, int64_t lda, c
 }
 
 template <bool TA>
-void half_product(int64_t most, int M, int64_t Dp, int64_t K, const float *a, int64_t lda, const uint16_t *b,
-                  float factor, float *c, const void *next) {
+void half_product(int64_t most, int M, int64_t Dp, int64_t K, const float *a, const uint16_t *b, float factor,
+                  float *c, const void *next) {
   const char *ahead = (const char *)next;
   for (int64_t d = 0; d < Dp; d += 64)
     if (d + 64 <= Dp)
-      half_columns<2, TA>(most, M, K, a, lda, b + d, Dp, factor, c + d, Dp, ahead);
+      half_columns<2, TA>(most, M, K, a, b + d, Dp, factor, c + d, Dp, ahead);
     else
-      half_columns<1, TA>(most, M, K, a, lda, b + d, Dp, factor, c + d, Dp, ahead);
+      half_columns<1, TA>(most, M, K, a, b + d, Dp, factor, c + d, Dp, ahead);
 }
 
 #endif
@@ -1181,7 +1182,7 @@ struct Item {
 #if defined(__AVX512FP16__)
             if (half) {
               const float factor = unscaled(weight_scale, call.unit_scale[unit]);
-              return half_product<false>(OUT_TERMS, count, Dp, keys, p, STRIDE, x.vh + c * Dp, factor, to, next);
+              return half_product<false>(OUT_TERMS, count, Dp, keys, p, x.vh + c * Dp, factor, to, next);
             }
 #endif
             product<false>(count, (int)(Dp / 16), keys, p, STRIDE, values + c * call.vn_stride, call.vn_stride, 16, to,
@@ -1316,15 +1317,15 @@ struct Item {
 #if defined(__AVX512FP16__)
           if (half) {
             to_keys(s.s, [&](const float *p, int64_t row, int count, int64_t key, int keys) {
-              half_product<true>(GRADIENT_TERMS, keys, Dp, count, p, STRIDE, s.dout_half + row,
+              half_product<true>(GRADIENT_TERMS, keys, Dp, count, p, s.dout_half + row,
                                  unscaled(weight_scale, dout_scale), x.dv + key, x.dk);
             });
             to_keys(s.dp, [&](const float *ds, int64_t row, int count, int64_t key, int keys) {
-              half_product<true>(GRADIENT_TERMS, keys, Dp, count, ds, STRIDE, s.q_half + row,
+              half_product<true>(GRADIENT_TERMS, keys, Dp, count, ds, s.q_half + row,
                                  unscaled(ds_scale, q_scale), x.dk + key, x.kh);
             });
             by_rows(rows, column, n, [&](int r, int count, int c, int keys) {
-              half_product<false>(GRADIENT_TERMS, count, Dp, keys, s.dp + r * STRIDE + column + c, STRIDE,
+              half_product<false>(GRADIENT_TERMS, count, Dp, keys, s.dp + r * STRIDE + column + c,
                                   x.kh + c * Dp, unscaled(ds_scale, call.unit_scale[unit]), s.dq + (m0 + r) * Dp, next);
             });
             return;
