@@ -54,6 +54,7 @@ extern "C" struct Args {  // the order of native_build.Arguments; every field is
 
 namespace {
 
+constexpr float LOG2E = 1.44269504088896341f;
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int ROWS = 64;    // query rows of a score tile
 constexpr int SEGMENT = 64; // keys that lie side by side
@@ -127,9 +128,8 @@ inline float sum_of(vf x) {
 }
 
 // exp to one or two units in the last place (the polynomial of Cephes' expf); 0 below −87, NaN stays NaN.
-template <bool COARSE = false>
 inline vf exp_of(vf x) {
-  const float log2e = 1.44269504088896341f, ln2 = 0.693147180559945f;
+  const float log2e = LOG2E, ln2 = 0.693147180559945f;
   const float magic = 12582912.f;  // adding it leaves the rounded integer in the low bits
   const vf low = all(-87.f);
 #if defined(__AVX512F__)
@@ -141,20 +141,12 @@ inline vf exp_of(vf x) {
 #endif
   const vf shifted = x * log2e + magic, n = shifted - magic;
   const vf r = x - n * ln2;  // ln2's own error, times n, stays below the rounding of the scores
-  vf p;
-  if constexpr (COARSE) {
-    p = r * 0.04145856574f + 0.1679093242f;
-    p = p * r + 0.5000436306f;
-    p = p * r + 0.9999634027f;
-    p = p * r + 0.9999992847f;
-  } else {
-    p = r * 1.383683528e-3f + 8.374824189e-3f;
-    p = p * r + 4.166822508e-2f;
-    p = p * r + 1.66664198e-1f;
-    p = p * r + 4.999999106e-1f;
-    p = p * r + 1.f;
-    p = p * r + 1.f;
-  }
+  vf p = r * 1.383683528e-3f + 8.374824189e-3f;
+  p = p * r + 4.166822508e-2f;
+  p = p * r + 1.66664198e-1f;
+  p = p * r + 4.999999106e-1f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)n);
 #else
@@ -162,6 +154,24 @@ inline vf exp_of(vf x) {
   p = given < low ? vf{} : p;
   return given == given ? p : given;
 #endif
+}
+
+// exp(x − shift), for weights that will be HALF: from 2^fraction, 1 ± 3e-6 but for the rounding of the exponent.
+template <bool HALF>
+inline vf exp_less(vf x, float shift) {
+#if defined(__AVX512FP16__)
+  if constexpr (HALF) {
+    constexpr int FRACTION = 0x9;  // what is above the integer below; 0 of −inf
+    const __m512 exponent = _mm512_fmsub_ps((__m512)x, _mm512_set1_ps(LOG2E), _mm512_set1_ps(shift * LOG2E));
+    const vf r = (vf)_mm512_reduce_ps(exponent, FRACTION);
+    vf p = r * 0.013534168f + 0.05201146108f;
+    p = p * r + 0.2414427561f;
+    p = p * r + 0.6930038348f;
+    p = p * r + 1.000002593f;
+    return (vf)_mm512_scalef_ps((__m512)p, exponent);
+  }
+#endif
+  return exp_of(x - shift);
 }
 
 // ---- products: C[M, 16 · panels] (+)= A · B ----------------------------------------------------------------------
@@ -544,6 +554,7 @@ struct Scratch {  // of one thread
   float *q, *dout, *sums, *dq;          // [item rows][Dp]; sums: out
   float *m, *l, *delta;                 // [item rows], l [item rows][W]; in the backward m is the lse
   int32_t *pos, *doc;                   // [item rows]
+  Reach *reach;                         // [item rows / GROUP]: of each group of rows
   uint64_t *hash;                       // [item rows]
   float *s, *dp, *keep;                 // [ROWS][STRIDE], [ROWS][STRIDE], [CHUNK]
   float *kt, *vt, *kn, *vn, *dk, *dv;   // [CHUNK][Dp]: gathered
@@ -647,6 +658,7 @@ struct Call {
       s.m = carve.take<float>(item_rows), s.l = carve.take<float>(item_rows * W);
       s.delta = carve.take<float>(item_rows);
       s.pos = carve.take<int32_t>(item_rows), s.doc = carve.take<int32_t>(item_rows);
+      s.reach = carve.take<Reach>((item_rows + GROUP - 1) / GROUP);
       s.hash = carve.take<uint64_t>(item_rows);
       s.s = carve.take<float>(ROWS * STRIDE), s.dp = carve.take<float>(ROWS * STRIDE);
       s.keep = carve.take<float>(CHUNK);
@@ -971,11 +983,13 @@ struct Item {
 
   void read() {
     const Args &a = call.a;
+    std::fill(s.reach, s.reach + (M + GROUP - 1) / GROUP, Reach{});
     for (int64_t m = 0; m < M; m++) {
       int64_t i = query(m), h = head(m);
       read_row(a.bf16, a.q, b * a.sq[0] + h * a.sq[1] + i * a.sq[2], a.D, call.Dp, (float)a.scale, s.q + m * call.Dp);
       s.pos[m] = a.q_pos[b * a.q_pos_b + i];
       s.doc[m] = a.q_doc ? a.q_doc[b * a.q_doc_b + i] : 0;
+      s.reach[m / GROUP].add(Reach{s.pos[m], s.pos[m], s.doc[m], s.doc[m]});
       if (a.drop_keys)
         s.hash[m] = chained(chained((uint64_t)a.drop_keys[b], (uint64_t)h), (uint64_t)(int64_t)s.pos[m]);
     }
@@ -993,12 +1007,10 @@ struct Item {
   // Scores of rows m0 … m0 + rows − 1 against what they see of a chunk, −inf where they may not read. False: nothing.
   bool scores(const Chunks &chunk, int64_t m0, int rows) {
     const Args &a = call.a;
-    Reach of_group[ROWS / GROUP], all_rows;
-    for (int r = 0; r < rows; r++) {
-      const int32_t pos = s.pos[m0 + r], doc = s.doc[m0 + r];
-      of_group[r / GROUP].add(Reach{pos, pos, doc, doc});
-    }
-    for (const Reach &of : of_group) all_rows.add(of);
+    const int groups = (rows + GROUP - 1) / GROUP;
+    const Reach *of_group = s.reach + m0 / GROUP;
+    Reach all_rows;
+    for (int g = 0; g < groups; g++) all_rows.add(of_group[g]);
     const bool docs = a.q_doc && a.kv_doc;
     bool any_masked = false;
     lives = width = 0;
@@ -1012,7 +1024,6 @@ struct Item {
       any_masked |= !full;
       width += x.np;
     }
-    const int groups = (rows + GROUP - 1) / GROUP;
     std::fill(begin, begin + groups, 0);
     std::fill(end, end + groups, width);
     if (any_masked && !call.gather) narrow(of_group, groups, docs);
@@ -1221,7 +1232,7 @@ struct Item {
       vf sum = load(s.l + m * W);
       const float shift = now - weight_log, *keep = s.keep + first;
       for (int c = 0, n = width; c < n; c += W) {
-        vf x = exp_of<halves>(load(p + c) - shift);
+        vf x = exp_less<halves>(load(p + c), shift);
         sum += x;
         if constexpr (drop) x *= load(keep + c);
         put<halves>(p + c, x);
@@ -1375,7 +1386,7 @@ struct Item {
       const float delta = s.delta[m] * scale, *keep = s.keep;
       auto each = [&](auto is_plain) {
         for (int c = begin[r / GROUP], n = end[r / GROUP]; c < n; c += W) {
-          const vf x = exp_of<halves>(load(p + c) - lse);
+          const vf x = exp_less<halves>(load(p + c), lse);
           vf kept = x, dx = load(dp + c) * scale;
           if constexpr (drop) kept *= load(keep + c), dx *= load(keep + c);
           put<halves>(p + c, kept);
