@@ -61,7 +61,7 @@ constexpr int SEGMENT = 64; // keys that lie side by side
 constexpr int CHUNK = 128;  // keys of a score tile
 constexpr int GROUP = 16;   // rows of a score tile that skip hidden panels together
 constexpr int STRIDE = CHUNK + 16;  // of its rows: a power of two would crowd a column into few cache sets
-constexpr int64_t OUT_TERMS = 32, GRADIENT_TERMS = 64;  // that are summed in fp16 before they join a sum in fp32
+constexpr int64_t TERMS = 64;      // that are summed in fp16 before they join a sum in fp32
 constexpr float WIDEST = 4096.f;  // largest magnitude of a row over that of another, for products in fp16
 constexpr float SLACK = 2.f;       // growth of a row's maximum that changes nothing
 constexpr int64_t PORTION_ROWS = 4096;  // query rows whose picks are walked by key block
@@ -97,6 +97,17 @@ inline vf larger(vf a, vf b) {
 #endif
 }
 
+// The larger of `most` and the magnitude of x, where the score is above −inf.
+inline vf larger_magnitude(vf most, vf x, vf score) {
+#if defined(__AVX512F__)
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)score, (__m512)all(-INF), _CMP_GT_OQ);
+  return (vf)_mm512_mask_range_ps((__m512)most, counts, (__m512)most, (__m512)x, 0xb);  // magnitudes, the larger
+#else
+  const vf of = (vf)((vi)x & 0x7fffffff);
+  return larger(score > all(-INF) ? of : vf{}, most);
+#endif
+}
+
 inline float largest_of(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
@@ -127,7 +138,7 @@ inline float sum_of(vf x) {
 #endif
 }
 
-// exp to one or two units in the last place (the polynomial of Cephes' expf); 0 below −87, NaN stays NaN.
+// exp to one or two units in the last place (a minimax polynomial); 0 below −87, NaN stays NaN.
 inline vf exp_of(vf x) {
   const float log2e = LOG2E, ln2 = 0.693147180559945f;
   const float magic = 12582912.f;  // adding it leaves the rounded integer in the low bits
@@ -141,11 +152,10 @@ inline vf exp_of(vf x) {
 #endif
   const vf shifted = x * log2e + magic, n = shifted - magic;
   const vf r = x - n * ln2;  // ln2's own error, times n, stays below the rounding of the scores
-  vf p = r * 1.383683528e-3f + 8.374824189e-3f;
-  p = p * r + 4.166822508e-2f;
-  p = p * r + 1.66664198e-1f;
-  p = p * r + 4.999999106e-1f;
-  p = p * r + 1.f;
+  vf p = r * 8.290314729e-3f + 4.189792939e-2f;
+  p = p * r + 1.66676362e-1f;
+  p = p * r + 4.999914953e-1f;
+  p = p * r + 9.999997072e-1f;
   p = p * r + 1.f;
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)n);
@@ -259,15 +269,15 @@ inline void store_twice(float *to, vf x) {  // 16 numbers, each as two equal fp1
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(halves)));
 }
 
-// C += factor · A · B in fp16, `most` terms at a time, those sums in fp32. A as `store_twice` leaves it in a score tile
+// C += factor · A · B in fp16, TERMS terms at a time, those sums in fp32. A as `store_twice` leaves it in a score tile
 // (a constant stride: 13 rows have more addresses than there are registers), B [K][ldb].
 template <int MR, int NV, bool TA>
-__attribute__((noinline)) void half_tile(int64_t most, int64_t K, const float *a, const uint16_t *b, int64_t ldb,
+__attribute__((noinline)) void half_tile(int64_t K, const float *a, const uint16_t *b, int64_t ldb,
                                          float factor, float *c, int64_t ldc, const char *ahead) {
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < 2 * NV; j++) __builtin_prefetch(c + i * ldc + j * 16, 1);
   while (K > 0) {
-    const int64_t terms = std::min(K, most);
+    const int64_t terms = std::min(K, TERMS);
     __m512h sum[MR][NV];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
@@ -306,13 +316,13 @@ __attribute__((noinline)) void half_tile(int64_t most, int64_t K, const float *a
 }
 
 template <int NV, bool TA>
-void half_columns(int64_t most, int M, int64_t K, const float *a, const uint16_t *b, int64_t ldb, float factor,
+void half_columns(int M, int64_t K, const float *a, const uint16_t *b, int64_t ldb, float factor,
                   float *c, int64_t ldc, const char *&ahead) {
   int i = 0, stop = M;
   auto rows = [&](auto count) {
     constexpr int n = decltype(count)::value;
     for (; i + n <= stop; i += n, ahead += 64 * K)
-      half_tile<n, NV, TA>(most, K, a + (TA ? i : i * STRIDE), b, ldb, factor, c + i * ldc, ldc, ahead);
+      half_tile<n, NV, TA>(K, a + (TA ? i : i * STRIDE), b, ldb, factor, c + i * ldc, ldc, ahead);
   };
   const int twelves = (13 - M % 13) % 13;  // with so many tiles of 12 rows, the others have 13
   stop = M >= 12 * twelves ? M - 12 * twelves : 0;
@@ -325,14 +335,14 @@ void half_columns(int64_t most, int M, int64_t K, const float *a, const uint16_t
 }
 
 template <bool TA>
-void half_product(int64_t most, int M, int64_t Dp, int64_t K, const float *a, const uint16_t *b, float factor,
+void half_product(int M, int64_t Dp, int64_t K, const float *a, const uint16_t *b, float factor,
                   float *c, const void *next) {
   const char *ahead = (const char *)next;
   for (int64_t d = 0; d < Dp; d += 64)
     if (d + 64 <= Dp)
-      half_columns<2, TA>(most, M, K, a, b + d, Dp, factor, c + d, Dp, ahead);
+      half_columns<2, TA>(M, K, a, b + d, Dp, factor, c + d, Dp, ahead);
     else
-      half_columns<1, TA>(most, M, K, a, b + d, Dp, factor, c + d, Dp, ahead);
+      half_columns<1, TA>(M, K, a, b + d, Dp, factor, c + d, Dp, ahead);
 }
 
 #endif
@@ -1193,7 +1203,7 @@ struct Item {
 #if defined(__AVX512FP16__)
             if (half) {
               const float factor = unscaled(weight_scale, call.unit_scale[unit]);
-              return half_product<false>(OUT_TERMS, count, Dp, keys, p, x.vh + c * Dp, factor, to, next);
+              return half_product<false>(count, Dp, keys, p, x.vh + c * Dp, factor, to, next);
             }
 #endif
             product<false>(count, (int)(Dp / 16), keys, p, STRIDE, values + c * call.vn_stride, call.vn_stride, 16, to,
@@ -1308,7 +1318,7 @@ struct Item {
           use_half(!of_rows.wide());
           ds_scale = half ? 512.f * scale_to_one(of_rows.most) : 1.f;
         }
-        for (int r = 0; r < rows; r++) softmax_gradient(m0 + r, r, ds_scale, a.dbias);
+        softmax_gradients(m0, rows, ds_scale, a.dbias);
         if (a.dbias) {
           add_bias_gradient(chunks, m0, rows);
           if (half)
@@ -1328,15 +1338,15 @@ struct Item {
 #if defined(__AVX512FP16__)
           if (half) {
             to_keys(s.s, [&](const float *p, int64_t row, int count, int64_t key, int keys) {
-              half_product<true>(GRADIENT_TERMS, keys, Dp, count, p, s.dout_half + row,
+              half_product<true>(keys, Dp, count, p, s.dout_half + row,
                                  unscaled(weight_scale, dout_scale), x.dv + key, x.dk);
             });
             to_keys(s.dp, [&](const float *ds, int64_t row, int count, int64_t key, int keys) {
-              half_product<true>(GRADIENT_TERMS, keys, Dp, count, ds, s.q_half + row,
+              half_product<true>(keys, Dp, count, ds, s.q_half + row,
                                  unscaled(ds_scale, q_scale), x.dk + key, x.kh);
             });
             by_rows(rows, column, n, [&](int r, int count, int c, int keys) {
-              half_product<false>(GRADIENT_TERMS, count, Dp, keys, s.dp + r * STRIDE + column + c,
+              half_product<false>(count, Dp, keys, s.dp + r * STRIDE + column + c,
                                   x.kh + c * Dp, unscaled(ds_scale, call.unit_scale[unit]), s.dq + (m0 + r) * Dp, next);
             });
             return;
@@ -1366,31 +1376,30 @@ struct Item {
     for (int r = 0; r < rows; r++) {
       const float *dp = s.dp + r * STRIDE, *score = s.s + r * STRIDE;
       vf most = vf{};
-      for (int c = begin[r / GROUP]; c < end[r / GROUP]; c += W) {
-        const vf of = (vf)((vi)load(dp + c) & 0x7fffffff);
-        most = larger(load(score + c) > all(-INF) ? of : vf{}, most);
-      }
+      for (int c = begin[r / GROUP]; c < end[r / GROUP]; c += W)
+        most = larger_magnitude(most, load(dp + c), load(score + c));
       const float of_row = largest_of(most);
       if (of_row > 0.f) found.add(of_row * keep + std::abs(s.delta[m0 + r]));
     }
     return found;
   }
 
-  // Row r of the tile: scores → weights (after dropout), dp → gradient of the scores, for the products; fp32 where
-  // `plain`.
-  void softmax_gradient(int64_t m, int r, float ds_scale, bool plain) {
-    float *p = s.s + r * STRIDE, *dp = s.dp + r * STRIDE;
-    if (call.a.drop_keys) keep_row(m, s.keep);
+  // Scores → weights (after dropout), dp → gradient of the scores, for the products; fp32 where `plain`.
+  void softmax_gradients(int64_t m0, int rows, float ds_scale, bool plain) {
+    const float scale = (plain ? 1.f : ds_scale) / weight_scale, *keep = s.keep;
     with_constants([&](auto halves, auto drop) {
-      const float lse = s.m[m] - weight_log, scale = (plain ? 1.f : ds_scale) / weight_scale;
-      const float delta = s.delta[m] * scale, *keep = s.keep;
       auto each = [&](auto is_plain) {
-        for (int c = begin[r / GROUP], n = end[r / GROUP]; c < n; c += W) {
-          const vf x = exp_less<halves>(load(p + c), lse);
-          vf kept = x, dx = load(dp + c) * scale;
-          if constexpr (drop) kept *= load(keep + c), dx *= load(keep + c);
-          put<halves>(p + c, kept);
-          put<halves && !is_plain>(dp + c, x * (dx - delta));
+        for (int r = 0; r < rows; r++) {
+          if constexpr (drop) keep_row(m0 + r, s.keep);
+          float *p = s.s + r * STRIDE, *dp = s.dp + r * STRIDE;
+          const float lse = s.m[m0 + r] - weight_log, delta = s.delta[m0 + r] * scale;
+          for (int c = begin[r / GROUP], n = end[r / GROUP]; c < n; c += W) {
+            const vf x = exp_less<halves>(load(p + c), lse);
+            vf kept = x, dx = load(dp + c) * scale;
+            if constexpr (drop) kept *= load(keep + c), dx *= load(keep + c);
+            put<halves>(p + c, kept);
+            put<halves && !is_plain>(dp + c, x * (dx - delta));
+          }
         }
       };
       if (halves && plain)
