@@ -12,7 +12,8 @@ from kernel_cases import Sizes, Tables, assert_equals_reference, dropout, inputs
 
 from lightsparse.kernels import Dropout, block_sparse_attention, native_build, native_op
 from lightsparse.kernels.dropout import keep_scale
-from lightsparse.patterns import GlobalTokens, LocalWindow
+from lightsparse.patterns import BlockLayout, ElementMask, GlobalTokens, LocalWindow
+from lightsparse.patterns.mask import ALWAYS
 
 
 @pytest.fixture
@@ -211,6 +212,66 @@ def test_bf16_errs_no_more_than_dense_attention_in_bf16(dim, kind):
     ours = outcome(lambda *given: block_sparse_attention(*given, layout, backend="native"), torch.bfloat16)
     for name, found, of_dense, wanted in zip(["out", "q", "k", "v"], ours, usual, exact, strict=True):
         assert (found - wanted).norm() <= 1.01 * (of_dense - wanted).norm(), name
+
+
+def _rule_with_edges(rule: str, sizes: Sizes) -> ElementMask:
+    """Borders of what is visible everywhere: within tiles, at no multiple of anything, with holes."""
+    generator = torch.Generator().manual_seed(3)
+    key = torch.arange(sizes.nkv, dtype=torch.int32)[None]
+    query = key[:, sizes.nkv - sizes.nq :]
+    always = torch.full_like(key, ALWAYS)
+
+    def numbers(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, (sizes.batch, sizes.nkv), generator=generator, dtype=torch.int32)
+
+    if rule == "window":
+        return ElementMask(query, key, key + 37)
+    if rule == "both sides":
+        return ElementMask(query, key - 20, key + 21, causal=False)
+    if rule == "intervals":  # short ones, anywhere
+        opens = numbers(-5, sizes.nkv)
+        return ElementMask(query, opens, opens + numbers(0, 25), causal=False)
+    if rule == "neighbours":  # around every 48th position: panels that no row sees between panels that some see
+        opens = (key // 16 * 48 % sizes.nkv).expand(sizes.batch, -1) + numbers(0, 9)
+        return ElementMask(query, opens, opens + numbers(1, 7), causal=False)
+    if rule == "shuffled queries":
+        order = torch.randperm(sizes.nq, generator=generator)
+        return ElementMask(query[:, order], key, key + 37)
+    ids = (torch.rand(sizes.batch, sizes.nkv, generator=generator) < 0.1).cumsum(1).to(torch.int32)
+    if rule == "documents":
+        return ElementMask(query, key, always, ids[:, sizes.nkv - sizes.nq :], ids)
+    assert rule == "documents of both sides"
+    return ElementMask(query, key - 30, key + 31, ids[:, sizes.nkv - sizes.nq :], ids, causal=False)
+
+
+_EDGES = ("window", "both sides", "intervals", "neighbours", "shuffled queries", "documents", "documents of both sides")
+
+
+def _layout_with_edges(rule: str, sizes: Sizes, q_block: int, kv_block: int) -> BlockLayout:
+    """Every row reads every block, so that each border is met."""
+    rows, blocks = -(-sizes.nq // q_block), -(-sizes.nkv // kv_block)
+    table = torch.arange(blocks, dtype=torch.int32).expand(1, 1, rows, -1).contiguous()
+    none = torch.zeros(0, dtype=torch.int32)
+    return BlockLayout(table, q_block, kv_block, _rule_with_edges(rule, sizes), none)
+
+
+@pytest.mark.parametrize(("q_block", "kv_block"), [(64, 64), (100, 48), (32, 200), (128, 16), (7, 20), (1, 64)])
+@pytest.mark.parametrize("rule", _EDGES)
+def test_what_is_skipped_beside_an_edge_is_hidden(rule, q_block, kv_block):
+    """Panels of keys that no row of a group sees are not computed: forward and gradients, with and without extras."""
+    sizes = Sizes(batch=2, heads=4, kv_heads=2, nq=203, nkv=211, dim=32)
+    layout = _layout_with_edges(rule, sizes, q_block, kv_block)
+    bias = torch.randn(1, 2, *layout.kv_indices.shape[2:]).requires_grad_()
+    for options in ({}, {"bias": bias, "dropout": dropout(sizes)}):
+        exact = assert_equals_reference("native", inputs(sizes), layout, **options)
+        rounded = inputs(sizes, torch.bfloat16)
+        found = results("native", rounded, layout, **options)
+        wanted = results("reference", tuple(x.detach().float().requires_grad_() for x in rounded), layout, **options)
+        assert exact["lse"].isfinite().any()
+        assert torch.equal(found["lse"].isinf(), wanted["lse"].isinf())
+        for name in found.keys() - {"lse"}:
+            for ours, right in zip(found[name].float().unbind(1), wanted[name].unbind(1), strict=True):
+                assert (ours - right).norm() < 0.02 * right.norm(), name
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
