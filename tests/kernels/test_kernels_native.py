@@ -261,9 +261,10 @@ def test_what_is_skipped_beside_an_edge_is_hidden(rule, q_block, kv_block):
     """Panels of keys that no row of a group sees are not computed: forward and gradients, with and without extras."""
     sizes = Sizes(batch=2, heads=4, kv_heads=2, nq=203, nkv=211, dim=32)
     layout = _layout_with_edges(rule, sizes, q_block, kv_block)
-    bias = torch.randn(1, 2, *layout.kv_indices.shape[2:]).requires_grad_()
+    bias = torch.randn(1, 2, *layout.kv_indices.shape[2:], generator=torch.Generator().manual_seed(1)).requires_grad_()
     for options in ({}, {"bias": bias, "dropout": dropout(sizes)}):
-        exact = assert_equals_reference("native", inputs(sizes), layout, **options)
+        # A bias has the gradients of thousands of scores in one sum.
+        exact = assert_equals_reference("native", inputs(sizes), layout, tolerance=5e-5, **options)
         rounded = inputs(sizes, torch.bfloat16)
         found = results("native", rounded, layout, **options)
         wanted = results("reference", tuple(x.detach().float().requires_grad_() for x in rounded), layout, **options)
