@@ -7,6 +7,7 @@
 // always are. (VDPBF16PS runs at half the rate of fp32 on Intel's CPUs: measured 86 against 174 GFLOP/s.)
 // Forward (Dao et al. 2022, arXiv 2205.14135): a row's keys come in chunks; a running maximum m and sum l rescale what
 // has been summed so far. Backward: P = exp(S − lse) again, delta = rowsum(dO · O) − dlse, dS = P · (dP − delta).
+// A tile has 64 rows; each 16 of them leave out the keys before the first and after the last one they may see.
 // Where every query has a list of blocks of its own (q_block = 1) and many choose the same, the walk goes by key block
 // over the rows of some thousand queries at a time: the rows that chose it meet it together (`Portion`).
 // Memory is linear in the tokens. Results depend on the number of threads only, never on their timing.
@@ -23,6 +24,7 @@
 #include <limits>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -59,9 +61,9 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int ROWS = 64;    // query rows of a score tile
 constexpr int SEGMENT = 64; // keys that lie side by side
 constexpr int CHUNK = 128;  // keys of a score tile
-constexpr int GROUP = 16;   // rows of a score tile that skip hidden panels together
+constexpr int GROUP = 16;    // rows of a score tile that skip hidden panels together
 constexpr int STRIDE = CHUNK + 16;  // of its rows: a power of two would crowd a column into few cache sets
-constexpr int64_t TERMS = 64;      // that are summed in fp16 before they join a sum in fp32
+constexpr int64_t TERMS = 64;     // that are summed in fp16 before they join a sum in fp32
 constexpr float WIDEST = 4096.f;  // largest magnitude of a row over that of another, for products in fp16
 constexpr float SLACK = 2.f;       // growth of a row's maximum that changes nothing
 constexpr int64_t PORTION_ROWS = 4096;  // query rows whose picks are walked by key block
@@ -272,8 +274,8 @@ inline void store_twice(float *to, vf x) {  // 16 numbers, each as two equal fp1
 // C += factor · A · B in fp16, TERMS terms at a time, those sums in fp32. A as `store_twice` leaves it in a score tile
 // (a constant stride: 13 rows have more addresses than there are registers), B [K][ldb].
 template <int MR, int NV, bool TA>
-__attribute__((noinline)) void half_tile(int64_t K, const float *a, const uint16_t *b, int64_t ldb,
-                                         float factor, float *c, int64_t ldc, const char *ahead) {
+__attribute__((noinline)) void half_tile(int64_t K, const float *a, const uint16_t *b, int64_t ldb, float factor,
+                                         float *c, int64_t ldc, const char *ahead) {
   for (int i = 0; i < MR; i++)
     for (int j = 0; j < 2 * NV; j++) __builtin_prefetch(c + i * ldc + j * 16, 1);
   while (K > 0) {
@@ -316,8 +318,8 @@ __attribute__((noinline)) void half_tile(int64_t K, const float *a, const uint16
 }
 
 template <int NV, bool TA>
-void half_columns(int M, int64_t K, const float *a, const uint16_t *b, int64_t ldb, float factor,
-                  float *c, int64_t ldc, const char *&ahead) {
+void half_columns(int M, int64_t K, const float *a, const uint16_t *b, int64_t ldb, float factor, float *c,
+                  int64_t ldc, const char *&ahead) {
   int i = 0, stop = M;
   auto rows = [&](auto count) {
     constexpr int n = decltype(count)::value;
@@ -335,8 +337,8 @@ void half_columns(int M, int64_t K, const float *a, const uint16_t *b, int64_t l
 }
 
 template <bool TA>
-void half_product(int M, int64_t Dp, int64_t K, const float *a, const uint16_t *b, float factor,
-                  float *c, const void *next) {
+void half_product(int M, int64_t Dp, int64_t K, const float *a, const uint16_t *b, float factor, float *c,
+                  const void *next) {
   const char *ahead = (const char *)next;
   for (int64_t d = 0; d < Dp; d += 64)
     if (d + 64 <= Dp)
@@ -1213,8 +1215,9 @@ struct Item {
       }
   }
 
-  // p: `width` scores from column `first` on → weights relative to exp(s.m). Where a row's maximum grows by little, s.m stays as it is: weights up to
-  // exp(SLACK) are as exact as those up to 1, and what has been summed need not be scaled anew.
+  // p: `width` scores from column `first` on → weights relative to exp(s.m). Where a row's maximum grows by little, s.m
+  // stays as it is: weights up to exp(SLACK) are as exact as those up to 1, and what has been summed need not be scaled
+  // anew.
   void online_softmax(int64_t m, float *p, int first, int width) {
     vf most = load(p);
     for (int c = W; c < width; c += W) most = larger(most, load(p + c));
@@ -1338,16 +1341,15 @@ struct Item {
 #if defined(__AVX512FP16__)
           if (half) {
             to_keys(s.s, [&](const float *p, int64_t row, int count, int64_t key, int keys) {
-              half_product<true>(keys, Dp, count, p, s.dout_half + row,
-                                 unscaled(weight_scale, dout_scale), x.dv + key, x.dk);
+              half_product<true>(keys, Dp, count, p, s.dout_half + row, unscaled(weight_scale, dout_scale), x.dv + key,
+                                 x.dk);
             });
             to_keys(s.dp, [&](const float *ds, int64_t row, int count, int64_t key, int keys) {
-              half_product<true>(keys, Dp, count, ds, s.q_half + row,
-                                 unscaled(ds_scale, q_scale), x.dk + key, x.kh);
+              half_product<true>(keys, Dp, count, ds, s.q_half + row, unscaled(ds_scale, q_scale), x.dk + key, x.kh);
             });
             by_rows(rows, column, n, [&](int r, int count, int c, int keys) {
-              half_product<false>(count, Dp, keys, s.dp + r * STRIDE + column + c,
-                                  x.kh + c * Dp, unscaled(ds_scale, call.unit_scale[unit]), s.dq + (m0 + r) * Dp, next);
+              half_product<false>(count, Dp, keys, s.dp + r * STRIDE + column + c, x.kh + c * Dp,
+                                  unscaled(ds_scale, call.unit_scale[unit]), s.dq + (m0 + r) * Dp, next);
             });
             return;
           }
