@@ -27,6 +27,7 @@ from lightsparse.bench.timing import alternate, runtime
 from lightsparse.bench.verify import Attend, Inputs, check, inputs, ours, sampled_rows
 from lightsparse.kernels.native_op import available
 from lightsparse.patterns import BlockLayout
+from lightsparse.training.memory import keep_freed
 
 _DOES_NOT_COMPILE = (TorchDynamoException, NotImplementedError)
 
@@ -75,6 +76,8 @@ def measure(args: argparse.Namespace, report: Report) -> None:
 
     Raises VerificationError when a result is wrong and ValueError for options out of range.
     """
+    if keep_freed():
+        report.notes.append("Freed memory is kept for the next tensors on both sides, as in a training run with room.")
     if args.variants:
         measure_variants.measure(args, report)
     else:

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 from lightsparse.bench import __main__ as command
@@ -77,3 +78,16 @@ def test_compiled_flex_attention_is_verified_and_timed_beside_ours(tmp_path):
         ("native", "fwd+bwd"),
         ("blocked", "fwd+bwd"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--device", "cuda"], "--device is cuda, and PyTorch finds no CUDA device here; leave it out"),
+        (["--device", "cuda", "--variants", "all"], "--device is cuda and --variants measures on the CPU only"),
+    ],
+)
+def test_a_device_that_is_not_there_or_not_measured_is_refused_in_a_sentence(words, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["kernels", *words]) == 2
+    assert sentence in capsys.readouterr().err
