@@ -109,7 +109,9 @@ def on_this_machine(raw: Mapping[str, Any]) -> dict[str, Any]:
     A run keeps these values: where it is continued on another kind of machine, a difference is named.
     Raises ConfigError where trainer.devices or trainer.num_nodes was given another value than the launcher's.
     """
-    node, launched = _with_precision(raw), launched_ranks()
+    node, launched = dict(raw), launched_ranks()
+    if "precision" in node:
+        node["precision"] = _precision(node["precision"])
     if launched is None or not isinstance(node.get("trainer"), Mapping):
         return node
     here = dict(zip(("devices", "num_nodes"), launched, strict=True))
@@ -123,17 +125,8 @@ def on_this_machine(raw: Mapping[str, Any]) -> dict[str, Any]:
     return node
 
 
-def _with_precision(raw: Mapping[str, Any]) -> dict[str, Any]:
-    node = dict(raw)
-    if "precision" in node and node["precision"] is None:
-        chosen = default_precision()
-        node["precision"] = 32 if chosen == "32" else chosen  # as `precision=32` reads: a number
-    return node
-
-
 def parse(raw: Mapping[str, Any]) -> Config:
     """The typed config from the composed one (`overrides.plain`). Raises ConfigError."""
-    raw = _with_precision(raw)
     node = dict(raw)
     allow = typed_allow(node.get("allow_targets"))
     node["attention"] = AttentionChoice.of(node.get("attention"), allow)
@@ -143,11 +136,16 @@ def parse(raw: Mapping[str, Any]) -> Config:
     node["schedule"] = chosen(Schedule, node.get("schedule"), "schedule", allow)
     node["strategy"] = _strategy(node.get("strategy"), allow)
     node["trainer"] = typed(TrainerConfig, node.get("trainer"), "trainer", allow)
-    if type(node.get("precision")) is int:
-        node["precision"] = str(node["precision"])
+    if "precision" in node:
+        node["precision"] = _precision(node["precision"])
     if node.get("name") is None:
         node["name"] = f"{node['attention'].name}-{node['data'].context}-{config_hash(raw)}"
     return typed(Config, node, "", allow)
+
+
+def _precision(given: object) -> object:
+    """null as this machine has it; a number, as `precision=32` reads, as the schema has it."""
+    return default_precision() if given is None else str(given) if type(given) is int else given
 
 
 def _data(node: object, tokenizer: TokenizerConfig, allow: Sequence[str]) -> DataConfig:
@@ -301,6 +299,8 @@ def _fixed_values(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             values[dotted] = value
     if not prefix:
         values["samples per optimizer step"] = _samples_per_step(node)
+        if "precision" in values:
+            values["precision"] = _precision(values["precision"])
     return values
 
 

@@ -26,7 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
-from lightsparse.config import check, parse
+from lightsparse.config import check, on_this_machine, parse
 from lightsparse.overrides import plain
 from lightsparse.parallel.errors import EXIT_CODE
 from lightsparse.schema import Config
@@ -108,7 +108,7 @@ class TrialLauncher(Launcher):
         composed = copy.deepcopy(self.hydra_context.config_loader.load_sweep_config(self.config, overrides))
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
-        raw = plain(composed)
+        raw = on_this_machine(plain(composed))
         config = parse(raw)
         if config.doctor:
             raise ConfigError("doctor is true, which examines one run; leave out -m and the values beside the first")
