@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,7 +22,7 @@ from torch import nn
 from lightsparse.attention.core import AttentionShape, SequenceContext
 from lightsparse.build import AttentionChoice, OptimizerChoice, check_buildable, chosen, typed
 from lightsparse.data import DataConfig, TokenizerConfig
-from lightsparse.kernels.compute_dtype import default_precision
+from lightsparse.fixed_values import config_hash, precision_here
 from lightsparse.models.transformer import Transformer
 from lightsparse.overrides import compose_raw, raised_by_hydra, sentence, unknown_key, with_added
 from lightsparse.parallel.kinds import KINDS, StrategyConfig
@@ -37,41 +35,6 @@ from lightsparse.training.ranks import launched_ranks
 from lightsparse.training.schedules import Schedule
 from lightsparse.training.sharding import context_split
 from lightsparse.training.start import check_start
-
-# Keys that may change between the parts of one run: they say how long, where and how watched, not what is trained.
-# Of ranks and batches only their product counts, the samples of an optimizer step; `_fixed_values` adds it.
-FREE_KEYS = (
-    "name",
-    "doctor",
-    "resume",
-    "runs_dir",
-    "threads",
-    "allow_targets",
-    "logger",
-    "callbacks",
-    "checkpoint",
-    "health",
-    "eval.every_n_steps",
-    "eval.sample_tokens",
-    "eval.stop_accuracy",
-    "eval.tasks",
-    "strategy._target_",
-    "strategy.context",
-    "strategy.split",
-    "strategy.exchange",
-    "strategy.timeout",
-    "trainer.accumulate",
-    "trainer.global_batch",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.max_steps",
-    "trainer.max_time",
-    "trainer.progress",
-    "trainer.log_every_n_steps",
-    "data.batch_size",
-    "data.num_workers",
-    "data.cache",
-)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -111,7 +74,7 @@ def on_this_machine(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     node, launched = dict(raw), launched_ranks()
     if "precision" in node:
-        node["precision"] = _precision(node["precision"])
+        node["precision"] = precision_here(node["precision"])
     if launched is None or not isinstance(node.get("trainer"), Mapping):
         return node
     here = dict(zip(("devices", "num_nodes"), launched, strict=True))
@@ -137,15 +100,10 @@ def parse(raw: Mapping[str, Any]) -> Config:
     node["strategy"] = _strategy(node.get("strategy"), allow)
     node["trainer"] = typed(TrainerConfig, node.get("trainer"), "trainer", allow)
     if "precision" in node:
-        node["precision"] = _precision(node["precision"])
+        node["precision"] = precision_here(node["precision"])
     if node.get("name") is None:
         node["name"] = f"{node['attention'].name}-{node['data'].context}-{config_hash(raw)}"
     return typed(Config, node, "", allow)
-
-
-def _precision(given: object) -> object:
-    """null as this machine has it; a number, as `precision=32` reads, as the schema has it."""
-    return default_precision() if given is None else str(given) if type(given) is int else given
 
 
 def _data(node: object, tokenizer: TokenizerConfig, allow: Sequence[str]) -> DataConfig:
@@ -262,53 +220,3 @@ def check_disk(config: Config, model: nn.Module) -> None:
             f"{size / 2**30:.1f} GiB with checkpoint.keep={config.checkpoint.keep} take {needed / 2**30:.1f} GiB more; "
             "keep fewer, free space or set runs_dir=<another disk>"
         )
-
-
-def config_hash(raw: Mapping[str, Any]) -> str:
-    """Eight hex digits that differ between configs that train differently; FREE_KEYS do not count."""
-    text = json.dumps(_fixed_values(raw), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """The keys in which two raw configs train differently, one line each with both values; FREE_KEYS do not count."""
-    before, now = _fixed_values(stored), _fixed_values(present)
-    return [
-        f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, _ABSENT) != now.get(key, _ABSENT)
-    ]
-
-
-_ABSENT = object()
-_AS_ABSENT = (("init_from", None), ("trainer.selection_only_steps", None), ("trainer.selection_only_steps", 0))
-
-
-def _fixed_values(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value of all that a resumed run may not change."""
-    values: dict[str, Any] = {}
-    for key, value in node.items():
-        dotted = f"{prefix}{key}"
-        if dotted in FREE_KEYS or (prefix == "strategy." and value in (None, "none")):  # a hook that is not used
-            continue
-        if (dotted, value) in _AS_ABSENT:
-            continue
-        if isinstance(value, Mapping):
-            values |= _fixed_values(value, f"{dotted}.")
-        else:
-            values[dotted] = value
-    if not prefix:
-        values["samples per optimizer step"] = _samples_per_step(node)
-        if "precision" in values:
-            values["precision"] = _precision(values["precision"])
-    return values
-
-
-def _samples_per_step(raw: Mapping[str, Any]) -> int:
-    """`Config.samples_per_step` of a raw config; a stored one may lack what is newer."""
-    trainer, strategy, data = (raw.get(group, {}) for group in ("trainer", "strategy", "data"))
-    if trainer.get("global_batch"):
-        return trainer["global_batch"]
-    ranks = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
-    readers = ranks // (strategy["context"] or ranks) if "context" in strategy else ranks
-    return data.get("batch_size", 1) * (trainer.get("accumulate") or 1) * readers

@@ -9,10 +9,11 @@ import torch
 import yaml
 from hydra.errors import ConfigCompositionException
 
-from lightsparse.config import check, compose, config_hash, differences, explain, on_this_machine, parse
+from lightsparse.config import check, compose, explain, on_this_machine, parse
 from lightsparse.data.files import FilesData
 from lightsparse.data.prepare import prepare
 from lightsparse.data.tokenizer import BPE
+from lightsparse.fixed_values import config_hash, differences
 from lightsparse.kernels import compute_dtype
 from lightsparse.models.transformer import Transformer
 from lightsparse.overrides import compose_raw, conf_dir

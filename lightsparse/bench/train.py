@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="timed steps of each model; 1 = the first step (3)",
     )
+    parser.add_argument("--warm", action="store_true", help="with --repeats 1: the second step")
     options.add_json(parser)
 
 
@@ -88,8 +89,10 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             "--documents is given, and transformers would read across their borders; add --models lightsparse"
         )
     once = args.repeats == 1
+    if args.warm and not once:
+        raise ValueError(f"--warm is given with --repeats {args.repeats}, whose steps are warm; leave it out")
     way = (
-        "of the first step alone, in a process of its own after a step of a short text"
+        f"of the {'second' if args.warm else 'first'} step alone, in a process of its own after a step of a short text"
         if once
         else f"a median of {args.repeats} steps"
     )
@@ -128,7 +131,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             recompute=args.recompute,
             text=args.text,
         )
-        found, together = _once(names, setup) if once else _in_turns(names, setup, args.repeats)
+        found, together = _once(names, setup, warm=args.warm) if once else _in_turns(names, setup, args.repeats)
         if not together and not once:
             report.notes.append(f"At {context} tokens the models do not fit together; they ran one after the other.")
         _verify({name: of.loss for name, of in found.items()}, dtype)
@@ -155,17 +158,19 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             )
 
 
-def one_step(name: str, setup: Setup) -> Found:
-    """The first step of a model. Meant for a fresh process."""
+def one_step(name: str, setup: Setup, warm: bool) -> Found:
+    """The first step of a model, or warm the second. Meant for a fresh process."""
     with _machine(setup):
         if setup.context > WARM_UP:
             Contender(name, replace(setup, context=WARM_UP)).step()
         contender = Contender(name, setup)
         found = Found(parameters=contender.parameters)
+        losses = [contender.step()] if warm else []
         contender.layout_seconds = 0.0
         wall, cpu = time.perf_counter(), time.process_time()
-        found.loss = contender.step()
+        losses.append(contender.step())
         found.laps = [Lap(time.perf_counter() - wall, time.process_time() - cpu)]
+        found.loss = losses[0]
         found.density, found.layout_share = contender.density, _share(name, contender.layout_seconds, found.laps[-1])
     found.peak = peak_rss()
     return found
@@ -180,11 +185,12 @@ def peak_of_steps(name: str, setup: Setup) -> int:
     return peak_rss()
 
 
-def _once(names: Sequence[str], setup: Setup) -> tuple[dict[str, Found], bool]:
+def _once(names: Sequence[str], setup: Setup, *, warm: bool) -> tuple[dict[str, Found], bool]:
     found = {}
     for name in names:
-        log.info("%s, %s tokens: one step of %s", setup.dtype, f"{setup.context:,}", name)
-        found[name] = in_child(one_step, name, setup)
+        which = "the second step" if warm else "the first step"
+        log.info("%s, %s tokens: %s of %s", setup.dtype, f"{setup.context:,}", which, name)
+        found[name] = in_child(one_step, name, setup, warm)
     return found, False
 
 

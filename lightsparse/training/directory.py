@@ -13,8 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightsparse.config import differences
 from lightsparse.files import remove_partial_files, write_text
+from lightsparse.fixed_values import differences
 from lightsparse.targets import ConfigError
 from lightsparse.training.checkpoint_files import checkpoint_steps, newest_checkpoint
 from lightsparse.training.lock import lock

@@ -6,7 +6,8 @@ import pytest
 from rank_processes import pool_fixture
 from rank_runs import members
 
-from lightsparse.config import check, compose, config_hash, differences, on_this_machine
+from lightsparse.config import check, compose, on_this_machine
+from lightsparse.fixed_values import config_hash, differences
 from lightsparse.overrides import compose_raw
 from lightsparse.parallel.kinds import KINDS
 from lightsparse.parallel.mesh import RankGrid

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightsparse.config import check, config_hash, differences
+from lightsparse.config import check
 from lightsparse.data import ByteTokenizer
+from lightsparse.fixed_values import config_hash, differences
 from lightsparse.models import context_for, hf
 from lightsparse.overrides import conf_dir
 from lightsparse.targets import ConfigError
