@@ -13,8 +13,9 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
 def keep_freed() -> bool:
     """From now on this process keeps what it frees and makes its next tensors of it; False where that is not glibc's.
 
-    Else glibc maps every tensor above 32 MiB anew and the system zeroes its pages one by one: a tenth to a
-    quarter of a training step of 65,536 tokens. What is kept lies in pieces that do not always fit: peaks have grown by up to 1.26 times.
+    Else glibc maps every tensor above 32 MiB anew and the system zeroes its pages one by one: a tenth to a quarter of a
+    training step of 65,536 tokens. What is kept lies in pieces that do not always fit: peaks have grown by up to 1.26
+    times.
     """
     library = _glibc()
     return library is not None and bool(library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, -1))
