@@ -7,7 +7,7 @@ python train.py -m attention.density=0.05,0.1,0.2        # a sweep
 python train.py --help                                   # all groups and keys
 """
 
-from lightsparse.training.main import main
+from lightsparse.cli.train import main
 
 if __name__ == "__main__":
     main()

@@ -26,10 +26,10 @@ TIME_LIMIT = 600  # seconds per block
 # Beginning of a command → what is appended to it. The last of two equal overrides or options wins.
 SHORT = {
     "python train.py": "trainer.max_steps=2 eval.tokens=16384 eval.sample_tokens=8",
-    "lightsparse-train": "trainer.max_steps=2 eval.tokens=16384 eval.sample_tokens=8",
-    "python -m lightsparse.bench kernels": "--seq 512 --block 64 --repeats 1 --backends native,blocked",
-    "python -m lightsparse.bench memory": "--seq 512 1024 --block 64 --window 128",
-    "python -m lightsparse.bench train": "--context 256 --block 64 --repeats 1",
+    "lightsparse train": "trainer.max_steps=2 eval.tokens=16384 eval.sample_tokens=8",
+    "lightsparse bench kernels": "--seq 512 --block 64 --repeats 1 --backends native,blocked",
+    "lightsparse bench memory": "--seq 512 1024 --block 64 --window 128",
+    "lightsparse bench train": "--context 256 --block 64 --repeats 1",
     "pip install": "--dry-run --no-deps --quiet",
     "pytest": "--collect-only",
 }

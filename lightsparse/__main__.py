@@ -1,32 +1,39 @@
-"""`python -m lightsparse`: all commands, one line each."""
+"""`lightsparse <verb> …`, also `python -m lightsparse <verb> …`: one command line for everything."""
 
 from __future__ import annotations
 
-from rich.console import Console
+import sys
+from importlib import import_module
 
-COMMANDS = {
-    "python train.py": "train a model; also lightsparse-train",
-    "python -m lightsparse.evaluate": "a trained run on tasks, and by position",
-    "python -m lightsparse.prepare": "tokenize a text once, for many runs",
-    "python -m lightsparse.generate": "let a trained run write",
-    "python -m lightsparse.show": "draw an attention pattern as PNG",
-    "python -m lightsparse.export": "a trained run for transformers",
-    "python -m lightsparse.analysis": "how far back an attention reaches",
-    "python -m lightsparse.report": "a sweep or runs side by side",
-    "python -m lightsparse.replay": "take the step again that ended a run",
-    "python -m lightsparse.bench kernels": "speed of sparse attention against dense",
-    "python -m lightsparse.bench memory": "peak memory as the sequence grows",
-    "python -m lightsparse.bench train": "tokens per second of training steps",
-    "python -m lightsparse.bench checkpoint": "what saving costs a training step",
-    "python -m lightsparse.bench table": "saved measurements as Markdown",
+VERBS = {  # verb → the module whose `main` runs it, and what it does
+    "train": ("cli.train", "train a model; also python train.py"),
+    "evaluate": ("cli.evaluate", "a trained run on tasks, and by position"),
+    "generate": ("cli.generate", "let a trained run write"),
+    "export": ("cli.export", "a trained run for transformers"),
+    "prepare": ("cli.prepare", "tokenize a text once, for many runs"),
+    "show": ("cli.show", "draw an attention pattern as PNG"),
+    "reach": ("cli.reach", "how far back an attention reaches"),
+    "report": ("cli.report", "a sweep or runs side by side"),
+    "replay": ("cli.replay", "take the step again that ended a run"),
+    "bench": ("bench.__main__", "speed and memory, measured: kernels, train, memory, …"),
 }
 
 
-def main() -> None:
-    console = Console(soft_wrap=True)
-    for command, purpose in COMMANDS.items():
-        console.print(f"{command:<40}{purpose}", markup=False, highlight=False)
+def main() -> int | None:
+    """Run the verb; returns its exit code."""
+    verb, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if verb not in VERBS:
+        wrong = verb not in ("-h", "--help")
+        out = sys.stderr if wrong else sys.stdout
+        if wrong:
+            out.write(f"{verb} is not a command; lightsparse has {', '.join(VERBS)}\n")
+        else:
+            out.write("lightsparse <command> key=value …\n\n")
+            out.writelines(f"  {name:<10}{purpose}\n" for name, (_, purpose) in VERBS.items())
+        return 2 if wrong else 0
+    sys.argv = [f"{sys.argv[0]}", *words]
+    return import_module(f"lightsparse.{VERBS[verb][0]}").main()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightsparse.attention.core import AttentionCore, AttentionShape, SequenceContext
-from lightsparse.build import AttentionChoice
+from lightsparse.config.build import AttentionChoice
+from lightsparse.config.compose import conf_dir
 from lightsparse.kernels import use_backend
 from lightsparse.models import KVCache, ModelConfig, Transformer, context_for, generate
 from lightsparse.models.rope import RopeConfig, RotaryEmbedding
 from lightsparse.models.sampling import GREEDY
-from lightsparse.overrides import conf_dir
 from lightsparse.patterns.mask import document_starts
 
 Documents = Tensor | None

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+pytest_plugins = ["tiny_run"]  # fixtures of a run that takes a second
+
 _RESULTS: dict[tuple[str, str], list[str]] = {}
 _BATTERY = "battery"  # the name under which a report carries its variant and property from a worker
 _MOST_WORKERS = 8

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from lightsparse.utils.text import count_text
+
 Unit = Literal["bits_per_byte", "loss"]  # of losses, as metrics.csv names them
 _UNITS = {"bits_per_byte": "bits per byte", "loss": "nats per token"}
 _TRAIN, _VALIDATION = "#9aa3c7", "#29337a"  # pale and dark blue, told apart in grey too
@@ -94,14 +96,6 @@ def save_loss_by_position(
     axes.set_ylabel(f"validation loss ({_UNITS[unit]})")
     axes.margins(y=0.15)
     return _saved(axes, path)
-
-
-def count_text(value: float) -> str:
-    """1500 → 1.5k, 2e6 → 2M: a count as one reads it on an axis."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:g}"
 
 
 def _axes(title: str) -> Axes:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
-from lightsparse.attention.over_ranks import attention, sequence_length
-from lightsparse.attention.router import BlockRouter, Choice, Noise
-from lightsparse.attention.summaries import Summaries, summarise
-from lightsparse.parallel.shard import sum_over
+from lightsparse.attention.pooling.block_means import Summaries, summarise
+from lightsparse.attention.selection.router import BlockRouter, Choice, Noise
+from lightsparse.attention.sharded_call import attention, sequence_length
+from lightsparse.context_parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 

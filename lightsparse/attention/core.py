@@ -13,8 +13,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from lightsparse.context_parallel.shard import ContextShard
 from lightsparse.kernels import Dropout, sample_keys
-from lightsparse.parallel.shard import ContextShard
 from lightsparse.patterns import BlockLayout
 
 

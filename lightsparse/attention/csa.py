@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightsparse.attention.compressed import (
+from lightsparse.attention.core import AttentionResult, AttentionShape, SequenceContext
+from lightsparse.attention.pooling.compressed import (
     CompressedAttention,
     CompressedConfig,
     Entries,
@@ -25,15 +26,14 @@ from lightsparse.attention.compressed import (
     entry_mask,
     tokens_of,
 )
-from lightsparse.attention.core import AttentionResult, AttentionShape, SequenceContext
-from lightsparse.attention.csa_index import CompressedIndexer
-from lightsparse.attention.guards import warn_if_dense
-from lightsparse.attention.indexer import Index
-from lightsparse.attention.indexer_loss import Found, Keys, choose, choose_and_learn, learn_from_dense
-from lightsparse.attention.over_ranks import sequence_length
-from lightsparse.attention.stages import StagedConfig
+from lightsparse.attention.selection.csa_index import CompressedIndexer
+from lightsparse.attention.selection.dense_warning import warn_if_dense
+from lightsparse.attention.selection.indexer import Index
+from lightsparse.attention.selection.indexer_loss import Found, Keys, choose, choose_and_learn, learn_from_dense
+from lightsparse.attention.selection.stages import StagedConfig
+from lightsparse.attention.sharded_call import sequence_length
+from lightsparse.context_parallel.shard import sum_over
 from lightsparse.kernels import Dropout, block_sparse_attention
-from lightsparse.parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout, ElementMask
 from lightsparse.patterns.layout import no_dense_rows
 

@@ -28,12 +28,12 @@ from lightsparse.attention.core import (
     SequenceContext,
 )
 from lightsparse.attention.dense import refuse_unfit
-from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
-from lightsparse.attention.segments import Branch, Gather, Sizes, dense_area, gathers, last_rows
-from lightsparse.attention.segments_over_ranks import share
-from lightsparse.hashing import chain
+from lightsparse.attention.segments.across_ranks import share
+from lightsparse.attention.segments.gather import Branch, Gather, Sizes, dense_area, gathers, last_rows
+from lightsparse.attention.sharded_call import attention, own_rows, sequence_length
 from lightsparse.kernels import Dropout
 from lightsparse.patterns import Pattern
+from lightsparse.utils.hashing import chain
 
 log = logging.getLogger(__name__)
 

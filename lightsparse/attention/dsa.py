@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightsparse.attention.core import AttentionResult, AttentionShape, SequenceContext
-from lightsparse.attention.guards import warn_if_dense
-from lightsparse.attention.indexer import Index, Indexer
-from lightsparse.attention.indexer_loss import Found, Keys, choose, choose_and_learn, learn_from_dense
-from lightsparse.attention.kept_mass import kept_mass, queries_at, sampled_queries
-from lightsparse.attention.over_ranks import attention, sequence_length
-from lightsparse.attention.stages import StagedAttention, StagedConfig
-from lightsparse.attention.summaries import of_all_ranks
+from lightsparse.attention.pooling.block_means import of_all_ranks
+from lightsparse.attention.selection.dense_warning import warn_if_dense
+from lightsparse.attention.selection.indexer import Index, Indexer
+from lightsparse.attention.selection.indexer_loss import Found, Keys, choose, choose_and_learn, learn_from_dense
+from lightsparse.attention.selection.kept_mass import kept_mass, queries_at, sampled_queries
+from lightsparse.attention.selection.stages import StagedAttention, StagedConfig
+from lightsparse.attention.sharded_call import attention, sequence_length
+from lightsparse.context_parallel.shard import sum_over
 from lightsparse.kernels import Dropout
-from lightsparse.parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout, ElementMask, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 

@@ -13,7 +13,7 @@ from lightsparse.attention.core import (
     Lifetimes,
     SequenceContext,
 )
-from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
+from lightsparse.attention.sharded_call import attention, own_rows, sequence_length
 from lightsparse.patterns import BlockLayout, LayoutKey, Pattern, PersistentPatternCache
 from lightsparse.patterns.parts import of_keys
 

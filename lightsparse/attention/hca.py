@@ -13,7 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightsparse.attention.compressed import (
+from lightsparse.attention.core import AttentionResult, SequenceContext
+from lightsparse.attention.pooling.compressed import (
     CompressedAttention,
     CompressedConfig,
     Entries,
@@ -21,7 +22,6 @@ from lightsparse.attention.compressed import (
     beside,
     tokens_of,
 )
-from lightsparse.attention.core import AttentionResult, SequenceContext
 from lightsparse.kernels import Dropout, block_sparse_attention
 from lightsparse.patterns import BlockLayout
 

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from lightsparse.attention.core import AttentionConfig, AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.fixed import FixedPatternAttention, of_held_keys
-from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
-from lightsparse.attention.pooling import (
+from lightsparse.attention.pooling.pooled_keys import (
     log_counts,
     own_segments,
     summary_sources,
     with_kept_summaries,
     with_summaries,
 )
-from lightsparse.parallel.sources import Sources
+from lightsparse.attention.sharded_call import attention, own_rows, sequence_length
+from lightsparse.context_parallel.key_owners import Sources
 from lightsparse.patterns import AtDensity, Hierarchical, LocalWindow, Pattern, PooledHierarchy
 from lightsparse.patterns.hierarchical import Levels, Segment, as_levels, check_nested
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lightsparse.attention.core import SequenceContext
-from lightsparse.attention.summaries import block_means, of_all_ranks
-from lightsparse.attention.token_blocks import Scored, TokenBlocksAttention, TokenBlocksConfig
+from lightsparse.attention.pooling.block_means import block_means, of_all_ranks
+from lightsparse.attention.selection.token_blocks import Scored, TokenBlocksAttention, TokenBlocksConfig
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
-from lightsparse.attention.guards import warn_if_dense
-from lightsparse.attention.kept_mass import kept_mass, queries_at, sampled_queries
-from lightsparse.attention.nsa_compress import complete, summary_layout
-from lightsparse.attention.nsa_gates import BRANCHES, Gates, mean_gates
-from lightsparse.attention.nsa_keys import KeysValues, SummaryKeys, WindowKeys
-from lightsparse.attention.nsa_picture import together
-from lightsparse.attention.nsa_select import Selector
-from lightsparse.attention.over_ranks import sequence_length
-from lightsparse.attention.row_parts import RowPart, Selection, attend_in_parts, row_layout
+from lightsparse.attention.pooling.nsa_compress import complete, summary_layout
+from lightsparse.attention.pooling.nsa_keys import KeysValues, SummaryKeys, WindowKeys
+from lightsparse.attention.pooling.nsa_picture import together
+from lightsparse.attention.selection.dense_warning import warn_if_dense
+from lightsparse.attention.selection.kept_mass import kept_mass, queries_at, sampled_queries
+from lightsparse.attention.selection.nsa_gates import BRANCHES, Gates, mean_gates
+from lightsparse.attention.selection.nsa_select import Selector
+from lightsparse.attention.selection.row_parts import RowPart, Selection, attend_in_parts, row_layout
+from lightsparse.attention.sharded_call import sequence_length
 from lightsparse.attention.sliding_window import SlidingWindowAttention, SlidingWindowConfig
+from lightsparse.context_parallel.shard import sum_over
 from lightsparse.kernels import Dropout, block_sparse_attention
-from lightsparse.parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout
 
 _APART = 1 << 20  # between the layer numbers under which the branches draw their dropout

@@ -17,14 +17,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightsparse.attention.block_gate import BlockGate, block_positions, pooled_keys, unrotated
-from lightsparse.attention.block_kl import block_kl
 from lightsparse.attention.core import AttentionShape, SequenceContext
-from lightsparse.attention.over_ranks import sequence_length
-from lightsparse.attention.summaries import block_documents, of_all_ranks
-from lightsparse.attention.token_blocks import Scored, TokenBlocksAttention, TokenBlocksConfig
-from lightsparse.attention.top_blocks import Documents, Rule
-from lightsparse.parallel.shard import sum_over
+from lightsparse.attention.pooling.block_means import block_documents, of_all_ranks
+from lightsparse.attention.selection.block_gate import BlockGate, block_positions, pooled_keys, unrotated
+from lightsparse.attention.selection.block_kl import block_kl
+from lightsparse.attention.selection.token_blocks import Scored, TokenBlocksAttention, TokenBlocksConfig
+from lightsparse.attention.selection.top_blocks import Documents, Rule
+from lightsparse.attention.sharded_call import sequence_length
+from lightsparse.context_parallel.shard import sum_over
 from lightsparse.patterns.mask import document_starts
 
 

@@ -1,1 +1,1 @@
-"""Measurements: `python -m lightsparse.bench kernels | memory | train | table`. Verified first, then timed."""
+"""Measurements: `lightsparse bench kernels | memory | train | table`. Verified first, then timed."""

@@ -1,4 +1,4 @@
-"""`python -m lightsparse.bench`: kernels, routed, memory, train, checkpoint, comm, data; table and compare."""
+"""`lightsparse bench`: kernels, routed, memory, train, checkpoint, comm, data; table and compare."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "compare":
             compare.show(args.files[0], args.files[1], console)
             return 0
-        report = Report(args.command, command=f"python -m lightsparse.bench {_without_json(words)}")
+        report = Report(args.command, command=f"lightsparse bench {_without_json(words)}")
         MEASUREMENTS[args.command][0].measure(args, report)
     except (ValueError, FileNotFoundError) as error:
         errors.print(str(error), markup=False, highlight=False)
@@ -80,7 +80,7 @@ def _without_json(words: list[str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m lightsparse.bench", description=__doc__)
+    parser = argparse.ArgumentParser("lightsparse bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, purpose) in MEASUREMENTS.items():
         about = (module.__doc__ or "").partition("\n\n")[2] or None

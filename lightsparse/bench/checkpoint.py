@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_leaves
 
 from lightsparse.bench import options
 from lightsparse.bench.contenders import Contender, Setup
-from lightsparse.bench.machine import MIB
 from lightsparse.bench.report import Report
 from lightsparse.bench.timing import alternate, runtime
 from lightsparse.bench.verify import VerificationError
-from lightsparse.training.checkpoint_files import read_checkpoint
-from lightsparse.training.writer import CheckpointWriter
+from lightsparse.training.checkpoints.background_writer import CheckpointWriter
+from lightsparse.training.checkpoints.files import read_checkpoint
+from lightsparse.utils.machine import MIB
 
-EXAMPLE = "python -m lightsparse.bench checkpoint --context 2048 --threads 1"
+EXAMPLE = "lightsparse bench checkpoint --context 2048 --threads 1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

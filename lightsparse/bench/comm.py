@@ -19,18 +19,18 @@ from lightsparse.attention.dense import DenseAttention, DenseConfig
 from lightsparse.attention.fixed import FixedPatternAttention
 from lightsparse.attention.sliding_window import SlidingWindowAttention, SlidingWindowConfig
 from lightsparse.bench import options
-from lightsparse.bench.machine import MIB
 from lightsparse.bench.ranks import on_ranks
 from lightsparse.bench.report import Report
 from lightsparse.bench.verify import VerificationError
-from lightsparse.parallel.prediction import KeyBytes, gather_sent, ring_sent, sparse_sent
-from lightsparse.parallel.shard import ContextShard
-from lightsparse.parallel.split import Split, split
+from lightsparse.context_parallel.prediction import KeyBytes, gather_sent, ring_sent, sparse_sent
+from lightsparse.context_parallel.shard import ContextShard
+from lightsparse.context_parallel.split import Split, split
 from lightsparse.patterns import GlobalTokens, LocalWindow, Pattern
+from lightsparse.utils.machine import MIB
 
 log = logging.getLogger(__name__)
 
-EXAMPLE = "python -m lightsparse.bench comm --seq 65536 --ranks 2,4 --pattern window --window 4096 --sinks 4"
+EXAMPLE = "lightsparse bench comm --seq 65536 --ranks 2,4 --pattern window --window 4096 --sinks 4"
 PATTERNS = ("window", "block_sparse", "dense")
 EXCHANGES = ("sparse", "ring", "gather")
 

@@ -24,8 +24,8 @@ from lightsparse.bench.options import DTYPES
 from lightsparse.data.packing import PackedSamples
 from lightsparse.data.stdlib import StdlibData
 from lightsparse.models.transformer import ModelConfig, Transformer, context_for
+from lightsparse.optim.optimizers import MuonAdamW, parameter_groups
 from lightsparse.patterns import BlockLayout, LocalWindow, Pattern
-from lightsparse.training.optimizers import MuonAdamW, parameter_groups
 
 NAMES = ("lightsparse", "lightsparse-dense", "transformers")
 VOCABULARY = 256

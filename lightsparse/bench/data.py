@@ -29,7 +29,7 @@ from lightsparse.data.tokenizer import BPE, Bytes, TokenizerConfig
 
 T = TypeVar("T")
 
-EXAMPLE = "python -m lightsparse.bench data --context 4096 --tokenizer bytes,bpe"
+EXAMPLE = "lightsparse bench data --context 4096 --tokenizer bytes,bpe"
 
 TOKENIZERS = ("bytes", "bpe")
 PACKINGS: tuple[Literal["concat", "isolate"], ...] = ("concat", "isolate")

@@ -27,7 +27,7 @@ from lightsparse.bench.timing import alternate, runtime
 from lightsparse.bench.verify import Attend, Inputs, check, inputs, ours, sampled_rows
 from lightsparse.kernels.native_op import available
 from lightsparse.patterns import BlockLayout
-from lightsparse.training.memory import keep_freed
+from lightsparse.utils.allocator import keep_freed
 
 _DOES_NOT_COMPILE = (TorchDynamoException, NotImplementedError)
 
@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 BLOCKS, DENSITIES = (64, 128), (0.05, 0.2)  # of patterns
 BACKENDS = ("native", "blocked", "flex")
 
-EXAMPLE = """python -m lightsparse.bench kernels --seq 16384 --heads 4 --head-dim 64 --block 64,128 --density 0.05,0.2
-  python -m lightsparse.bench kernels --seq 8192,16384,32768 --variants all
-  python -m lightsparse.bench kernels --seq 4096,8192,16384 --variants learned --dtype fp32 --repeats 2"""
+EXAMPLE = """lightsparse bench kernels --seq 16384 --heads 4 --head-dim 64 --block 64,128 --density 0.05,0.2
+  lightsparse bench kernels --seq 8192,16384,32768 --variants all
+  lightsparse bench kernels --seq 4096,8192,16384 --variants learned --dtype fp32 --repeats 2"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import alternate, runtime
 from lightsparse.bench.variant_check import SMALL, equals_its_layout, equals_the_reference
 from lightsparse.bench.variants import SPARSE, Contender, LayerInputs
-from lightsparse.build import AttentionChoice
+from lightsparse.config.build import AttentionChoice
 
 log = logging.getLogger(__name__)
 

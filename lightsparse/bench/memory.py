@@ -15,16 +15,16 @@ from torch import Tensor
 
 from lightsparse.bench import options
 from lightsparse.bench.against_dense import product_notes
-from lightsparse.bench.machine import MIB, current_rss, in_child, peak_rss
 from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import runtime
 from lightsparse.bench.verify import Inputs, inputs, ours
 from lightsparse.kernels.native_op import available
 from lightsparse.patterns import LocalWindow
+from lightsparse.utils.machine import MIB, current_rss, in_child, peak_rss
 
 log = logging.getLogger(__name__)
 
-EXAMPLE = "python -m lightsparse.bench memory --seq 16384,65536,262144 --block 64,128 --window 1024"
+EXAMPLE = "lightsparse bench memory --seq 16384,65536,262144 --block 64,128 --window 1024"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightsparse.bench.machine import hardware, versions
+from lightsparse.utils.machine import hardware, versions
 
 Row = dict[str, object]
 
@@ -145,7 +145,7 @@ def load(path: Path) -> Report:
     """A report that `save` wrote. Raises ValueError when the file is something else, FileNotFoundError without it."""
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or found.get("kind") not in RESULTS:
-        raise ValueError(f"{path} holds no report; give a file that `python -m lightsparse.bench … --json` wrote")
+        raise ValueError(f"{path} holds no report; give a file that `lightsparse bench … --json` wrote")
     return Report(**found)
 
 

@@ -23,7 +23,7 @@ from lightsparse.kernels.native_op import available
 from lightsparse.patterns import BlockLayout, LocalWindow
 
 log = logging.getLogger(__name__)
-EXAMPLE = "python -m lightsparse.bench routed --seq 8192,32768 --heads 4 --kv-heads 1 --block 64 --chosen 16"
+EXAMPLE = "lightsparse bench routed --seq 8192,32768 --heads 4 --kv-heads 1 --block 64 --chosen 16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,16 +22,16 @@ import torch
 
 from lightsparse.bench import options
 from lightsparse.bench.contenders import NAMES, OPTIMIZERS, Contender, Setup, installed
-from lightsparse.bench.machine import MIB, in_child, peak_rss, usable_cores
 from lightsparse.bench.report import Report
 from lightsparse.bench.timing import Lap, alternate, cpu_speedup, runtime, speedup
 from lightsparse.bench.verify import VerificationError
 from lightsparse.kernels.compute_dtype import keeps_fp32
-from lightsparse.training.memory import keep_freed
+from lightsparse.utils.allocator import keep_freed
+from lightsparse.utils.machine import MIB, in_child, peak_rss, usable_cores
 
 log = logging.getLogger(__name__)
 
-EXAMPLE = "python -m lightsparse.bench train --context 2048,16384 --density 0.1 --dtype fp32 --threads 2"
+EXAMPLE = "lightsparse bench train --context 2048,16384 --density 0.1 --dtype fp32 --threads 2"
 
 # The relative difference between two dense models of the same weights that is still rounding.
 ROUNDING = {"fp32": 1e-4, "bf16": 1e-2}

@@ -17,7 +17,7 @@ from lightsparse.bench import variants
 from lightsparse.bench.against_dense import dense
 from lightsparse.bench.variants import LayerInputs
 from lightsparse.bench.verify import FLOOR, VerificationError, check, sampled_rows
-from lightsparse.build import AttentionChoice
+from lightsparse.config.build import AttentionChoice
 from lightsparse.kernels import use_backend
 
 SMALL = 363  # tokens: odd, several blocks of the YAMLs' 64 and a ragged one; brute force is quick

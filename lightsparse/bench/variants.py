@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
 from lightsparse.bench.verify import Inputs, inputs
-from lightsparse.build import AttentionChoice
-from lightsparse.overrides import conf_dir
+from lightsparse.config.build import AttentionChoice
+from lightsparse.config.compose import conf_dir
 
 SPARSE = 0.2  # share of dense tiles: a variant that is denser than this at a length is also asked for this
 # A grid of few blocks reaches few densities within the 2% that cores ask for: these shares of the wanted one are tried.

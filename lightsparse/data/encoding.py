@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightsparse.data.documents import Document, name_key
-from lightsparse.data.pieces import cut
+from lightsparse.data.text_chunks import cut
 from lightsparse.data.tokens import Tokenizer, token_dtype
 
 BATCH = 1 << 20  # characters that are encoded at once, on all threads the tokenizer has

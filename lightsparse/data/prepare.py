@@ -9,24 +9,33 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from lightsparse.data.documents import divided
+from lightsparse.data.documents import Document, divided
 from lightsparse.data.errors import DataError
 from lightsparse.data.shards import MANIFEST, SHARD_TOKENS, Manifest, complete_shards, read_manifest, write_shards
 from lightsparse.data.subwords import TOKENIZER, SubwordTokenizer
-from lightsparse.data.tokenizer import load_folder
+from lightsparse.data.tokenizer import TokenizerConfig, load_folder
 from lightsparse.data.tokens import Tokenizer
-from lightsparse.files import remove_partial_files, write_text
-
-if TYPE_CHECKING:
-    from lightsparse.data.text import TextConfig
+from lightsparse.utils.atomic_files import remove_partial_files, write_text
 
 log = logging.getLogger(__name__)
 
 
+class TextSource(Protocol):
+    """What is asked of a source of text (text.py has them)."""
+
+    @property
+    def val_fraction(self) -> float: ...
+    @property
+    def tokenizer(self) -> TokenizerConfig: ...
+    def identity(self) -> dict[str, Any]: ...
+    def documents_after(self, done: int) -> Iterator[Document]: ...
+    def build_tokenizer(self) -> Tokenizer: ...
+
+
 def prepare(
-    data: TextConfig,
+    data: TextSource,
     folder: Path,
     *,
     shard_tokens: int = SHARD_TOKENS,
@@ -65,7 +74,7 @@ def prepare(
         return write_shards(documents, tokenizer, folder, shard_tokens=shard_tokens, report=report), False
 
 
-def cached(data: TextConfig, folder: Path) -> Manifest:
+def cached(data: TextSource, folder: Path) -> Manifest:
     """The shards of `data` in a folder of their own below `folder`, prepared where they are not there yet."""
     key = repr((data.identity(), data.tokenizer.identity(), data.val_fraction))
     digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""Tokens that `python -m lightsparse.prepare` has made: nothing is read but the samples, from memory maps."""
+"""Tokens that `lightsparse prepare` has made: nothing is read but the samples, from memory maps."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class PreparedData(PackedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.path:
-            raise ValueError("data.path is empty; give the folder of python -m lightsparse.prepare … out=<folder>")
+            raise ValueError("data.path is empty; give the folder of lightsparse prepare … out=<folder>")
         if not Path(self.path).is_dir():
-            raise ValueError(f"data.path is {self.path!r}, which is no folder; give that of lightsparse.prepare")
+            raise ValueError(f"data.path is {self.path!r}, which is no folder; give that of lightsparse.cli.prepare")
 
     @property
     def vocab_size(self) -> int:

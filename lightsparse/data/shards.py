@@ -27,7 +27,7 @@ from lightsparse.data.documents import Document
 from lightsparse.data.encoding import ENTRY, Encoded, OpenDocument, encoded_pieces
 from lightsparse.data.errors import DataError
 from lightsparse.data.tokens import Tokenizer, token_dtype
-from lightsparse.files import atomic_write, write_text
+from lightsparse.utils.atomic_files import atomic_write, write_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -170,7 +170,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError as error:
         begun = (folder / "source.json").is_file()
         state = "is not finished; the command that began it continues it" if begun else "holds no prepared tokens"
-        raise DataError(f"{folder} {state} (python -m lightsparse.prepare … out={folder})") from error
+        raise DataError(f"{folder} {state} (lightsparse prepare … out={folder})") from error
     if content["format"] != FORMAT:
         raise DataError(f"{path} has format {content['format']}, this version reads {FORMAT}; prepare it again")
     shards = tuple(_shard(shard) for shard in content["shards"])

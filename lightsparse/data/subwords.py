@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lightsparse.data.errors import DataError
-from lightsparse.data.pieces import cut
+from lightsparse.data.text_chunks import cut
 from lightsparse.data.tokens import token_dtype
-from lightsparse.files import write_text
+from lightsparse.utils.atomic_files import write_text
 
 if TYPE_CHECKING:
     import tokenizers

@@ -15,11 +15,11 @@ from lightsparse.data.documents import Document, divided, is_held_out
 from lightsparse.data.encoding import encode_in_memory
 from lightsparse.data.errors import DataError
 from lightsparse.data.packing import EvaluationSamples, PackedSamples
-from lightsparse.data.pieces import cut
-from lightsparse.data.plan import PlannedSamples, best_fit_plan, sequential_plan
+from lightsparse.data.packing_plan import PlannedSamples, best_fit_plan, sequential_plan
 from lightsparse.data.prepare import cached
 from lightsparse.data.shards import Manifest, ShardedTokens
 from lightsparse.data.source import DataConfig, Samples, SampleSet
+from lightsparse.data.text_chunks import cut
 from lightsparse.data.tokenizer import Bytes, Given, Own, TokenizerConfig
 from lightsparse.data.tokens import Tokenizer
 

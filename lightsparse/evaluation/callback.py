@@ -1,4 +1,4 @@
-"""Tasks every n steps of a training: the same results as `python -m lightsparse.evaluate`, one folder per step."""
+"""Tasks every n steps of a training: the same results as `lightsparse evaluate`, one folder per step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightsparse.config.schema import Config
 from lightsparse.evaluation.run import Evaluation, drawn_column
 from lightsparse.evaluation.subject import OwnModel
-from lightsparse.schema import Config
 
 
 class TaskEvaluation(Callback):

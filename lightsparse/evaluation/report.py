@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lightsparse.files import write_text
+from lightsparse.utils.atomic_files import write_text
 
 _COLOURS = "cividis"  # told apart in grey and by the colour-blind
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lightsparse.analysis.curves import Unit, save_loss_by_position
+from lightsparse.config.eval_plan import Plan
 from lightsparse.data.source import DataConfig, SampleSet
 from lightsparse.data.tasks.task import TaskConfig
 from lightsparse.data.tokens import Tokenizer
 from lightsparse.evaluation.distance import by_distance
-from lightsparse.evaluation.plan import Plan
 from lightsparse.evaluation.positions import by_position
 from lightsparse.evaluation.report import save_heat_map, save_rows
 from lightsparse.evaluation.retrieval import retrieval

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from omegaconf import OmegaConf
 
-from lightsparse.build import chosen
+from lightsparse.config.build import chosen
+from lightsparse.config.compose import conf_dir
+from lightsparse.config.targets import ConfigError
 from lightsparse.data.source import DataConfig
 from lightsparse.data.tasks.needles import Needles
 from lightsparse.data.tasks.task import TaskConfig
@@ -15,8 +17,6 @@ from lightsparse.data.text import TextConfig
 from lightsparse.data.tokenizer import Bytes
 from lightsparse.data.tokens import Tokenizer
 from lightsparse.evaluation.subject import Subject
-from lightsparse.overrides import conf_dir
-from lightsparse.targets import ConfigError
 
 OWN = "own"  # the task that a model was trained on
 _FOLDER = "lightsparse.data.tasks."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightsparse.hashing import chain, mix, mixed, signed
+from lightsparse.utils.hashing import chain, mix, mixed, signed
 
 _KEY = signed(0x165667B19E3779F9)  # an odd constant of xxHash64
 _BITS = 31

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightsparse.attention.core import SequenceContext
-from lightsparse.hashing import chain, mix, mixed, signed
+from lightsparse.utils.hashing import chain, mix, mixed, signed
 
 _COLUMN = signed(0x9FB21C651E98DF25)  # an odd constant, so that columns differ before they are mixed
 _STEPS = 1 << 16  # a rate is rounded to 1/65536

@@ -12,7 +12,7 @@ Shapes: B batch, N tokens, n tokens of a piece, E embed_dim, H heads, D head_dim
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,19 @@ from torch.autograd.function import once_differentiable
 from lightsparse.attention.core import AttentionResult, SequenceContext
 from lightsparse.models.rope import Rotation
 
-if TYPE_CHECKING:
-    from lightsparse.models.layers import Layer
+
+class Layer(Protocol):
+    """What is asked of a layer (layers.py has it)."""
+
+    chunk: int  # tokens of a piece
+    input_layernorm: Any
+    self_attn: Any
+    mlp: Any
+
+    @property
+    def mlp_parts(self) -> tuple[nn.Module, ...]: ...
+    def feed_forward(self, x: Tensor) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class Recomputed:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightsparse.hashing import chain, mixed
 from lightsparse.patterns.grid import BlockGrid
 from lightsparse.patterns.pattern import Pattern
+from lightsparse.utils.hashing import chain, mixed
 
 _ROUNDS = 16  # each moves an image to a fresh place with probability ½: what is left of the start is below 2⁻¹⁶
 _AT_ONCE = 1 << 15  # draws; their temporaries stay in the processor's cache

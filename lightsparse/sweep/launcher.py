@@ -26,19 +26,20 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
-from lightsparse.config import check, on_this_machine, parse
-from lightsparse.overrides import plain
-from lightsparse.parallel.errors import EXIT_CODE
-from lightsparse.schema import Config
+from lightsparse.config.compose import plain
+from lightsparse.config.parse import on_this_machine, parse
+from lightsparse.config.schema import Config
+from lightsparse.config.targets import ConfigError
+from lightsparse.distributed.environment import launched_ranks
 from lightsparse.sweep.record import SweepRecord, TrialRecord, load_record
 from lightsparse.sweep.trial import last_words, run_trial, trial_command, trial_environment
-from lightsparse.targets import ConfigError
-from lightsparse.training.directory import RunDirectory
-from lightsparse.training.lock import holder, lock
+from lightsparse.training.checkpoints.lock import holder, lock
+from lightsparse.training.checkpoints.run_directory import RunDirectory
+from lightsparse.training.metrics.summary import objective
 from lightsparse.training.preemption import Preemption
-from lightsparse.training.progress import duration
-from lightsparse.training.ranks import launched_ranks
-from lightsparse.training.summary import objective
+from lightsparse.training.preflight.check import check
+from lightsparse.utils.rank_errors import EXIT_CODE
+from lightsparse.utils.text import duration
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lightsparse.files import write_text
-from lightsparse.targets import ConfigError
+from lightsparse.config.targets import ConfigError
+from lightsparse.utils.atomic_files import write_text
 
 # running   under way, or the sweep was killed meanwhile
 # stopped   ended with code 75: not done, and the same command goes on

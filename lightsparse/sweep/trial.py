@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightsparse.parallel.errors import EXIT_CODE
 from lightsparse.training.preemption import Preemption
+from lightsparse.utils.rank_errors import EXIT_CODE
 
-_PROGRAM = ("-m", "lightsparse.training.main")
+_PROGRAM = ("-m", "lightsparse", "train")
 _POLL = 0.2  # seconds between looks
 _RANK_CODE = re.compile(r"^\s*exitcode\s*:\s*(-?\d+)", re.MULTILINE)  # torchrun's report of each rank that failed
 _RANK = re.compile(r"^\s*rank\s*:\s*(\d+)", re.MULTILINE)

@@ -1,7 +1,7 @@
 """Steps that would do harm: a loss or gradient that is no number, a loss far above the last ones.
 
 Such a step is not taken: weights, momenta and averages stay as they were, the schedule and the data go on. A few in a
-row end the run, with the batch on disk beside what it was read with (`python -m lightsparse.replay`).
+row end the run, with the batch on disk beside what it was read with (`lightsparse replay`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lightsparse.files import atomic_write
-from lightsparse.schema import HealthConfig
+from lightsparse.config.schema import HealthConfig
+from lightsparse.utils.atomic_files import atomic_write
 
 
 class NonFiniteError(RuntimeError):

@@ -19,23 +19,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightsparse.attention.core import SequenceContext
-from lightsparse.config import Config
+from lightsparse.config.context_split import context_split
+from lightsparse.config.schema import Config
+from lightsparse.config.targets import ConfigError
+from lightsparse.context_parallel.shard import ContextShard
 from lightsparse.data.tokens import Tokenizer
+from lightsparse.distributed.environment import of_all_ranks
+from lightsparse.distributed.strategies import GridStrategy, ReplicatedStrategy, ShardedStrategy
+from lightsparse.distributed.strategy_config import ContextRanks
 from lightsparse.models.transformer import ModelOutput, Transformer
-from lightsparse.parallel.kinds import ContextRanks
-from lightsparse.parallel.shard import ContextShard
-from lightsparse.parallel.strategies import GridStrategy, ReplicatedStrategy, ShardedStrategy
-from lightsparse.targets import ConfigError
-from lightsparse.training import watched
+from lightsparse.optim.optimizers import parameter_groups
 from lightsparse.training.health import Health, NonFiniteError, replay_file, save_for_replay
-from lightsparse.training.memory import release_freed
+from lightsparse.training.metrics import attention_stats
+from lightsparse.training.metrics.loss_sums import StepResult, Totals
+from lightsparse.training.metrics.router_grad_check import RouterWatch
+from lightsparse.training.metrics.scores import Scores, score_sums
 from lightsparse.training.objectives import IGNORED, Objective
-from lightsparse.training.optimizers import parameter_groups
-from lightsparse.training.ranks import of_all_ranks
-from lightsparse.training.routers import RouterWatch
-from lightsparse.training.scores import Scores, score_sums
-from lightsparse.training.sharding import context_split
-from lightsparse.training.totals import StepResult, Totals
+from lightsparse.utils.allocator import release_freed
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class LanguageModel(LightningModule):
         self.scores: Scores | None = None
         self.health = Health(config.health)
         self._batches: list[Mapping[str, Tensor]] = []  # of the step under way
-        self.watched_columns = watched.step_columns(config)
+        self.watched_columns = attention_stats.step_columns(config)
         self.choice_churn: float | None = None  # since the validation before
         self._choices: list[Tensor] = []  # what each layer chose in the first validation batch
 
@@ -124,7 +124,9 @@ class LanguageModel(LightningModule):
         nats = self.model.loss_sum(output.hidden, labels_BN)
         targets, text_bytes = self._targets_and_bytes(labels_BN)
         sums = [value.detach().float() for value in (nats, targets, text_bytes, output.stats["density"])]
-        self._sums += torch.cat([torch.stack(sums), watched.step_values(self.config, output.stats, self.device)])
+        self._sums += torch.cat(
+            [torch.stack(sums), attention_stats.step_values(self.config, output.stats, self.device)]
+        )
         # An auxiliary loss is a mean; weighed by the targets it stays one after the division.
         return nats if output.aux_loss is None else nats + output.aux_loss * targets
 
@@ -192,7 +194,7 @@ class LanguageModel(LightningModule):
         raise NonFiniteError(
             f"{objection} at step {step}, and health.skip_steps={self.config.health.skip_steps} steps in a row may be "
             f"left out; lower optimizer.lr, lengthen schedule.warmup_steps or set trainer.grad_clip "
-            f"(python -m lightsparse.replay file={path} shows where it arises)"
+            f"(lightsparse replay file={path} shows where it arises)"
         )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -217,7 +219,7 @@ class LanguageModel(LightningModule):
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         labels_BN, positions_BN, output = self._forward(batch, self.objective.validation_key())
         if batch_idx == 0:  # the same text at every validation
-            self._overlaps = watched.overlaps(self._choices, output.choices)
+            self._overlaps = attention_stats.overlaps(self._choices, output.choices)
             self._choices = output.choices
         nats_BN = self.model.token_losses(output.hidden, labels_BN).float()
         counts_BN = labels_BN != IGNORED
@@ -233,7 +235,7 @@ class LanguageModel(LightningModule):
     def on_validation_epoch_end(self) -> None:
         release_freed()
         buckets = self._over_ranks(self._buckets.to(self.device, torch.float32)).double().cpu()
-        self.choice_churn = None if self._overlaps is None else watched.churn(self._over_ranks(self._overlaps))
+        self.choice_churn = None if self._overlaps is None else attention_stats.churn(self._over_ranks(self._overlaps))
         self.by_position = [Totals(*row) for row in buckets.tolist()]
         self.validation = Totals(*buckets.sum(0).tolist())
         # For a user's callbacks (EarlyStopping, ModelCheckpoint); equal on all ranks already.

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightsparse.hashing import chain, mixed, uniform
+from lightsparse.utils.hashing import chain, mixed, uniform
 
 IGNORED = -100  # a label that does not count
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from lightsparse.parallel.errors import EXIT_CODE as EXIT_CODE  # not done, and worth another try
-from lightsparse.parallel.launcher import RankLauncher
-from lightsparse.training.ranks import is_first_rank
+from lightsparse.distributed.environment import is_first_rank
+from lightsparse.distributed.launcher import RankLauncher
+from lightsparse.utils.rank_errors import EXIT_CODE as EXIT_CODE  # not done, and worth another try
 
 log = logging.getLogger(__name__)
 

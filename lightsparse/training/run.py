@@ -14,35 +14,36 @@ import torch
 from lightning.pytorch import seed_everything
 from rich.console import Console
 
-from lightsparse.analysis.curves import count_text
-from lightsparse.bench.machine import current_rss, peak_rss
-from lightsparse.config import Config, layout_of
-from lightsparse.data.kept import keep_tokenizer, with_run_tokenizer
+from lightsparse.config.schema import Config
+from lightsparse.config.targets import ConfigError
 from lightsparse.data.module import DataModule
-from lightsparse.files import write_text
+from lightsparse.data.run_tokenizer import keep_tokenizer, with_run_tokenizer
+from lightsparse.distributed.environment import is_first_rank, of_all_ranks
+from lightsparse.distributed.strategies import ShardedStrategy
+from lightsparse.distributed.strategy_config import ContextRanks, SeveralRanks
 from lightsparse.kernels import flash, set_backend
 from lightsparse.kernels.compute_dtype import product_dtype
 from lightsparse.models.transformer import Transformer
-from lightsparse.parallel.errors import RankError, RankTimeoutError, ranks_named
-from lightsparse.parallel.kinds import ContextRanks, SeveralRanks
-from lightsparse.parallel.strategies import ShardedStrategy
 from lightsparse.patterns import BlockLayout
-from lightsparse.targets import ConfigError
-from lightsparse.training import watched
-from lightsparse.training.checkpoint_files import checkpoint_steps, described_checkpoint
-from lightsparse.training.directory import RunDirectory, Start
-from lightsparse.training.flops import matmul_error, matmul_peak
-from lightsparse.training.lock import unlock
-from lightsparse.training.metrics import MetricsFile, read_metrics
+from lightsparse.training.checkpoints.files import checkpoint_steps, described_checkpoint
+from lightsparse.training.checkpoints.lock import unlock
+from lightsparse.training.checkpoints.run_directory import RunDirectory, Start
+from lightsparse.training.init_from import load_start
+from lightsparse.training.lightning_warnings import quiet_lightning
+from lightsparse.training.metrics import attention_stats
+from lightsparse.training.metrics.metrics_file import MetricsFile, read_metrics
+from lightsparse.training.metrics.outputs import draw_plots, write_sample
+from lightsparse.training.metrics.plots import send_pictures
+from lightsparse.training.metrics.recorder import Recorder
+from lightsparse.training.metrics.summary import show, summarize
 from lightsparse.training.module import LanguageModel, language_model
-from lightsparse.training.outputs import draw_plots, write_sample
-from lightsparse.training.pictures import send_pictures
-from lightsparse.training.quiet import quiet_lightning
-from lightsparse.training.ranks import is_first_rank, of_all_ranks
-from lightsparse.training.recorder import Recorder
-from lightsparse.training.start import load_start
-from lightsparse.training.summary import show, summarize
+from lightsparse.training.preflight.check import layout_of
+from lightsparse.training.preflight.flops import matmul_error, matmul_peak
 from lightsparse.training.trainer import build_trainer
+from lightsparse.utils.atomic_files import write_text
+from lightsparse.utils.machine import current_rss, peak_rss
+from lightsparse.utils.rank_errors import RankError, RankTimeoutError, ranks_named
+from lightsparse.utils.text import count_text
 
 
 def fit(config: Config, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
         directory.prepare(raw)
         if start.checkpoint is None:
             keep_tokenizer(data.tokenizer, directory.path)
-        MetricsFile(directory.metrics, watched.columns(config)).rewind(start.step if start.checkpoint else -1)
+        MetricsFile(directory.metrics, attention_stats.columns(config)).rewind(start.step if start.checkpoint else -1)
     recorder = Recorder(config, raw, directory, started=started)
     trainer = build_trainer(config, raw, start.step, directory, recorder, console)
     device = trainer.strategy.root_device

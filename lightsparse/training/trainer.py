@@ -10,19 +10,19 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
-from lightsparse.build import build, check_buildable
-from lightsparse.config import Config
+from lightsparse.config.build import build, check_buildable
+from lightsparse.config.schema import Config
+from lightsparse.distributed.environment import is_first_rank
+from lightsparse.distributed.strategies import strategy_for
 from lightsparse.evaluation.callback import TaskEvaluation
-from lightsparse.parallel.strategies import strategy_for
-from lightsparse.training import watched
-from lightsparse.training.agreement import SameConfig
-from lightsparse.training.checkpoint import StepCheckpoint
-from lightsparse.training.directory import RunDirectory
-from lightsparse.training.metrics import MetricsFile
-from lightsparse.training.progress import TrainingProgress
-from lightsparse.training.ranks import is_first_rank
-from lightsparse.training.recorder import Recorder
-from lightsparse.training.writer import CheckpointWriter
+from lightsparse.training.checkpoints.background_writer import CheckpointWriter
+from lightsparse.training.checkpoints.callback import StepCheckpoint
+from lightsparse.training.checkpoints.run_directory import RunDirectory
+from lightsparse.training.metrics import attention_stats
+from lightsparse.training.metrics.metrics_file import MetricsFile
+from lightsparse.training.metrics.progress import TrainingProgress
+from lightsparse.training.metrics.recorder import Recorder
+from lightsparse.training.same_config_check import SameConfig
 
 
 def build_trainer(
@@ -34,7 +34,7 @@ def build_trainer(
     console: Console,
 ) -> Trainer:
     """Lightning's trainer with our files and clocks; validation before the first step and after the last one."""
-    loggers: list[Logger] = [MetricsFile(directory.metrics, watched.columns(config))]
+    loggers: list[Logger] = [MetricsFile(directory.metrics, attention_stats.columns(config))]
     for name, node in config.logger.items():
         if node is not None:
             target = check_buildable(node, f"logger.{name}", kind=Logger, allow=config.allow_targets)

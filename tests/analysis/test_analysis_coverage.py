@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightsparse.analysis.__main__ import main
 from lightsparse.analysis.coverage import coverage, reached
 from lightsparse.analysis.rows import chunks, dense_would_read, evenly, read_by
+from lightsparse.cli.reach import main
 from lightsparse.patterns import (
     BlockDilated,
     BlockLayout,

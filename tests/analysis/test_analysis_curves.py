@@ -7,7 +7,8 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from lightsparse.analysis.curves import count_text, save_loss, save_loss_by_position
+from lightsparse.analysis.curves import save_loss, save_loss_by_position
+from lightsparse.utils.text import count_text
 
 ROWS = [
     {"step": 0, "tokens": 0, "val_bits_per_byte": 8.0},

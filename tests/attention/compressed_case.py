@@ -6,9 +6,9 @@ import torch
 from battery import ROTARY, Inputs, documents_at
 from torch import Tensor
 
-from lightsparse.attention.compressed import CompressedAttention
 from lightsparse.attention.csa import CsaAttention
-from lightsparse.attention.csa_compress import Compressor
+from lightsparse.attention.pooling.compressed import CompressedAttention
+from lightsparse.attention.pooling.csa_compress import Compressor
 from lightsparse.patterns.mask import document_starts
 
 

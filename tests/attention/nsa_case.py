@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightsparse.attention.core import AttentionResult, AttentionShape
 from lightsparse.attention.nsa import NsaAttention, NsaConfig
-from lightsparse.attention.nsa_compress import MlpCompressor
-from lightsparse.attention.nsa_gates import BRANCHES
+from lightsparse.attention.pooling.nsa_compress import MlpCompressor
+from lightsparse.attention.selection.nsa_gates import BRANCHES
 
 SMALL = NsaConfig().small()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightsparse.attention.adaptive import AdaptiveConfig, BlockSparseAdaptive
 from lightsparse.attention.core import AttentionShape, SequenceContext
-from lightsparse.attention.router import listed
+from lightsparse.attention.selection.router import listed
 from lightsparse.kernels import block_sparse_attention, use_backend
 from lightsparse.patterns import BlockLayout
 

@@ -7,10 +7,10 @@ from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAtt
 
 from lightsparse.attention import AttentionShape, SequenceContext
 from lightsparse.attention.big_bird import BigBirdAttention, BigBirdConfig
-from lightsparse.config import compose
+from lightsparse.config.parse import compose
+from lightsparse.config.targets import ConfigError
 from lightsparse.kernels import use_backend
 from lightsparse.patterns import BlockGrid, Pattern
-from lightsparse.targets import ConfigError
 
 SHAPE = AttentionShape(heads=4, kv_heads=2, head_dim=32, embed_dim=128)
 

@@ -14,11 +14,12 @@ from battery import ROTARY, Inputs, Shape, close, context, documents_at, gradien
 from compressed_case import read_by_definition, written_out
 from torch import Tensor
 
-from lightsparse.attention import csa, guards
-from lightsparse.attention.compressed import CompressedAttention, Entries
+from lightsparse.attention import csa
 from lightsparse.attention.core import AttentionShape, SequenceContext
 from lightsparse.attention.csa import CsaAttention, CsaConfig
 from lightsparse.attention.hca import HcaAttention, HcaConfig
+from lightsparse.attention.pooling.compressed import CompressedAttention, Entries
+from lightsparse.attention.selection import dense_warning
 
 SHAPES = [Shape(63, 1, 2, 2, 32), Shape(111, 2, 4, 2, 16), Shape(50, 1, 8, 1, 16)]
 BORDERS = ((32, 48), (5, 37, 38, 61), (1, 62))
@@ -233,7 +234,7 @@ def test_the_picture_shows_what_forward_reads(kind, borders):
 
 
 def test_a_configuration_that_reads_everything_says_so(caplog):
-    guards.warn_if_dense.cache_clear()
+    dense_warning.warn_if_dense.cache_clear()
     with caplog.at_level(logging.WARNING, logger="lightsparse"):
         make("csa", Shape(), 512, top_k=127)
         assert not caplog.records

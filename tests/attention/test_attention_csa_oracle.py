@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
-from lightsparse.attention.compressed import CompressedAttention, tokens_of
 from lightsparse.attention.core import AttentionShape
 from lightsparse.attention.csa import CsaAttention, CsaConfig
-from lightsparse.attention.csa_compress import Compressor
 from lightsparse.attention.hca import HcaAttention, HcaConfig
+from lightsparse.attention.pooling.compressed import CompressedAttention, tokens_of
+from lightsparse.attention.pooling.csa_compress import Compressor
 
 N, HEADS, DIM, STRIDES = 87, 4, 16, {"csa": 4, "hca": 8}
 HALVES = torch.cat([torch.arange(0, DIM, 2), torch.arange(1, DIM, 2)])  # ours in the order of theirs

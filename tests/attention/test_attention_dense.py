@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lightsparse.attention import AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.dense import DenseAttention, DenseConfig
-from lightsparse.config import compose, layout_of
+from lightsparse.config.parse import compose
 from lightsparse.kernels import use_backend
 from lightsparse.patterns import BlockDilated, GlobalTokens, LocalWindow, Pattern, Strided
+from lightsparse.training.preflight.check import layout_of
 
 DIM, BLOCK = 8, 16
 PATTERNS = [

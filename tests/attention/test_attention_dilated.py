@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lightsparse.attention import AttentionShape, SequenceContext
 from lightsparse.attention.dilated import DilatedAttention, DilatedConfig
-from lightsparse.config import compose
+from lightsparse.config.parse import compose
+from lightsparse.config.targets import ConfigError
 from lightsparse.kernels import use_backend
 from lightsparse.models import ModelConfig, Transformer, context_for
 from lightsparse.patterns import AtDensity, BlockDilated, GlobalTokens, LocalWindow, Strided
 from lightsparse.patterns.mask import document_starts
-from lightsparse.targets import ConfigError
 
 DIM = 8
 

@@ -12,10 +12,11 @@ import torch
 from battery import Inputs, Shape, close, context, dense_attention, documents_at, gradients
 from dsa_case import make, run, written_out
 
-from lightsparse.attention import dsa, guards
+from lightsparse.attention import dsa
 from lightsparse.attention.core import AttentionShape
 from lightsparse.attention.dsa import DsaAttention, DsaConfig
-from lightsparse.attention.indexer import chosen_columns
+from lightsparse.attention.selection import dense_warning
+from lightsparse.attention.selection.indexer import chosen_columns
 from lightsparse.kernels import use_backend
 
 SHAPES = [Shape(63, 1, 2, 2, 32), Shape(111, 2, 4, 2, 16), Shape(90, 1, 4, 1, 32)]
@@ -131,7 +132,7 @@ def test_decoding_without_the_index_keys_of_the_past_is_refused() -> None:
 
 
 def test_a_choice_of_everything_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    guards.warn_if_dense.cache_clear()
+    dense_warning.warn_if_dense.cache_clear()
     with caplog.at_level(logging.WARNING, logger="lightsparse"):
         for layer in range(2):
             DsaAttention(DsaConfig(top_k=512), AttentionShape(2, 1, 16, 32, layer=layer, context=512))

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 
-from lightsparse.attention import indexer_loss
+from lightsparse.attention.selection import indexer_loss
 
 SHAPES = [Shape(63, 1, 2, 2, 32), Shape(111, 2, 4, 2, 16), Shape(90, 1, 4, 1, 32)]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightsparse.attention.core import AttentionShape
 from lightsparse.attention.dsa import DsaAttention, DsaConfig
-from lightsparse.attention.indexer import Index
-from lightsparse.attention.indexer_loss import choose
+from lightsparse.attention.selection.indexer import Index
+from lightsparse.attention.selection.indexer_loss import choose
 
 N, HEADS, DIM, RANK, EMBED, TOP_K = 128, 4, 16, 4, 32, 16
 SHARP = 4.0  # of the planted scores

@@ -12,8 +12,8 @@ from lightsparse.analysis.pattern_picture import image, save
 from lightsparse.analysis.tile_map import dense_map, of_layout
 from lightsparse.attention.core import AttentionShape, SequenceContext
 from lightsparse.attention.hierarchical import PRESETS, BlockSparseHierarchical, HierarchicalConfig
-from lightsparse.attention.pooling import with_summaries
-from lightsparse.config import compose
+from lightsparse.attention.pooling.pooled_keys import with_summaries
+from lightsparse.config.parse import compose
 from lightsparse.kernels import use_backend
 from lightsparse.patterns import Hierarchical, PooledHierarchy
 from lightsparse.patterns.hierarchical import Segment

@@ -12,11 +12,11 @@ import torch
 from battery import Inputs, Shape, close, context, documents_at, gradients
 from torch import Tensor
 
-from lightsparse.attention import guards, row_parts
 from lightsparse.attention.core import AttentionShape
 from lightsparse.attention.moba import MobaAttention, MobaConfig
-from lightsparse.attention.router import best, listed
-from lightsparse.attention.top_blocks import _highest, top_blocks
+from lightsparse.attention.selection import dense_warning, row_parts
+from lightsparse.attention.selection.router import best, listed
+from lightsparse.attention.selection.top_blocks import _highest, top_blocks
 
 
 def make(shape: Shape, top_k: int = 3, block: int = 16, **fields) -> MobaAttention:
@@ -132,7 +132,7 @@ def test_a_long_row_of_scores_is_cut_and_the_choice_stays(monkeypatch):
     g = torch.Generator().manual_seed(2)
     q, means = torch.randn(2, 4, 100, 8, generator=g), torch.randn(2, 2, 13, 8, generator=g)
     whole = top_blocks(q, means, torch.arange(100) // 8, 4, 4)
-    monkeypatch.setattr("lightsparse.attention.top_blocks._SCORES", 500)
+    monkeypatch.setattr("lightsparse.attention.selection.top_blocks._SCORES", 500)
     assert torch.equal(top_blocks(q, means, torch.arange(100) // 8, 4, 4), whole)
 
 
@@ -186,7 +186,7 @@ def test_scores_are_fp32_whatever_autocast_says():
 
 
 def test_a_configuration_that_computes_everything_says_so_once(caplog):
-    guards.warn_if_dense.cache_clear()
+    dense_warning.warn_if_dense.cache_clear()
     of = AttentionShape(2, 2, 16, 32, context=512)
     with caplog.at_level(logging.WARNING, logger="lightsparse"):
         MobaAttention(MobaConfig(block=64, top_k=7), of)

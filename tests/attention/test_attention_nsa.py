@@ -12,11 +12,11 @@ import torch
 from battery import Inputs, Shape, close, context, dense_attention, documents_at, gradients
 from nsa_case import as_map, make, only, run, softmax_under, squeezed, written_out
 
-from lightsparse.attention import guards, nsa_select, row_parts
 from lightsparse.attention.core import AttentionShape
 from lightsparse.attention.nsa import NsaAttention, NsaConfig
-from lightsparse.attention.nsa_gates import BRANCHES
-from lightsparse.attention.nsa_select import Selector
+from lightsparse.attention.selection import dense_warning, nsa_select, row_parts
+from lightsparse.attention.selection.nsa_gates import BRANCHES
+from lightsparse.attention.selection.nsa_select import Selector
 from lightsparse.attention.sliding_window import SlidingWindowAttention, SlidingWindowConfig
 
 SHAPES = [Shape(63, 1, 2, 2, 32), Shape(111, 2, 4, 2, 16), Shape(333, 1, 4, 1, 16)]
@@ -275,7 +275,7 @@ def test_every_parameter_is_in_the_loss_of_texts_too_short_for_a_summary():
 
 
 def test_a_selection_of_everything_says_so(caplog):
-    guards.warn_if_dense.cache_clear()
+    dense_warning.warn_if_dense.cache_clear()
     with caplog.at_level(logging.WARNING, logger="lightsparse"):
         make(SHAPES[0], context=65, top_n=4)
         assert not caplog.records

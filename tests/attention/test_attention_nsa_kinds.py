@@ -11,7 +11,7 @@ import torch
 from battery import ROTARY, Inputs, Shape, Variant, close, context, documents_at
 from nsa_case import make, only, run, softmax_under, squeezed
 
-from lightsparse.build import AttentionChoice
+from lightsparse.config.build import AttentionChoice
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from battery import ROTARY, Inputs, Shape, _Largest, close, context, dense_attention, documents_at, gradients
 from torch import Tensor
 
-from lightsparse.attention import block_kl
-from lightsparse.attention.block_gate import BlockGate, pooled_keys, unrotated
 from lightsparse.attention.core import AttentionResult, AttentionShape
 from lightsparse.attention.seer import SeerAttention, SeerConfig
+from lightsparse.attention.selection import block_kl
+from lightsparse.attention.selection.block_gate import BlockGate, pooled_keys, unrotated
 
 SHAPES = [Shape(63, 1, 2, 2, 32), Shape(51, 2, 4, 2, 16), Shape(43, 2, 4, 1, 16)]  # groups of 1, 2 and 4
 BORDERS = ((), (30, 48), (5, 37, 38))

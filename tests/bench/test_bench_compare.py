@@ -8,7 +8,7 @@ from lightsparse.bench.report import RESULTS, Report
 
 
 def saved(path, rows, kind="train", **fields):
-    report = Report(kind, "python -m lightsparse.bench train", rows)
+    report = Report(kind, "lightsparse bench train", rows)
     for name, value in fields.items():
         getattr(report, name).update(value)
     report.save(path)

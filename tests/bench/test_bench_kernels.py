@@ -30,7 +30,7 @@ def test_a_run_leaves_rows_with_all_promised_keys_and_its_circumstances(tmp_path
     assert {row["dtype"] for row in report["rows"]} == {"fp32", "bf16"}
     assert {row["backend"] for row in report["rows"]} == {"native", "blocked"}
     assert report["hardware"]["cores"] >= 1 and report["versions"]["torch"]
-    assert report["command"].startswith("python -m lightsparse.bench kernels --seq 96,130")
+    assert report["command"].startswith("lightsparse bench kernels --seq 96,130")
     assert "efficiency" in capsys.readouterr().out
 
 

@@ -5,7 +5,7 @@ import torch
 
 from lightsparse.bench import __main__ as command
 from lightsparse.bench import memory
-from lightsparse.bench.machine import MIB, current_rss, in_child, peak_rss
+from lightsparse.utils.machine import MIB, current_rss, in_child, peak_rss
 
 
 def test_rows_hold_the_increase_and_its_growth(monkeypatch, tmp_path):

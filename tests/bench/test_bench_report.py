@@ -14,7 +14,7 @@ def report():
         {"seq": seq, "window": 64, "dtype": "fp32", "block": 16, "increase_mib": 1.5 * seq, "growth": growth}
         for seq, growth in ((1024, None), (4096, 4.0))
     ]
-    return Report("memory", "python -m lightsparse.bench memory --window 64", rows, ["A note."])
+    return Report("memory", "lightsparse bench memory --window 64", rows, ["A note."])
 
 
 def test_a_report_comes_back_from_its_file(report, tmp_path):

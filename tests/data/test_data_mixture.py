@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightsparse.config import compose
+from lightsparse.config.parse import compose
+from lightsparse.config.targets import ConfigError
 from lightsparse.data.errors import DataError
 from lightsparse.data.files import FilesData
 from lightsparse.data.mixture import ChainedSamples, MixedSamples, MixtureData
@@ -13,7 +14,6 @@ from lightsparse.data.prepared import PreparedData
 from lightsparse.data.source import IGNORED
 from lightsparse.data.tokenizer import BPE
 from lightsparse.data.tokens import ByteTokenizer
-from lightsparse.targets import ConfigError
 
 
 class Numbered:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightsparse.data import encoding, pieces
+from lightsparse.data import encoding, text_chunks
 from lightsparse.data.documents import Document, TextFile
 from lightsparse.data.encoding import encode_in_memory
 from lightsparse.data.errors import DataError
@@ -34,7 +34,7 @@ def words(count, seed):
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Pieces and batches of a few characters, so that small texts are cut often."""
-    monkeypatch.setattr(encoding, "cut", lambda parts: pieces.cut(parts, piece=60))
+    monkeypatch.setattr(encoding, "cut", lambda parts: text_chunks.cut(parts, piece=60))
     monkeypatch.setattr(encoding, "BATCH", 150)
 
 

@@ -11,8 +11,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lightsparse.data.errors import DataError
-from lightsparse.data.pieces import cut
 from lightsparse.data.subwords import BOS, MASK, SubwordTokenizer, load_subwords, train_bpe
+from lightsparse.data.text_chunks import cut
 from lightsparse.data.tokenizer import BPE, HuggingFace, load_folder
 
 TEXTS = [

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.attention import _registry, register_flash_attention_impl
 
-from lightsparse.config import compose
+from lightsparse.config.parse import compose
+from lightsparse.config.targets import ConfigError
 from lightsparse.kernels import block_sparse_attention, flash, sdpa
 from lightsparse.patterns import LocalWindow
-from lightsparse.targets import ConfigError
 from lightsparse.training.run import set_machine
 
 

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 from torch.nn.attention.flex_attention import _ordered_to_dense
 
-from lightsparse.config import compose
+from lightsparse.config.parse import compose
+from lightsparse.config.targets import ConfigError
 from lightsparse.kernels import block_sparse_attention, dispatch, flex, reference, set_backend, use_backend
 from lightsparse.patterns import (
     BigBird,
@@ -27,7 +28,6 @@ from lightsparse.patterns import (
     Strided,
     interval_mask,
 )
-from lightsparse.targets import ConfigError
 from lightsparse.training.run import set_machine
 
 HEADS, KV_HEADS = 4, 2

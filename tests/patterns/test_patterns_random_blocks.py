@@ -4,9 +4,9 @@ from math import comb
 import pytest
 import torch
 
-from lightsparse.hashing import chain
 from lightsparse.patterns import AtDensity, RandomBlocks
 from lightsparse.patterns.random_blocks import permuted
+from lightsparse.utils.hashing import chain
 
 DOCUMENTS = torch.zeros(2, 1000, dtype=torch.int32)  # borders inside blocks, on them, two in one block, one token
 for sample, borders in enumerate([(5, 6, 500, 999), (320, 640)]):

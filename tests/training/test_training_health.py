@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lightsparse.schema import HealthConfig
+from lightsparse.config.schema import HealthConfig
 from lightsparse.training.health import Health
 
 

@@ -14,12 +14,12 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightsparse.config.schema import Config
 from lightsparse.data import ByteTokenizer
 from lightsparse.models.transformer import Transformer
-from lightsparse.schema import Config
 from lightsparse.training.health import NonFiniteError
+from lightsparse.training.metrics.loss_sums import Totals
 from lightsparse.training.module import LanguageModel
-from lightsparse.training.totals import Totals
 
 Tiny = Callable[..., tuple[Config, dict[str, Any]]]
 

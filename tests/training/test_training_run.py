@@ -17,15 +17,16 @@ import pytest
 import torch
 import wandb
 
-from lightsparse.schema import Config
-from lightsparse.targets import ConfigError
-from lightsparse.training import checkpoint, run
-from lightsparse.training.checkpoint_files import checkpoint_steps, read_checkpoint
+from lightsparse.config.schema import Config
+from lightsparse.config.targets import ConfigError
+from lightsparse.training import run
+from lightsparse.training.checkpoints import callback
+from lightsparse.training.checkpoints.files import checkpoint_steps, read_checkpoint
 from lightsparse.training.health import NonFiniteError
-from lightsparse.training.metrics import COLUMNS, read_metrics
+from lightsparse.training.metrics.loss_sums import Totals
+from lightsparse.training.metrics.metrics_file import COLUMNS, read_metrics
 from lightsparse.training.module import LanguageModel
 from lightsparse.training.run import fit
-from lightsparse.training.totals import Totals
 
 Tiny = Callable[..., tuple[Config, dict[str, Any]]]
 TIMINGS = {"wall_s", "tokens_per_s", "flops_per_s", "dense_flops_per_s", "mfu"}
@@ -105,8 +106,8 @@ def test_rows_start_at_step_0_rise_and_hold_one_validation_where_due(tiny: Tiny)
     "words",
     [
         ("optimizer=adamw", "attention.dropout=0.2", "trainer.accumulate=2"),
-        ("optimizer=muon", "schedule=cosine", "data.pack=concat", "checkpoint.every_n_steps=4"),
-        ("optimizer=muon", "objective=mlm", "checkpoint.every_n_steps=1", "eval.every_n_steps=3"),
+        ("optimizer=muon", "schedule=cosine", "data.pack=concat", "callback.every_n_steps=4"),
+        ("optimizer=muon", "objective=mlm", "callback.every_n_steps=1", "eval.every_n_steps=3"),
     ],
     ids=["adamw-dropout-accumulate", "muon-cosine-concat", "muon-mlm"],
 )
@@ -205,7 +206,7 @@ def test_wall_clock_and_speed_cover_all_restarts(tiny: Tiny) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_only_the_newest_checkpoints_stay(tiny: Tiny) -> None:
-    config, raw = tiny("checkpoint.every_n_steps=2", "checkpoint.keep=3")
+    config, raw = tiny("callback.every_n_steps=2", "callback.keep=3")
     fit(config, raw)
     assert list(checkpoint_steps(folder(config) / "checkpoints")) == [8, 10, 12]
 
@@ -282,19 +283,19 @@ def test_loggers_that_take_nothing_back_get_each_step_once_over_restarts(step: i
 @pytest.mark.usefixtures("quick")
 def test_a_run_killed_as_its_last_checkpoint_got_its_name_is_tidied_by_the_next_start(tiny: Tiny) -> None:
     """Loggers get their last rows, best.json and the checkpoints are those of an untouched run."""
-    words = ("+logger.also._target_=lightning.pytorch.loggers.CSVLogger", "checkpoint.background=false")
+    words = ("+logger.also._target_=lightning.pytorch.loggers.CSVLogger", "callback.background=false")
     whole, raw = tiny("name=whole", *words)
     fit(whole, raw)
     config, raw = tiny("name=parts", *words)
-    tidy = checkpoint.StepCheckpoint._tidy
+    tidy = callback.StepCheckpoint._tidy
 
-    def dying(self: checkpoint.StepCheckpoint, step: int, *best: Any) -> None:
+    def dying(self: callback.StepCheckpoint, step: int, *best: Any) -> None:
         if step == 12:
             raise Killed
         tidy(self, step, *best)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint.StepCheckpoint, "_tidy", dying)
+        patch.setattr(callback.StepCheckpoint, "_tidy", dying)
         fit(config, raw)
     fit(config, raw)
     tables = [read_metrics(path) for path in sorted(folder(config).rglob("lightning_logs/*/metrics.csv"))]
@@ -307,7 +308,7 @@ def test_a_run_killed_as_its_last_checkpoint_got_its_name_is_tidied_by_the_next_
 @pytest.mark.usefixtures("quick")
 def test_the_best_checkpoint_stays_beside_the_newest(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validations after steps 2, 4, … give 5, 3, 4, 6, 7, 8: that of step 4 is the best."""
-    config, raw = tiny("eval.every_n_steps=2", "checkpoint.every_n_steps=5")
+    config, raw = tiny("eval.every_n_steps=2", "callback.every_n_steps=5")
     losses = iter([9.0, 5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
     whole = LanguageModel.on_validation_epoch_end
 
@@ -350,7 +351,7 @@ def test_a_checkpoint_tells_config_and_code(tiny: Tiny, monkeypatch: Any, caplog
     fit(config, raw)
     stored = read_checkpoint(folder(config) / "checkpoints" / "step-5.ckpt")
     assert stored["config"] == raw and stored["code"]["torch"] == torch.__version__
-    monkeypatch.setattr(checkpoint, "code_version", lambda: {**stored["code"], "torch": "9.9"})
+    monkeypatch.setattr(callback, "code_version", lambda: {**stored["code"], "torch": "9.9"})
     with caplog.at_level("WARNING"):
         fit(*tiny("trainer.max_steps=6", "schedule=constant"))
     assert f"begun with other code: torch {torch.__version__} → 9.9" in caplog.text
@@ -403,7 +404,7 @@ def test_a_signal_saves_the_step_under_way_ends_with_75_and_changes_no_bit(
 
 @pytest.mark.usefixtures("quick")
 def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing_saved(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, raw = tiny("checkpoint.every_n_steps=2")
+    config, raw = tiny("callback.every_n_steps=2")
     training_step = LanguageModel.training_step
 
     def interrupted(self: LanguageModel, given: Any, batch_idx: int) -> torch.Tensor:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from lightsparse.schema import Config
+from lightsparse.config.schema import Config
 from lightsparse.training import run
-from lightsparse.training.metrics import read_metrics
+from lightsparse.training.checkpoints.load_run import load_run
+from lightsparse.training.metrics.metrics_file import read_metrics
 from lightsparse.training.module import language_model
 from lightsparse.training.run import fit
-from lightsparse.training.trained import load_run
 
 
 def test_distilling_moves_the_gates_towards_attention_and_nothing_else(

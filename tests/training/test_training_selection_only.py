@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightsparse.config import check, parse
-from lightsparse.schema import Config
-from lightsparse.targets import ConfigError
+from lightsparse.config.parse import parse
+from lightsparse.config.schema import Config
+from lightsparse.config.targets import ConfigError
 from lightsparse.training import run
-from lightsparse.training.checkpoint_files import checkpoint_path, read_checkpoint
+from lightsparse.training.checkpoints.files import checkpoint_path, read_checkpoint
 from lightsparse.training.module import LanguageModel
+from lightsparse.training.preflight.check import check
 from lightsparse.training.run import fit
 
 Tiny = Callable[..., tuple[Config, dict[str, Any]]]

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from lightsparse.config import compose, parse
+from lightsparse.config.compose import compose_raw
+from lightsparse.config.parse import compose, parse
+from lightsparse.config.schema import Config
+from lightsparse.config.targets import ConfigError
 from lightsparse.models.transformer import Transformer
-from lightsparse.overrides import compose_raw
-from lightsparse.schema import Config
-from lightsparse.targets import ConfigError
 from lightsparse.training import run
-from lightsparse.training.metrics import read_metrics
+from lightsparse.training.metrics.metrics_file import read_metrics
+from lightsparse.training.metrics.scores import Scores, score_sums
+from lightsparse.training.metrics.summary import objective
 from lightsparse.training.module import LanguageModel
 from lightsparse.training.run import fit
-from lightsparse.training.scores import Scores, score_sums
-from lightsparse.training.summary import objective
 
 Tiny = Callable[..., tuple[Config, dict[str, Any]]]
 RECALL = (

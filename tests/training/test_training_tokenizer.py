@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from lightsparse.cli.show_run import of_run
 from lightsparse.data.errors import DataError
-from lightsparse.data.kept import tokenizer_of
+from lightsparse.data.run_tokenizer import tokenizer_of
 from lightsparse.data.subwords import TOKENIZER, train_bpe
 from lightsparse.data.tokenizer import load_folder
 from lightsparse.data.tokens import ByteTokenizer
-from lightsparse.show_run import of_run
 from lightsparse.training.run import fit
 
 BPE = ("tokenizer=bpe", "tokenizer.vocab_size=300")

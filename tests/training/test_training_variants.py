@@ -10,10 +10,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lightsparse.overrides import conf_dir
-from lightsparse.schema import Config
+from lightsparse.config.compose import conf_dir
+from lightsparse.config.schema import Config
 from lightsparse.training import run
-from lightsparse.training.metrics import read_metrics
+from lightsparse.training.metrics.metrics_file import read_metrics
 from lightsparse.training.module import LanguageModel
 from lightsparse.training.run import fit
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lightsparse.hashing import mixed
+from lightsparse.utils.hashing import mixed
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""Summaries of keys: block means, pooled levels, compressed entries."""

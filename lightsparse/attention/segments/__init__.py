@@ -1,0 +1,1 @@
+"""LongNet's segments, gathered at a dilation rate."""

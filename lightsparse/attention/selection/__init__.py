@@ -1,0 +1,1 @@
+"""What chooses the blocks or tokens that a query reads: scores, top-k, distillation, kept mass."""

@@ -1,0 +1,101 @@
+"""Attention of queries that each have a list of key blocks of their own, a part of the queries at a time.
+
+The lists of a long sequence are never held whole: those of a part are chosen, used, forgotten, and chosen again for the
+backward pass.
+
+Shapes: B batch, H query heads, S heads that choose, n queries of this pass, R of a part, D head dim, K entries of a
+list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lightsparse.attention.core import SequenceContext
+from lightsparse.attention.sharded_call import attention
+from lightsparse.kernels import Dropout
+from lightsparse.patterns import BlockLayout, interval_mask
+from lightsparse.patterns.layout import no_dense_rows
+
+_TABLE = 1 << 24  # entries of the lists held at once
+
+
+class Selection(NamedTuple):
+    layout: BlockLayout
+
+
+class RowPart(NamedTuple):
+    """Of some queries."""
+
+    out: Tensor  # [B, H, R, D]
+    computed: Tensor  # [B, S]: query–key area of the tiles read
+    dense: Tensor  # [B|1]: and of dense attention's
+    choice: Tensor  # int32 [B, S, rows, K]: the lists of the last token of every block
+
+
+def row_layout(
+    choose: Callable[[Tensor], Tensor], queries: int, first: int, length: int, block: int, ctx: SequenceContext
+) -> tuple[BlockLayout, Tensor]:
+    """What some queries read, and their places in the sequence of `length` tokens, int64 [queries].
+
+    choose  from those places to the lists, int32 [B, S, queries, K]
+    first   place of the first of the queries, behind which the others follow; with ctx.shard they are this rank's
+    """
+    device = ctx.positions.device
+    if ctx.shard is None:
+        n, tokens = first + queries, torch.arange(first, first + queries, device=device)
+    else:
+        n, tokens = length, ctx.shard.tokens.to(device)
+    documents = None if ctx.documents is None else ctx.documents[:, :n]
+    mask = interval_mask(n, documents=documents, device=device).of_queries(tokens)
+    return BlockLayout(choose(tokens), 1, block, mask, no_dense_rows(device)), tokens
+
+
+def attend_in_parts(
+    layout_of: Callable[[slice], tuple[BlockLayout, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    entries: int,
+    block: int,
+    length: int,
+    ctx: SequenceContext,
+    dropout: Dropout | None,
+) -> RowPart:
+    """q [B, H, n, D] over what `layout_of` says of a slice of them, see row_layout; all parts together.
+
+    entries  of the lists of one query, over samples and heads
+    length   tokens of the sequence
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, part: slice) -> RowPart:
+        layout, tokens = layout_of(part)
+        out, _ = attention(q, k, v, layout, ctx, dropout=dropout)
+        ends = (tokens % block == block - 1) | (tokens == length - 1)
+        return RowPart(out, *layout.areas(), layout.kv_indices[:, :, ends])
+
+    parts = []
+    for part in _parts(q.shape[2], entries, block, ctx):
+        keys = k.shape[2] if part.stop == q.shape[2] else ctx.q_start + part.stop  # up to the last query's own
+        given = (q[:, :, part], k[:, :, :keys], v[:, :, :keys], part)
+        if torch.is_grad_enabled() and part.stop - part.start < q.shape[2]:
+            parts.append(checkpoint(attend, *given, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(attend(*given))
+    if len(parts) == 1:
+        return parts[0]
+    out, computed, dense, choice = zip(*parts, strict=True)
+    return RowPart(torch.cat(out, 2), torch.stack(computed).sum(0), torch.stack(dense).sum(0), torch.cat(choice, 2))
+
+
+def _parts(queries: int, entries: int, block: int, ctx: SequenceContext) -> list[slice]:
+    """Whole blocks of queries whose lists are held at once; ranks that share a sequence take all of theirs, in step."""
+    at_once = max(_TABLE // entries // block, 1) * block
+    if ctx.shard is not None or queries <= at_once:
+        return [slice(0, queries)]
+    return [slice(start, min(start + at_once, queries)) for start in range(0, queries, at_once)]

@@ -1,0 +1,109 @@
+"""Ranks that end together: Lightning's launcher, with a watch over the processes that started or were started.
+
+A rank notices the end of another one in their next collective. Before the first collective, between two that lie far
+apart, and where a stopped process can't notice anything, only the family tree of the processes is left to look at.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from lightsparse.utils.rank_errors import EXIT_CODE
+
+_PARENT = "LIGHTSPARSE_LAUNCHER"  # set for the ranks that a first rank starts: its process id
+_POLL, _GRACE = 0.5, 5.0  # seconds between looks; seconds that a process has to end by itself, with its own words
+_AGREED = 30.0  # the same, where the ranks have agreed to end; torchrun gives as much
+
+
+class RankLauncher(_SubprocessScriptLauncher):
+    """Starts ranks 1, 2, … of this machine unless torchrun or SLURM has; no rank outlives the others by long.
+
+    Lightning's own observer would kill rank 0 without a word when another rank has ended.
+    """
+
+    _watch: _Watch | None = None
+
+    def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            os.environ[_PARENT] = str(os.getpid())
+            self._call_children_scripts()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        self._watch = watch = _Watch(self.procs)
+        watch.start()
+        result = function(*args, **kwargs)
+        watch.stop()  # not after an error: that must end, too
+        return result
+
+    def expect_end(self) -> None:
+        """The ranks have agreed to end: that one has done so before this one has written everything is no loss."""
+        assert self._watch is not None  # there are ranks only inside `launch`
+        self._watch.expected = EXIT_CODE
+
+    def end_family(self, at_once: bool = False) -> None:
+        """After an error that ends this rank: end what it started, and a stopped process that started it."""
+        agreed = self._watch is not None and self._watch.expected
+        _end(self.procs, 0.0 if at_once else _AGREED if agreed else _GRACE)
+        parent = _launching_parent()
+        if parent is not None and os.getppid() == parent and psutil.Process(parent).status() == psutil.STATUS_STOPPED:
+            os.kill(parent, signal.SIGKILL)  # nobody else could; it has lost this rank already
+
+
+class _Watch(threading.Thread):
+    """Ends this process when one that it started has failed, or the one that started it is gone."""
+
+    def __init__(self, children: list[subprocess.Popen]) -> None:
+        super().__init__(daemon=True, name="rank-watch")
+        self._children = children
+        self._parent = _launching_parent()
+        if self._parent is None and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent
+            self._parent = os.getppid()
+        self._stopped = threading.Event()
+        self.expected = 0  # the code, beside 0, with which a rank may end
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def run(self) -> None:
+        while not self._stopped.wait(_POLL):
+            lost = self._lost()
+            if lost and not self._stopped.wait(_GRACE):
+                _end(self._children)
+                sys.stderr.write(f"{lost}; the same command continues from the last checkpoint\n")
+                sys.stderr.flush()
+                os._exit(EXIT_CODE)  # the main thread may wait in a collective, where no exception reaches it
+
+    def _lost(self) -> str | None:
+        for local_rank, child in enumerate(self._children, start=1):
+            if child.poll() not in (None, 0, self.expected):
+                return f"rank {local_rank} of this machine has ended with code {child.returncode}"
+        if self._parent is not None and os.getppid() != self._parent:
+            return f"process {self._parent}, which started this rank, has ended"
+        return None
+
+
+def _launching_parent() -> int | None:
+    """The rank that started this one, or None where it was torchrun, SLURM or a user."""
+    parent = int(os.environ.get(_PARENT, 0))
+    return parent if parent not in (0, os.getpid()) else None
+
+
+def _end(children: list[subprocess.Popen], seconds: float = _GRACE) -> None:
+    """Wait so long for each, then kill those that are left: a stopped process takes no other signal."""
+    for child in children:
+        try:
+            child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()

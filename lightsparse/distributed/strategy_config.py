@@ -1,0 +1,128 @@
+"""How a run may use its ranks: the schema of conf/strategy/, a frozen dataclass per kind with the fields it reads.
+
+           parameters                    a sequence lies on
+single     on the one rank               one rank
+ddp        a replica per rank            one rank
+context    a replica per rank            `context` ranks
+fsdp       sharded over all ranks        one rank
+fsdp_context  sharded over all ranks     `context` ranks
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lightsparse.context_parallel.shard import Exchange
+from lightsparse.context_parallel.split import SplitKind
+from lightsparse.distributed.comm_hooks import HookName, gradient_hook
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """Base of the kinds; `context_ranks` is the one thing that every kind answers."""
+
+    kind: ClassVar[str]  # as in strategy=<kind>
+    sharded: ClassVar[bool] = False  # no rank holds all parameters
+
+    def context_ranks(self, ranks: int) -> int:
+        """How many of the job's ranks hold one sequence together. Raises ValueError where they cannot."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Single(StrategyConfig):
+    kind = "single"
+
+    def context_ranks(self, ranks: int) -> int:
+        if ranks > 1:
+            raise ValueError(
+                f"the job has {ranks} ranks (trainer.devices × trainer.num_nodes, or those of the launcher) and "
+                "strategy=single takes 1; use strategy=ddp, fsdp, context or fsdp_context"
+            )
+        return 1
+
+
+@dataclass(frozen=True)
+class SeveralRanks(StrategyConfig):
+    """What all kinds for several ranks read."""
+
+    timeout: float  # seconds, the longest that a rank waits for the others; then the job ends
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"strategy.timeout is {self.timeout:g}; it counts seconds and must be above 0")
+
+
+@dataclass(frozen=True)
+class Replicas(SeveralRanks):
+    """A replica of the parameters on each rank; gradients are averaged, whole or shortened by a hook."""
+
+    comm_hook: HookName  # how gradients travel; see parallel/comm_hooks.py
+    powersgd_rank: int | None  # rank of the two factors of a gradient; null: 4
+    powersgd_start: int | None  # optimizer steps averaged in full before the first factored one; null: 100
+    topk_share: float | None  # share of a gradient's entries that is sent; null: 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("powersgd_rank", "powersgd_start", "topk_share"):
+            hook = name.partition("_")[0]
+            if getattr(self, name) is not None and self.comm_hook != hook:
+                raise ValueError(
+                    f"strategy.{name} is {getattr(self, name)}, which strategy.comm_hook={self.comm_hook} does not "
+                    f"read; set it to null or use strategy.comm_hook={hook}"
+                )
+        gradient_hook(self.comm_hook, **self.hook_options())  # for its ranges
+
+    def hook_options(self) -> dict[str, Any]:
+        """The options that are given, by the names that `gradient_hook` has for them."""
+        names = ("powersgd_rank", "powersgd_start", "topk_share")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class ContextRanks(SeveralRanks):
+    """What the kinds read that split a sequence over ranks."""
+
+    context: int | None  # ranks per sequence; null: all
+    split: SplitKind  # who holds which tokens; see parallel/split.py
+    exchange: Exchange  # how keys and values travel; see parallel/shard.py
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"strategy.context is {self.context}; it counts ranks per sequence, null = all of them")
+
+    def context_ranks(self, ranks: int) -> int:
+        context = ranks if self.context is None else self.context
+        if ranks % context:
+            raise ValueError(
+                f"strategy.context is {context}, which does not divide the job's {ranks} ranks; "
+                "change one of them, or set strategy.context=null for all ranks"
+            )
+        return context
+
+
+@dataclass(frozen=True)
+class DDP(Replicas):
+    kind = "ddp"
+
+
+@dataclass(frozen=True)
+class FSDP(SeveralRanks):
+    kind = "fsdp"
+    sharded = True
+
+
+@dataclass(frozen=True)
+class Context(ContextRanks, Replicas):
+    kind = "context"
+
+
+@dataclass(frozen=True)
+class FSDPContext(ContextRanks):
+    kind = "fsdp_context"
+    sharded = True
+
+
+KINDS: tuple[type[StrategyConfig], ...] = (Single, DDP, FSDP, Context, FSDPContext)

@@ -1,0 +1,1 @@
+"""What survives the end of a process: checkpoints, the run directory and its lock, and reading a run back."""

@@ -1,0 +1,194 @@
+"""The run directory: one path known before the start, what lies in it, and whether a run may begin or go on there."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightsparse.config.run_identity import differences
+from lightsparse.config.targets import ConfigError
+from lightsparse.distributed.environment import is_first_rank
+from lightsparse.training.checkpoints.files import checkpoint_steps, newest_checkpoint
+from lightsparse.training.checkpoints.lock import lock
+from lightsparse.utils.atomic_files import remove_partial_files, write_text
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: at `step` from `checkpoint`, or from nothing (0, None); or not at all, when it has finished."""
+
+    step: int
+    checkpoint: Path | None
+    summary: dict[str, Any] | None = None  # of the finished run
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Everything a run leaves, under one path."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The composed config that the run was started with. Raises ConfigError for a damaged file."""
+        try:
+            stored = OmegaConf.to_container(OmegaConf.load(self.config))
+        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            raise ConfigError(_damaged(self.config, error)) from error
+        if not isinstance(stored, dict):
+            raise ConfigError(_damaged(self.config, f"holds a {type(stored).__name__}"))
+        return {str(key): value for key, value in stored.items()}
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def sample(self) -> Path:
+        return self.path / "sample.txt"
+
+    @property
+    def identity(self) -> Path:
+        return self.path / "run_id"
+
+    @property
+    def run_id(self) -> str:
+        """What loggers call this run, the same at every start: made on the first rank when the directory is."""
+        return self.identity.read_text(encoding="utf-8").strip()
+
+    @property
+    def sent(self) -> Path:
+        """The step up to which loggers beside metrics.csv have all rows."""
+        return self.path / ".sent"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def newest(self) -> tuple[int, Path] | None:
+        """Step and path of the newest whole checkpoint, or None."""
+        return newest_checkpoint(self.checkpoints)
+
+    def open(self, resume: Literal["auto", "must", "never"], raw: Mapping[str, Any], max_steps: int) -> Start:
+        """`look`, where nobody else is writing: on the first rank a directory that exists is this process's alone from
+        then on, until `lock.unlock`.
+
+        Writes nothing else: once nothing is refused any more, `prepare` does. Raises ConfigError as `look` does, and
+        where another process is writing.
+        """
+        if is_first_rank() and self.path.exists():
+            lock(self.path)
+        return self.look(resume, raw, max_steps)
+
+    def look(self, resume: Literal["auto", "must", "never"], raw: Mapping[str, Any], max_steps: int) -> Start:
+        """Where the run would start from.
+
+        auto   from the newest checkpoint, or from nothing when there is none
+        must   from the newest checkpoint
+        never  from nothing, in a directory that holds no run
+        raw    the composed config, as `prepare` puts it into config.yaml
+        Raises ConfigError when the directory does not allow that, or holds a run that trains differently.
+        """
+        newest = self.newest()
+        start = Start(0, None) if newest is None else Start(*newest)
+        if is_first_rank():  # the others may come after it has written
+            self._check(resume, start, raw)
+        summary = self._summary()
+        if summary is not None and is_finished(summary, raw, max_steps):
+            return replace(start, summary=summary)
+        return start
+
+    def prepare(self, raw: Mapping[str, Any]) -> None:
+        """Make the directory and its config.yaml; on the first rank only, after `open`.
+
+        It is this process's alone from then on, until `lock.unlock`. Raises ConfigError where another process has
+        begun a run there since `open`.
+        """
+        for folder in (self.checkpoints, self.plots):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:  # a file system that refuses what its permissions allow
+                raise ConfigError(
+                    f"runs_dir is {self.path.parent}, where {folder} cannot be made ({error.strerror}); set "
+                    "runs_dir=<another folder>"
+                ) from error
+        if lock(self.path) and self.config.exists():
+            raise ConfigError(
+                f"{self.path} was begun by another process while this one read its data; use the same command again "
+                "to continue that run or name=<another> to start beside it"
+            )
+        for folder in (self.path, self.checkpoints):
+            remove_partial_files(folder)
+        if not self.identity.exists():
+            write_text(self.identity, secrets.token_hex(4) + "\n")
+        self.summary.unlink(missing_ok=True)  # of fewer steps: the run is not finished any more
+        write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(raw))))
+
+    def _check(self, resume: str, start: Start, raw: Mapping[str, Any]) -> None:
+        if resume == "never" and self.config.exists():
+            raise ConfigError(
+                f"{self.path} already holds a run at step {start.step}; use resume=auto to continue it or "
+                f"name=<another> to start beside it"
+            )
+        if resume == "must" and start.checkpoint is None:
+            raise ConfigError(
+                f"{self.path} holds no checkpoint and resume is must; use resume=auto to start from nothing"
+            )
+        damaged = list(checkpoint_steps(self.checkpoints)) if start.checkpoint is None else []
+        if damaged:  # to begin anew would replace what may still be rescued
+            raise ConfigError(
+                f"{self.path} holds checkpoints of steps {', '.join(map(str, damaged))}, and none of them is whole; "
+                "restore one, remove them all to start from nothing, or use name=<another> to start beside it"
+            )
+        if start.checkpoint is None or not self.config.exists():
+            return
+        changed = differences(self.stored, raw)
+        if changed:
+            raise ConfigError(
+                f"{self.path} holds a run with another config; use the old values to continue it or name=<another> to "
+                f"start beside it:\n" + "\n".join(f"  {line}" for line in changed)
+            )
+
+    def _summary(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError as error:
+            raise ConfigError(_damaged(self.summary, error)) from error
+        if not isinstance(found, dict) or not {"finished", "steps"} <= found.keys():
+            raise ConfigError(_damaged(self.summary, "has no finished and steps"))
+        return found
+
+
+def _damaged(path: Path, reason: object) -> str:
+    """A sentence for a file that this package would not have written."""
+    reason = str(reason).split("\n")[0]
+    return f"{path} is not as a run leaves it ({reason}); restore it, or remove it and the run makes it anew"
+
+
+def is_finished(summary: Mapping[str, Any], raw: Mapping[str, Any], max_steps: int) -> bool:
+    """Whether a finished run has come as far as it is asked to now: to max_steps, or to eval.stop_accuracy."""
+    goal, accuracy = raw.get("eval", {}).get("stop_accuracy"), summary.get("val_accuracy")
+    reached = goal is not None and accuracy is not None and accuracy >= goal
+    return summary["finished"] and (summary["steps"] >= max_steps or reached)

@@ -1,0 +1,165 @@
+"""Rows of metrics: what the steps and validations gave, with clocks, throughput and FLOPs, to every logger."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from lightsparse.config.schema import Config
+from lightsparse.training.checkpoints.callback import validation_follows
+from lightsparse.training.checkpoints.run_directory import RunDirectory
+from lightsparse.training.metrics.attention_stats import CHURN
+from lightsparse.training.metrics.loss_sums import Totals
+from lightsparse.training.metrics.metrics_file import read_metrics
+from lightsparse.training.module import LanguageModel
+from lightsparse.utils.atomic_files import write_text
+from lightsparse.utils.version import code_version
+
+
+class Recorder(Callback):
+    """One row for step 0 (validation only), every `log_every_n_steps` steps and every validation.
+
+    A row is sent when its step is complete, validation included, so that a killed run leaves no half rows and a
+    resumed one repeats none. Training losses are means over all tokens since the row before: one step's tokens are too
+    few for a curve. Sums and clocks travel in the checkpoint, so that rows, wall_s and rates cover all restarts.
+
+    Our own file takes a row at once, and drops those of steps that are trained again. Other loggers cannot take a row
+    back: they get it from there once a checkpoint holds its step, and `sent` tells the next start what they have.
+
+    raw      the composed config, for loggers that show it
+    started  time.perf_counter() when this process began the run
+    """
+
+    def __init__(self, config: Config, raw: Mapping[str, Any], directory: RunDirectory, *, started: float) -> None:
+        self.config, self.raw, self.directory, self.started = config, dict(raw), directory, started
+        self.peak_memory = 0  # bytes that training took on the busiest rank; set at the end
+        self.peak = float("nan")  # FLOP/s that one device reaches in a matrix product; set once the device is known
+        self.row: dict[str, float] = {}  # the newest numbers, sent or not
+        self.train_s = 0.0  # seconds spent training, all restarts; validation left out
+        self._wall_before = 0.0
+        self._mark = 0.0  # perf_counter() up to which train_s has counted
+        self._sent_tokens, self._sent_s = 0, 0.0  # at the row before
+        self._steps: list[list[float]] = []  # nats, targets, bytes, density of each step since the row before
+        self._step = 0
+        self._others: list[Logger] = []  # loggers beside ours; on the first rank only
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the start of the run, over all restarts; time lost after the last checkpoint is not in it."""
+        return self._wall_before + time.perf_counter() - self.started
+
+    def tokens(self, trainer: Trainer) -> int:
+        """Training tokens read up to now, by all ranks; a sequence that several ranks hold is counted once."""
+        return trainer.global_step * self.config.samples_per_step * self.config.data.context
+
+    # ---- hooks --------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        self._others = trainer.loggers[1:] if trainer.is_global_zero else []
+        for logger in self._others:
+            logger.log_hyperparams({**self.raw, "code": code_version()})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        self._step = trainer.global_step
+        self._sent_tokens, self._sent_s = self.tokens(trainer), self.train_s
+        self._mark = time.perf_counter()
+        if trainer.global_step:
+            self.release(trainer.global_step)  # what a start before this one had no time to send
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._step:  # inside an accumulation
+            return
+        self._step = step
+        now = time.perf_counter()
+        self.train_s, self._mark = self.train_s + now - self._mark, now
+        self.row = self._training_row(trainer, pl_module)
+        if validation_follows(step, self.config.eval.every_n_steps, self.config.trainer.max_steps):
+            return  # on_validation_end completes and sends the row
+        if step % self.config.trainer.log_every_n_steps == 0:
+            self._send(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        validation = pl_module.validation
+        assert validation is not None  # the module's hook has run
+        self.row |= {
+            "wall_s": self.wall_s,
+            "val_loss": validation.loss,
+            "val_bits_per_byte": validation.bits_per_byte,
+            "val_perplexity": validation.perplexity,
+        }
+        if pl_module.scores is not None:
+            self.row |= pl_module.scores.row
+        if pl_module.choice_churn is not None:
+            self.row[CHURN] = pl_module.choice_churn
+        self._send(trainer)
+        self._mark = time.perf_counter()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        self.release(trainer.global_step)  # a start that had nothing left to train sends what the last one could not
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"wall_s": self.wall_s, "train_s": self.train_s, "steps": [list(step) for step in self._steps]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._wall_before, self.train_s = state_dict["wall_s"], state_dict["train_s"]
+        self._steps = [list(step) for step in state_dict["steps"]]
+
+    def release(self, step: int) -> None:
+        """A checkpoint of `step` is on disk: the rows up to it are final."""
+        if not self._others:
+            return
+        sent = int(self.directory.sent.read_text()) if self.directory.sent.exists() else -1
+        if step <= sent:  # the run was rolled back behind what they have
+            return
+        for row in read_metrics(self.directory.metrics):
+            row_step = int(row.pop("step"))
+            if sent < row_step <= step:
+                for logger in self._others:
+                    logger.log_metrics(row, step=row_step)
+        write_text(self.directory.sent, f"{step}\n")
+
+    # ---- rows ---------------------------------------------------------------------------------------------------
+
+    def _training_row(self, trainer: Trainer, module: LanguageModel) -> dict[str, float]:
+        result = module.step_result
+        assert result is not None  # an optimizer step has just been taken
+        step = result.totals
+        if result.taken:
+            self._steps.append([step.nats, step.targets, step.bytes, result.density])
+        nats, targets, text_bytes, density = (sum(column) for column in zip([0.0] * 4, *self._steps, strict=True))
+        totals, density = Totals(nats, targets, text_bytes), density / max(len(self._steps), 1)
+        tokens = self.tokens(trainer)
+        tokens_per_s = (tokens - self._sent_tokens) / max(self.train_s - self._sent_s, 1e-9)
+        actual, dense = module.model.flops_per_token(self.config.data.context, density)
+        values = {
+            "tokens": tokens,
+            "wall_s": self.wall_s,
+            "train_loss": totals.loss,
+            "train_bits_per_byte": totals.bits_per_byte,
+            "train_perplexity": totals.perplexity,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_s": tokens_per_s,
+            "attention_density": density,
+            "flops_per_s": actual * tokens_per_s,
+            "dense_flops_per_s": dense * tokens_per_s,
+            "mfu": actual * tokens_per_s / (self.peak * trainer.world_size),
+            "skipped_steps": module.health.skipped,
+            **result.watched,
+        }
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+
+    def _send(self, trainer: Trainer) -> None:
+        self.row.setdefault("tokens", self.tokens(trainer))
+        measured = {name: value for name, value in self.row.items() if not math.isnan(value)}
+        trainer.loggers[0].log_metrics(measured, step=trainer.global_step)  # ours
+        self._sent_tokens, self._sent_s = self.tokens(trainer), self.train_s
+        self._steps = []

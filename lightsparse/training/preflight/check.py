@@ -1,0 +1,109 @@
+"""Everything that can be found wrong with a config without computing: shapes, density, targets, disk.
+
+Everything wrong is a ConfigError of one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from lightsparse.attention.core import AttentionShape, SequenceContext
+from lightsparse.config.build import check_buildable
+from lightsparse.config.context_split import context_split
+from lightsparse.config.schema import Config
+from lightsparse.config.targets import ConfigError
+from lightsparse.models.transformer import Transformer
+from lightsparse.optim.optimizers import parameter_groups
+from lightsparse.patterns import BlockLayout
+from lightsparse.training.checkpoints.files import checkpoint_steps
+from lightsparse.training.init_from import check_start
+
+
+def check(config: Config) -> None:
+    """Everything that can be found wrong without computing: shapes, density, targets, disk. Raises ConfigError."""
+    check_disk(config, check_model(config))
+
+
+def check_model(config: Config) -> Transformer:
+    """`check` without the disk; the model on the meta device."""
+    for group, kind in (("logger", Logger), ("callbacks", Callback)):
+        for name, node in getattr(config, group).items():
+            if node is not None:
+                check_buildable(node, f"{group}.{name}", kind=kind, allow=config.allow_targets)
+    if config.eval.tokens < config.data.context:
+        raise ConfigError(
+            f"eval.tokens is {config.eval.tokens}; it must hold one sample of data.context={config.data.context} tokens"
+        )
+    with contextlib.suppress(NotImplementedError):  # no layout before there is an input
+        layout_of(config)
+    model = meta_model(config)
+    if config.init_from is not None and not checkpoint_steps(Path(config.runs_dir, config.name, "checkpoints")):
+        check_start(config, model.vocab_size)
+    config.optimizer.build(parameter_groups(model, model.layers))
+    only = config.trainer.selection_only_steps
+    if only and not model.selection_parameters():
+        raise ConfigError(
+            f"trainer.selection_only_steps is {only}, and attention={config.attention.name} has no parameters that "
+            "select, so that nothing would be trained; set it to 0"
+        )
+    context_split(config, model)
+    return model
+
+
+def meta_model(config: Config) -> Transformer:
+    """The model on the meta device: shapes without memory. Raises ConfigError where its attention cannot take them."""
+    with torch.device("meta"):
+        return Transformer(
+            config.model,
+            config.attention.build,
+            vocab_size=config.data.vocab_size,
+            causal=config.objective == "causal",
+            context=config.data.context,
+        )
+
+
+def layout_of(config: Config) -> BlockLayout:
+    """The layout of one layer over data.context tokens of one document, on the CPU.
+
+    Raises ConfigError when the variant cannot reach what is asked (a density, say), with its reason, and
+    NotImplementedError for a variant that chooses its blocks from its input.
+    """
+    embed_dim, heads, kv_heads, head_dim, _ = config.model.widths
+    context, causal = config.data.context, config.objective == "causal"
+    shape = AttentionShape(heads, kv_heads, head_dim, embed_dim, causal=causal, context=context)
+    ctx = SequenceContext(positions=torch.arange(context)[None])
+    try:
+        return config.attention.build(shape).layout(context, ctx, torch.device("cpu"))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_disk(config: Config, model: nn.Module) -> None:
+    """Refuse a run whose checkpoints do not fit beside each other: weights, and two optimizer states at most."""
+    bytes_each = 2 if config.precision == "bf16-true" else 4
+    size = 3 * bytes_each * sum(parameter.numel() for parameter in model.parameters())
+    run = Path(config.runs_dir, config.name).absolute()
+    written = len(list((run / "checkpoints").glob("step-*.ckpt")))
+    kept = config.checkpoint.keep + config.checkpoint.keep_best
+    needed = size * max(1, kept + 1 - written)  # a new one is whole before the oldest goes
+    folder = next(folder for folder in (run, *run.parents) if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "is no folder" if not folder.is_dir() else "cannot be written to"
+        raise ConfigError(f"runs_dir is {config.runs_dir}, but {folder} {reason}; set runs_dir=<another folder>")
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"runs_dir is {config.runs_dir}, where {free / 2**30:.1f} GiB are free, and checkpoints of "
+            f"{size / 2**30:.1f} GiB with checkpoint.keep={config.checkpoint.keep} take {needed / 2**30:.1f} GiB more; "
+            "keep fewer, free space or set runs_dir=<another disk>"
+        )

@@ -1,0 +1,60 @@
+"""One forward and backward pass, timed, and what it costs by the model's own count."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightsparse.config.schema import Config
+from lightsparse.training.module import LanguageModel
+from lightsparse.training.preflight.check import layout_of
+from lightsparse.utils.machine import current_rss, peak_rss
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One timed forward and backward pass."""
+
+    tokens: int
+    context: int
+    seconds: float
+    peak: int  # bytes above what was there before
+
+
+def timed(config: Config, module: LanguageModel, batch: Mapping[str, Tensor], samples: int, context: int) -> Pass:
+    """Forward, loss and backward of the first `samples` samples, cut to `context` tokens."""
+    part = {name: value[:samples] if value.dim() == 1 else value[:samples, :context] for name, value in batch.items()}
+    device = next(module.parameters()).device
+    gc.collect()
+    before = current_rss()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    autocast = config.precision == "bf16-mixed"
+    begun = time.perf_counter()
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        module.model.set_step(0, config.trainer.max_steps)
+        labels_BN, _, output = module._forward(part, module.objective.training_key(0))
+        loss = module.model.loss_sum(output.hidden, labels_BN)
+        loss = loss if output.aux_loss is None else loss + output.aux_loss
+    loss.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - begun
+    module.zero_grad()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else max(peak_rss() - before, 0)
+    return Pass(samples * context, context, seconds, peak)
+
+
+def flops(config: Config, module: LanguageModel, samples: int, context: int) -> float:
+    """Of a pass, by the density that the attention has at the run's own context."""
+    density = 1.0
+    with contextlib.suppress(NotImplementedError):
+        density = layout_of(config).density() if "S" in config.model.layers else 1.0
+    per_token, _ = module.model.flops_per_token(context, density)
+    return per_token * samples * context

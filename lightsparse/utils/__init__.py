@@ -1,0 +1,1 @@
+"""What every floor may use: files, hashes, the machine, memory, words for numbers."""

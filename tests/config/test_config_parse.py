@@ -1,0 +1,288 @@
+"""The schema of conf/: what it refuses and in which words, what names a run, what a resumed run may change."""
+
+import dataclasses
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+import yaml
+from hydra.errors import ConfigCompositionException
+
+from lightsparse.config.compose import compose_raw, conf_dir
+from lightsparse.config.parse import compose, explain, on_this_machine, parse
+from lightsparse.config.run_identity import config_hash, differences
+from lightsparse.config.targets import ConfigError
+from lightsparse.data.files import FilesData
+from lightsparse.data.prepare import prepare
+from lightsparse.data.tokenizer import BPE
+from lightsparse.kernels import compute_dtype
+from lightsparse.models.transformer import Transformer
+from lightsparse.training.preflight.check import check
+
+CHOICES = [
+    f"{group.name}={choice.stem}"
+    for group in sorted(conf_dir().iterdir())
+    if group.is_dir()
+    for choice in sorted(group.glob("*.yaml"))
+]
+NEEDS = {
+    "data=files": ["data.path=pyproject.toml"],
+    "data=hub": ["data.name=some/text"],
+    "data=prepared": ["data.path={made}"],
+    "data=mixture": ["+data@data.sources.a=stdlib", "+data.weights={{a: 1}}"],
+    "tokenizer=hf": ["tokenizer.path={made}"],
+    "tokenizer=own": ["data=prepared", "data.path={made}"],
+}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A folder of prepared tokens with their tokenizer."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "texts").mkdir()
+    for i in range(4):
+        (folder / "texts" / f"{i}.txt").write_text("text " * 9)
+    data = FilesData(path=str(folder / "texts")).choose_tokenizer(BPE(vocab_size=300))
+    prepare(data, folder / "out")
+    return folder / "out"
+
+
+def needs(choice, made):
+    row = ["experiment=shootout_mqar"] if choice.startswith("shootout") else []  # the only recipe that has such rows
+    return row + [word.format(made=made) for word in NEEDS.get(choice, [])]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_file_of_conf_composes_and_passes_the_check(choice, made):
+    check(compose([choice, *needs(choice, made)]))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_file_of_conf_says_in_its_first_line_what_it_is_for(choice):
+    group, name = choice.split("=")
+    lines = (conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = lines[1] if lines[0].startswith("# @package") else lines[0]
+    assert comment.startswith("# ") and comment.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "choice", [each for each in CHOICES if not each.startswith(("experiment", "logger", "shootout"))]
+)
+def test_every_key_of_the_schema_stands_in_the_yaml_so_that_a_plain_override_reaches_it(choice, made):
+    config = compose([choice, *needs(choice, made)])
+    group = choice.split("=")[0]
+    given = set(compose_raw([choice])[group]) - {"_target_"}
+    part = getattr(config, group)
+    if group == "optimizer":
+        assert given == set(part.kwargs)
+    else:
+        part = part.config if group == "attention" else part
+        chosen_apart = {"tokenizer"} if group == "data" else set()
+        assert given == {field.name for field in dataclasses.fields(part)} - chosen_apart
+
+
+def test_every_key_of_config_yaml_has_a_comment():
+    text = (conf_dir() / "config.yaml").read_text(encoding="utf-8")
+    for line in text.split("\nname:")[1].split("\nhydra:")[0].splitlines()[1:]:
+        if ":" in line and not line.endswith(":") and not line.startswith("#") and not line.startswith("allow_targets"):
+            assert " # " in line, line
+
+
+WRONG = {
+    "atention=dense": "atention is not a key; did you mean attention?",
+    "attention=nope": "attention is nope; conf/attention has ",
+    "attention=densse": "; did you mean dense?",
+    "+attention.windw=3": "attention.windw is not a key; did you mean attention.window?",
+    "attention.windw=3": "attention.windw is not a key; did you mean attention.window?",
+    "attention.window=abc": "attention.window is 'abc'; it must be an integer",
+    "attention.window=0": "attention.window is 0;",
+    "attention.window.deep=3": "attention.window is {'deep': 3}; it must be an integer",
+    "attention.density=0": "attention.density is 0",
+    "attention.density=1.5": "attention.density is 1.5;",
+    "attention.density=0.0001": "density 0.0001 is out of reach",
+    "attention.dropout=1": "attention.dropout is 1",
+    "attention._target_=os.system": "attention._target_ is os.system; a config may name classes of",
+    "attention._target_=torch.nn.Linear": "_target_ is torch.nn.Linear; it must be a subclass of AttentionCore",
+    "attention=3": "Config group override must be a string or a list. Got int; write group=<name of a file",
+    "model.heads=5": "model.embed_dim is 192 and model.heads 5; heads must divide embed_dim",
+    "model.depth=0": "model.depth is 0;",
+    "model.dpth=2": "model.dpth is not a key; did you mean model.depth?",
+    "data.context=-1": "data.context is -1;",
+    "data.batch_size=1.5": "data.batch_size is 1.5; it must be an integer",
+    "trainer.max_steps=0": "trainer.max_steps is 0; it must be at least 1",
+    "trainer.max_steps=many": "trainer.max_steps is 'many'; it must be an integer",
+    "trainer.max_steps=true": "trainer.max_steps is true; it must be an integer",
+    "trainer.grad_clip=0": "trainer.grad_clip is 0",
+    "trainer.devices=2": "the job has 2 ranks (trainer.devices × trainer.num_nodes, or those of the launcher)",
+    "trainer=3": "trainer is 3; it must be a group of keys: max_steps, max_time, accumulate",
+    "optimizer.lr=fast": "optimizer.lr is 'fast'; it must be a number",
+    "optimizer.lr=-1": "optimizer.lr is -1; it must be at least 0",
+    "+optimizer.lrr=1": "optimizer.lrr is not a key; did you mean optimizer.lr?",
+    "schedule.decay_share=2": "schedule.decay_share is 2",
+    "strategy.kind=fsdp": "strategy.kind is not a key",
+    "strategy=dpp": "strategy is dpp; conf/strategy has ",
+    "precision=16": "precision is '16'; it must be one of 32, bf16-mixed, bf16-true",
+    "seed=-1": "seed is -1;",
+    "resume=yes": "resume is 'yes'; it must be one of auto, must, never",
+    "mlm_ratio=1": "mlm_ratio is 1",
+    "threads=0": "threads is 0;",
+    "name=../elsewhere": "name is ../elsewhere; it names one directory",
+    "eval.tokens=10": "eval.tokens is 10; it must hold one sample",
+    "checkpoint.keep=0": "checkpoint.keep is 0;",
+    "allow_targets=os": "allow_targets is 'os'; it must be a list",
+    "+callbacks.x=3": "callbacks.x is 3; it must be a group of keys with a _target_",
+    "+callbacks.x._target_=lightning.pytorch.os.system": "callbacks.x._target_ is lightning.pytorch.os.system;",
+    "+callbacks.x={_target_:torch.nn.Linear}": "_target_ is torch.nn.Linear; it must be a subclass of Callback",
+    "+logger.w={_target_:lightning.pytorch.loggers.CSVLogger,pefix:x}": "did you mean logger.w.prefix?",
+    "~seed": "seed is missing from the config",
+    "~attention": "attention is null; it must be a group of keys with a _target_",
+    "name=${nowhere}": "name: Interpolation key 'nowhere' not found",
+    "seed": "seed cannot be read as an override; write key=value",
+    "attention.window=[1,2": "attention.window=[1,2 cannot be read as an override;",
+    "seed=1,2": "seed=1,2 gives several values; add -m to run one after the other, or write 'seed=[1,2]'",
+    "hydra.foo=1": "Could not override 'hydra.foo'",
+    "optimizer.betas=[1]": "optimizer.betas is [1]; it must be a list of 2, each a number",
+    "hydra/launcher=nope": "hydra/launcher is nope;",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_override_is_one_readable_sentence(override):
+    base = ["attention=sliding_window"] if not override.lstrip("+~").startswith("attention=") else []
+    with pytest.raises(ConfigError) as caught:
+        check(compose([*base, override]))
+    assert WRONG[override] in str(caught.value)
+    assert "\n" not in str(caught.value) and "HYDRA_FULL_ERROR" not in str(caught.value)
+
+
+def test_a_missing_data_path_is_refused_with_its_name():
+    with pytest.raises(ConfigError, match=r"^data.path is 'nowhere/at/all'"):
+        compose(["data=files", "data.path=nowhere/at/all"])
+
+
+def test_a_key_the_schema_knows_but_conf_lacks_is_refused_with_the_way_to_add_it():
+    override = "callbacks.t={_target_:lightning.pytorch.callbacks.Timer}"
+    with pytest.raises(ConfigError, match=r"^callbacks.t has no value in conf/ .* write \+callbacks.t=…"):
+        compose([override])
+    check(compose([f"+{override}"]))
+
+
+def test_the_second_of_two_unknown_keys_does_not_hide_the_first():
+    with pytest.raises(ConfigError, match=r"^trainer.max_step is not a key; did you mean trainer.max_steps\?"):
+        compose(["trainer.max_step=1", "modle=tiny"])
+
+
+def test_a_run_whose_checkpoints_do_not_fit_on_the_disk_is_refused(monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    words = ["name=run", "checkpoint.keep=3", "checkpoint.keep_best=false"]
+    config = compose([f"runs_dir={tmp_path}/not/yet/there", *words])
+    asked = []
+
+    def disk_with(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(0, 0, free))
+
+    disk_with(2**40)
+    check(config)
+    assert asked == [tmp_path]
+    parameters = sum(p.numel() for p in Transformer(config.model, config.attention.build, vocab_size=256).parameters())
+    one = 12 * parameters  # fp32 weights and two states
+    disk_with(4 * one)
+    check(config)
+    disk_with(4 * one - 1)
+    with pytest.raises(ConfigError, match=r"^runs_dir is .* GiB are free, .* checkpoint\.keep=3 take"):
+        check(config)
+    checkpoints = tmp_path / "not/yet/there/run/checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step-1.ckpt").touch()  # a resumed run: this much is on the disk already
+    check(config)
+
+
+def test_a_runs_dir_below_a_file_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"^runs_dir is .*, but .*notes\.txt is no folder; set runs_dir="):
+        check(compose([f"runs_dir={tmp_path}/notes.txt"]))
+
+
+def test_the_default_name_tells_attention_context_and_what_is_trained():
+    plain = compose(["attention=dense", "data.context=512"])
+    raw = on_this_machine(compose_raw(["attention=dense", "data.context=512"]))
+    assert plain.name == f"dense-512-{config_hash(raw)}"
+    assert compose(["name=mine"]).name == "mine"
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_a_precision_left_to_the_machine_is_what_it_multiplies_faster_and_the_run_keeps_it(monkeypatch, faster):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(compute_dtype, "_multiplies_bf16_faster", lambda: faster)
+    chosen = "bf16-mixed" if faster else "32"
+    raw = on_this_machine(compose_raw([]))
+    assert str(raw["precision"]) == chosen == compose([]).precision
+    for same in (compose_raw([]), compose_raw([f"precision={chosen}"])):
+        assert differences(raw, same) == [] and config_hash(raw) == config_hash(same)
+    assert compose([]).name == compose([f"precision={chosen}"]).name
+    other = "32" if faster else "bf16-mixed"
+    assert compose([f"precision={other}"]).precision == other
+    monkeypatch.setattr(compute_dtype, "_multiplies_bf16_faster", lambda: not faster)
+    assert differences(raw, on_this_machine(compose_raw([]))) == [f"precision: {chosen} there, {other} here"]
+
+
+SAME = [
+    "trainer.max_steps=7",
+    "trainer.progress=false",
+    "trainer.log_every_n_steps=1",
+    "resume=never",
+    "name=x",
+    "threads=1",
+    "runs_dir=elsewhere",
+    "checkpoint.every_n_steps=3",
+    "checkpoint.keep=9",
+    "eval.every_n_steps=3",
+    "logger=wandb",
+    "+callbacks.t={_target_:lightning.pytorch.callbacks.Timer}",
+]
+OTHER = [
+    "seed=1",
+    "precision=bf16-true",
+    "attention=dense",
+    "attention.density=0.5",
+    "data.batch_size=2",
+    "optimizer.lr=1",
+    "schedule=cosine",
+    "model=tiny",
+    "trainer.accumulate=2",
+    "eval.tokens=8192",
+]
+
+
+@pytest.mark.parametrize("override", SAME)
+def test_how_long_and_how_watched_does_not_change_the_run(override):
+    before, now = compose_raw([]), compose_raw([override])
+    assert config_hash(before) == config_hash(now) and differences(before, now) == []
+    assert before != now
+
+
+@pytest.mark.parametrize("override", OTHER)
+def test_what_is_trained_names_another_run(override):
+    before, now = compose_raw([]), compose_raw([override])
+    assert config_hash(before) != config_hash(now) and differences(before, now)
+
+
+def test_differences_name_each_key_with_both_values(tmp_path):
+    before = compose_raw(["attention=sliding_window", "attention.window=256"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before), encoding="utf-8")
+    stored = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+    now = compose_raw(["attention=sliding_window", "attention.window=128", "seed=3", "trainer.max_steps=9"])
+    assert differences(stored, now) == ["attention.window: 256 there, 128 here", "seed: 0 there, 3 here"]
+    del stored["data"]["pack"]
+    assert "data.pack: absent there, concat here" in differences(stored, now)
+
+
+def test_a_stored_config_parses_to_the_same_run():
+    raw = compose_raw([])
+    assert parse(yaml.safe_load(yaml.safe_dump(raw))) == parse(raw)
+
+
+def test_sweeps_do_not_hide_a_misspelt_key():
+    error = ConfigCompositionException("Could not override 'sed'.\nTo append to your config use +sed=1,2")
+    assert explain(error, ["attention=dense,sliding_window", "sed=1,2"]) == "sed is not a key; did you mean seed?"

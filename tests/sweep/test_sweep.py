@@ -1,0 +1,263 @@
+"""`train.py -m`: what a sweep records, repeats, refuses and survives. Trials are stand-ins but for the slow test."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lightsparse.cli import train as command
+from lightsparse.sweep import launcher
+from lightsparse.sweep.record import load_record
+from lightsparse.sweep.trial import last_words, run_trial, trial_command, trial_environment
+from lightsparse.training.checkpoints.lock import holder, lock, unlock
+from lightsparse.training.preemption import Preemption
+
+ROOT = Path(__file__).parents[2]
+SWEEP = ("-m", "experiment=smoke", "hydra.launcher.name=s", "seed=1,2,3")
+
+
+class StandIns:
+    """Programs in place of trials: what each does by its seed, and which were started."""
+
+    def __init__(self):
+        self.started = []
+        self.plans = {}
+        self.instead = {}  # seed → shell command of one that does not finish
+
+    def command(self, overrides, ranks):
+        plan = self.plans[tuple(overrides)]
+        config = plan.config
+        self.started.append(config.seed)
+        if config.seed in self.instead:
+            return ["sh", "-c", self.instead[config.seed]]
+        folder = plan.directory.path
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(plan.raw), folder / "config.yaml")
+        found = {"finished": True, "steps": config.trainer.max_steps, "val_bits_per_byte": 0.25 * config.seed}
+        (folder / "summary.json").write_text(json.dumps(found))
+        return ["true"]
+
+    def planned(self, overrides, plan):
+        return self.plans.setdefault(tuple(overrides), plan)
+
+
+@pytest.fixture
+def trials(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = StandIns()
+    monkeypatch.setattr(launcher, "trial_command", found.command)
+    plan = launcher.TrialLauncher._plan
+    monkeypatch.setattr(
+        launcher.TrialLauncher, "_plan", lambda self, overrides: found.planned(overrides, plan(self, overrides))
+    )
+    yield found
+    unlock(tmp_path / "runs/s")
+
+
+def sweep(monkeypatch, *words):
+    """Run the command line in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    monkeypatch.setattr(launcher, "_begun", [])
+    try:
+        command.main()
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def statuses():
+    return [trial.status for trial in load_record(Path("runs/s")).trials]
+
+
+def test_every_trial_runs_once_and_a_second_start_repeats_none(trials, monkeypatch, capsys):
+    assert sweep(monkeypatch, *SWEEP) == 0 and trials.started == [1, 2, 3]
+    record = load_record(Path("runs/s"))
+    assert [(trial.status, trial.objective, trial.starts) for trial in record.trials] == [
+        ("finished", 0.25 * seed, 1) for seed in (1, 2, 3)
+    ]
+    assert [trial.varied for trial in record.trials] == [["seed=1"], ["seed=2"], ["seed=3"]]
+    assert "trial 2  seed=2  0.5000 bits per byte" in capsys.readouterr().out
+    assert sweep(monkeypatch, *SWEEP) == 0 and trials.started == [1, 2, 3]
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_a_trial_counts_by_what_it_minimises(trials, monkeypatch, capsys):
+    sweep(monkeypatch, *SWEEP)
+    record = load_record(Path("runs/s"))
+    wrong = {"finished": True, "steps": 20, "val_bits_per_byte": 9.0, "val_accuracy": 0.75}
+    summary = Path(record.trials[1].run) / "summary.json"
+    summary.write_text(json.dumps(wrong | {"minimised": "1 - val_accuracy"}))
+    sweep(monkeypatch, *SWEEP)
+    assert load_record(Path("runs/s")).trials[1].objective == 0.25
+    assert "0.2500 = 1 - val_accuracy, finished before" in capsys.readouterr().out
+
+
+def test_a_trial_that_crashes_or_is_killed_is_named_and_the_others_run(trials, monkeypatch, capsys):
+    trials.instead = {1: "echo the disk is full >&2; exit 3", 2: "kill -9 $$"}
+    assert sweep(monkeypatch, *SWEEP) == 1 and trials.started == [1, 2, 3]
+    first, second, _ = load_record(Path("runs/s")).trials
+    assert (first.status, first.exit_code, first.error) == ("failed", 3, "code 3: the disk is full")
+    assert (second.status, second.exit_code) == ("failed", -9) and second.error.startswith("signal 9")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("2 of 3 trials failed") and "seed=1; seed=2" in said
+
+
+def test_a_failed_trial_is_tried_again_when_asked_only(trials, monkeypatch):
+    trials.instead = {2: "exit 1"}
+    sweep(monkeypatch, *SWEEP)
+    trials.instead = {}
+    assert sweep(monkeypatch, *SWEEP) == 1 and trials.started == [1, 2, 3]
+    assert sweep(monkeypatch, *SWEEP, "hydra.launcher.retry=true") == 0 and trials.started == [1, 2, 3, 2]
+    assert statuses() == ["finished"] * 3 and load_record(Path("runs/s")).trials[1].starts == 2
+
+
+def test_a_trial_that_ended_with_75_goes_on_at_the_next_start(trials, monkeypatch, capsys):
+    trials.instead = {3: "exit 75"}
+    assert sweep(monkeypatch, *SWEEP) == 75 and statuses() == ["finished", "finished", "stopped"]
+    assert "the same command goes on: seed=3" in capsys.readouterr().err
+    trials.instead = {}
+    assert sweep(monkeypatch, *SWEEP) == 0 and trials.started == [1, 2, 3, 3]
+
+
+def test_a_trial_under_way_when_the_sweep_was_killed_is_started_again(trials, monkeypatch):
+    sweep(monkeypatch, *SWEEP)
+    record = load_record(Path("runs/s"))
+    record.trials[1].status = "running"
+    record.save()
+    (Path(record.trials[1].run) / "summary.json").unlink()
+    assert sweep(monkeypatch, *SWEEP) == 0 and trials.started == [1, 2, 3, 2]
+
+
+@pytest.mark.parametrize("answer", ["trap 'exit 75' TERM;", ""], ids=["saves", "still imports"])
+def test_sigterm_reaches_the_trial_and_ends_the_sweep_with_75(trials, monkeypatch, capsys, answer):
+    trials.instead = {2: f"{answer} kill -TERM {os.getpid()}; while :; do sleep 0.05; done"}
+    assert sweep(monkeypatch, *SWEEP) == 75 and trials.started == [1, 2]
+    assert statuses() == ["finished", "stopped"] and "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_trial_out_of_reach_fails_alone_without_a_start(trials, monkeypatch):
+    words = ("-m", "experiment=smoke", "hydra.launcher.name=s", "attention.density=0.0001,1.0")
+    assert sweep(monkeypatch, *words) == 1 and trials.started == [0]
+    first, second = load_record(Path("runs/s")).trials
+    assert (first.status, first.exit_code) == ("failed", 2) and "out of reach" in first.error
+    assert second.status == "finished"
+
+
+@pytest.mark.parametrize("words", [("trainer.max_steps=4,5",), ("seed=1,2", "name=x")])
+def test_trials_that_would_share_a_directory_are_refused_before_any_starts(trials, monkeypatch, capsys, words):
+    assert sweep(monkeypatch, "-m", "experiment=smoke", *words) == 2 and trials.started == []
+    assert "would share runs/" in capsys.readouterr().err
+
+
+def test_the_key_in_the_name_lets_them_differ(trials, monkeypatch):
+    words = ("experiment=smoke", "trainer.max_steps=4,5", "name=run-${trainer.max_steps}", "hydra.launcher.name=s")
+    assert sweep(monkeypatch, "-m", *words) == 0 and len(trials.started) == 2
+
+
+def test_a_sweep_has_one_controller(trials, monkeypatch, capsys):
+    folder = Path("runs/s")
+    folder.mkdir(parents=True)
+    owner = [sys.executable, "-c", "import fcntl,sys,time;f=open('runs/s/.lock','w');fcntl.flock(f,2);print(flush=1);"]
+    owner[-1] += "time.sleep(60)"
+    with subprocess.Popen(owner, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert sweep(monkeypatch, *SWEEP) == 2 and trials.started == []
+        other.kill()
+    assert "is a sweep that" in capsys.readouterr().err
+
+
+def test_under_torchrun_a_sweep_is_refused(trials, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert sweep(monkeypatch, *SWEEP) == 2 and "start it without" in capsys.readouterr().err
+
+
+def test_a_sampler_without_seed_is_refused_as_a_killed_sweep_could_not_go_on():
+    config = OmegaConf.create(
+        {"hydra": {"sweeper": {"sampler": {"seed": None}, "storage": None}, "overrides": {"task": [], "hydra": []}}}
+    )
+    with pytest.raises(command.ConfigError, match=r"hydra\.sweeper\.sampler\.seed is null"):
+        launcher.TrialLauncher(None, False).setup(hydra_context=None, task_function=None, config=config)
+
+
+def test_the_name_follows_what_is_swept_and_not_where_it_goes():
+    one = launcher._digest(["seed=1,2", "runs_dir=a"], [])
+    assert one == launcher._digest(["runs_dir=b", "seed=1,2"], ["hydra.launcher.retry=true"])
+    assert one != launcher._digest(["seed=1,3"], []) != launcher._digest(["seed=1,3"], ["hydra/sweeper=optuna"])
+
+
+def test_several_ranks_take_one_torchrun_and_its_report_tells_75_apart(tmp_path):
+    words = trial_command(["seed=1"], 2)
+    assert words[1:4] == ["-m", "torch.distributed.run", "--standalone"] and words[-1] == "seed=1"
+    assert "torch.distributed.run" not in trial_command(["seed=1"], 1)
+    log = tmp_path / "log.txt"
+    report = "echo rank 0 of 2 has lost another rank; echo 'E1 torch.distributed.elastic failed'; "
+    report += "echo '  exitcode  : 75 (pid: 1)'; exit 1"
+    assert run_trial(["sh", "-c", report], dict(os.environ), log, Preemption()) == 75
+    assert last_words(log) == "rank 0 of 2 has lost another rank"
+    assert run_trial(["sh", "-c", "exit 1"], dict(os.environ), log, Preemption()) == 1  # the report is the last start's
+
+
+REPORT = """
+E1126 00:28:59.752000 8846 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9) local_rank: 1
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 8858)  (SIGTERM)
+Root Cause (first observed failure):
+[0]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 8859)  (SIGKILL)
+  traceback : Signal 9 (SIGKILL) received by PID 8859
+"""
+
+
+def test_a_killed_rank_is_named_where_no_rank_could_say_a_word(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text(REPORT)
+    assert last_words(log) == "rank 1 ended with code -9"
+    log.write_text(f"rank 0 of 2 has lost another rank\n{REPORT}")
+    assert last_words(log) == "rank 0 of 2 has lost another rank"
+
+
+def test_w_and_b_groups_the_runs_by_the_sweep_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    assert trial_environment("s")["WANDB_RUN_GROUP"] == "s"
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    assert trial_environment("s")["WANDB_RUN_GROUP"] == "mine"
+
+
+def test_who_holds_a_folder_is_told_to_others_only(tmp_path):
+    assert holder(tmp_path) is None
+    lock(tmp_path)
+    assert holder(tmp_path) is None  # ours
+    asks = "from lightsparse.training.checkpoints.lock import holder, Path; print(holder(Path('.')))"
+    told = subprocess.run([sys.executable, "-c", asks], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert told.stdout.startswith(f"process {os.getpid()} on ")
+    unlock(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_sweep_of_trials_with_two_ranks_killed_in_the_middle_goes_on(tmp_path):
+    tiny = ("model.depth=1", "data.context=256", "eval.tokens=2048", "eval.sample_tokens=0", "trainer.max_steps=6")
+    ranks = ("strategy=ddp", "trainer.devices=2", "schedule.warmup_steps=1", "threads=1")
+    words = [sys.executable, str(ROOT / "train.py"), "-m", "experiment=smoke", "seed=1,2", *tiny, *ranks]
+    words += ["hydra.launcher.name=s"]
+    with subprocess.Popen(words, cwd=tmp_path) as controller:
+        until = time.monotonic() + 300
+        while not (tmp_path / "runs/s/sweep.json").exists() and time.monotonic() < until:
+            time.sleep(0.2)
+        controller.send_signal(signal.SIGKILL)
+    done = subprocess.run(words, cwd=tmp_path, timeout=600, check=False)
+    record = load_record(tmp_path / "runs/s")
+    assert done.returncode == 0 and record is not None
+    assert [(trial.status, trial.ranks) for trial in record.trials] == [("finished", 2)] * 2

@@ -1,0 +1,81 @@
+"""Which file is taken for the newest checkpoint, and which are removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightsparse.training.checkpoints.background_writer import CheckpointWriter
+from lightsparse.training.checkpoints.callback import validation_follows
+from lightsparse.training.checkpoints.files import checkpoint_steps, newest_checkpoint
+
+
+def saved(folder: Path, *steps: int) -> Path:
+    for step in steps:
+        CheckpointWriter(False, 60).save_checkpoint({"global_step": step}, folder / f"step-{step}.ckpt")
+    return folder
+
+
+def test_the_newest_is_by_number_and_not_by_name(tmp_path: Path) -> None:
+    assert newest_checkpoint(saved(tmp_path, 9, 1000, 200)) == (1000, tmp_path / "step-1000.ckpt")
+    assert list(checkpoint_steps(tmp_path)) == [9, 200, 1000]
+
+
+def test_half_written_foreign_and_damaged_files_are_never_taken(tmp_path: Path) -> None:
+    saved(tmp_path, 5, 6)
+    whole = (tmp_path / "step-6.ckpt").read_bytes()
+    (tmp_path / "step-6.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / ".step-7.ckpt.123.partial").write_bytes(whole)
+    (tmp_path / "step-8.ckpt.bak").write_bytes(whole)
+    (tmp_path / "step-9.ckpt").touch()
+    assert newest_checkpoint(tmp_path) == (5, tmp_path / "step-5.ckpt")
+
+
+def test_no_flipped_bit_is_loaded(tmp_path: Path) -> None:
+    """Each damaged file is passed over, or its flip lies where nothing is read (padding), and the content is whole."""
+    saved(tmp_path, 5)
+    content = {"weights": torch.arange(300.0), "global_step": 6}
+    path = tmp_path / "step-6.ckpt"
+    CheckpointWriter(False, 60).save_checkpoint(content, path)
+    whole = path.read_bytes()
+    passed_over = 0
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        step, found = newest_checkpoint(tmp_path) or (None, None)
+        if step == 5:
+            passed_over += 1
+            continue
+        loaded = torch.load(found, weights_only=True)
+        assert torch.equal(loaded["weights"], content["weights"]) and loaded["global_step"] == 6
+    assert passed_over > len(whole) / 7 / 2
+
+
+def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved(tmp_path, 5, 6)
+    path = tmp_path / "step-6.ckpt"
+    path.write_bytes(path.read_bytes()[:-40])
+    with caplog.at_level("WARNING"):
+        assert newest_checkpoint(tmp_path) == (5, tmp_path / "step-5.ckpt")
+    assert "step-6.ckpt IS DAMAGED (no whole archive" in caplog.text
+
+
+def test_no_folder_and_no_checkpoint_are_none(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "absent") is None
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_failed_save_keeps_the_checkpoint_of_that_name(tmp_path: Path) -> None:
+    saved(tmp_path, 5)
+    with pytest.raises(AttributeError):
+        CheckpointWriter(False, 60).save_checkpoint({"local": lambda: None}, tmp_path / "step-5.ckpt")
+    assert torch.load(tmp_path / "step-5.ckpt", weights_only=True) == {"global_step": 5}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-5.ckpt"]
+
+
+def test_validation_comes_at_its_interval_and_once_at_the_end() -> None:
+    assert [step for step in range(8) if validation_follows(step, 3, 7)] == [3, 6, 7]
+    assert [step for step in range(7) if validation_follows(step, 3, 6)] == [3, 6]

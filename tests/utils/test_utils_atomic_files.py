@@ -1,0 +1,52 @@
+"""A file is whole or absent, whatever kills the writer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lightsparse.utils.atomic_files import atomic_write, remove_partial_files, write_text
+
+
+def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write(b"new, but not all of")
+        raise RuntimeError("disk on fire")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_nothing_is_visible_before_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with atomic_write(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"half"
+
+
+def test_sigkill_in_the_middle_leaves_only_a_partial_file_that_cleaning_removes(tmp_path: Path) -> None:
+    script = f"""
+        import os, signal
+        from pathlib import Path
+        from lightsparse.utils.atomic_files import atomic_write
+        with atomic_write(Path({str(tmp_path / "step-5.ckpt")!r})) as file:
+            file.write(b"x" * 100)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".") and not left.endswith(".ckpt")
+    write_text(tmp_path / "keep.txt", "")
+    remove_partial_files(tmp_path)
+    assert os.listdir(tmp_path) == ["keep.txt"]
