@@ -344,17 +344,17 @@ def decodes_from_a_cache(variant: Variant, shape: Shape) -> None:
     core, given = variant.core(shape, dtype=torch.float64), Inputs.random(shape, dtype=torch.float64)
     packed = torch.cat([documents_at(shape.n, 11, 50), documents_at(shape.n, 37)])[: shape.batch]
     for documents in (None, packed) if core.supports_documents else (None,):
-        lifetimes = core.lifetimes(shape.n, documents)
-        cache, pieces = KVCache(lifetimes), []
+        key_expiry = core.key_expiry(shape.n, documents)
+        cache, pieces = KVCache(key_expiry), []
         for start, stop in _steps(shape.n):
             new = given.tokens(start, stop)
-            k, v, held = cache.append(new.k, new.v)
+            k, v, cached_block_ids = cache.append(new.k, new.v)
             of_tokens = None if documents is None else documents[:, :stop]
             ctx = context(stop, of_tokens, q_start=start, states={core.shape.layer: cache.state})
-            pieces.append(core(new.q, k, v, x=new.x, ctx=replace(ctx, held=held)).out)
-            if lifetimes is not None:
-                row, block = start // lifetimes.block, lifetimes.block
-                wanted = [j for j in range(-(-stop // block)) if j >= row or lifetimes.last_row[j] >= row]
+            pieces.append(core(new.q, k, v, x=new.x, ctx=replace(ctx, cached_block_ids=cached_block_ids)).out)
+            if key_expiry is not None:
+                row, block = start // key_expiry.block, key_expiry.block
+                wanted = [j for j in range(-(-stop // block)) if j >= row or key_expiry.last_row[j] >= row]
                 assert k.shape[2] == sum(min(block, stop - j * block) for j in wanted)
         close(torch.cat(pieces, 2), attend(core, given, documents), 1e-9, "decoding")
 
@@ -430,7 +430,7 @@ def chooses_again_what_it_chose(variant: Variant) -> None:
 
 
 def trains_the_same_recomputed_layer_by_layer(variant: Variant) -> None:
-    """With model.checkpoint, in pieces: all parameters have the same gradients, of the core's own loss too."""
+    """With activation checkpointing, in pieces: all parameters have the same gradients, of the core's own loss too."""
     for fields in ({"dense_steps": 0}, {"dense_steps": -1}) if hasattr(variant.choice.config, "dense_steps") else ({},):
         core, found = replace(variant.choice.config.small(), **fields), []
         tokens = torch.arange(2 * 111).view(2, 111) ** 2 % 61

@@ -69,8 +69,8 @@ def share(rank: int, world: int, variant: Variant, case: Case, groups: int = 1) 
     context_ranks = world // groups
     group = _group(rank, world, context_ranks)
     core = case.core(variant)
-    unit = core.shard_unit()
-    loads = core.row_loads(case.shape.n, unit)
+    unit = core.split_granularity()
+    loads = core.row_costs(case.shape.n, unit)
     shard = ContextShard(split(case.kind, case.shape.n, unit, context_ranks, loads), group, case.exchange)
     everything, tokens = Inputs.random(case.shape, dtype=case.dtype), shard.tokens
     given = Inputs(*(t[:, :, tokens] for t in everything.tensors()[:3]), everything.x[:, tokens]).leaves()

@@ -22,7 +22,7 @@ METRICS = (
     ("parameters", "parameters", 0),
     ("steps", "steps", 0),
 )
-QUALITY = "objective"  # what the run minimises: bits per byte, or the share of wrong answers
+QUALITY = "sweep_metric"  # what the run minimises: bits per byte, or the share of wrong answers
 # Where a run lies and how it was watched makes no group; the seed is what groups are means over.
 _NO_GROUP = ("name", "runs_dir", "resume", "seed", "allow_targets", "trainer.progress", "trainer.log_every_n_steps")
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.pooling.block_means import Summaries, summarise
 from lightsparse.attention.selection.router import BlockRouter, Choice, Noise
-from lightsparse.attention.sharded_call import attention, sequence_length
+from lightsparse.attention.sharded_call import sequence_length, sharded_attention
 from lightsparse.context_parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
@@ -68,7 +68,7 @@ class AdaptiveConfig(AttentionConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class RoutedBlocks:
     """What a forward pass reads, before it reads it.
 
     layout    its table is [B, Hkv|1, NQ, K]
@@ -100,8 +100,8 @@ class BlockSparseAdaptive(AttentionCore):
     """
 
     Config = AdaptiveConfig
-    reads_input = False
-    chooses = True
+    needs_hidden_states = False
+    selects_from_input = True
     logged = ("router_gate", "router_entropy", "router_capped", "router_tau")
     logged_per_head = ("head_density",)
     context_parallel = ("sparse", "gather")
@@ -126,7 +126,7 @@ class BlockSparseAdaptive(AttentionCore):
         # the temperature they were trained for; a run that resumes computes it anew.
         self.register_buffer("schedule", torch.tensor(config.tau_start))
 
-    def shard_unit(self) -> int:
+    def split_granularity(self) -> int:
         return self.options.block
 
     def set_step(self, step: int, max_steps: int) -> None:
@@ -143,12 +143,12 @@ class BlockSparseAdaptive(AttentionCore):
         dropout = ctx.dropout(
             self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        out, _ = attention(q, k, v, chosen.layout, ctx, block_bias=chosen.bias, dropout=dropout)
+        out, _ = sharded_attention(q, k, v, chosen.layout, ctx, block_bias=chosen.bias, dropout=dropout)
         if ctx.states is not None and chosen.state is not None:
             ctx.states[self.shape.layer].update(chosen.state)
         return AttentionResult(out, chosen.aux_loss, chosen.stats, chosen.layout.kv_indices)
 
-    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> Selection:
+    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> RoutedBlocks:
         """The choice for q [B, H, Nq, D] over k [B, Hkv, Nkv, D], as forward makes it; changes nothing, not even ctx.
 
         x plays no part. Raises ValueError when ctx.q_start > 0 and ctx.states does not hold what the tokens before
@@ -170,7 +170,7 @@ class BlockSparseAdaptive(AttentionCore):
             bias = bias[:, :, torch.arange(within, layout.num_queries, device=q.device) // block]
             layout = layout.per_token(within, layout.num_queries)
         stats = self._stats(layout, choice, tau_H.detach(), ctx)
-        return Selection(layout, bias if self.options.gate_bias else None, aux_loss, stats, state)
+        return RoutedBlocks(layout, bias if self.options.gate_bias else None, aux_loss, stats, state)
 
     def _choice(self, of: Summaries, tau_H: Tensor, ctx: SequenceContext) -> Choice:
         """All rows of this rank, some at a time; these are computed again in the backward pass: no score is kept."""

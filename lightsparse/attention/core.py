@@ -54,8 +54,8 @@ class SequenceContext:
     seed       one integer of (run seed, global step): with sample ids, all randomness of the pass is a function of it
     sample_ids int64 [B] or None: global ids of the samples, so that randomness does not depend on the batch's split
     states     per layer, what a core keeps between decoding steps beside keys and values; None = no decoding
-    held       int64 [n] or None: ids, ascending, of the key blocks that k and v consist of where the layer's cache has
-               forgotten others (AttentionCore.lifetimes); all are whole but the last. None = all keys are there
+    cached_block_ids  int64 [n] or None: ids, ascending, of the key blocks that k and v consist of where the layer's
+               cache has forgotten others (AttentionCore.key_expiry); all are whole but the last. None = all keys are there
     layouts    what the cores built for this pass, keyed by their own config: built once, read by every layer
     shard      this rank's part of a sequence that several ranks hold: q, k, v, x and positions are those of its tokens
                then, `documents` still those of the whole sequence, [B, shard.length]; None = all of it is here
@@ -69,7 +69,7 @@ class SequenceContext:
     seed: int = 0
     sample_ids: Tensor | None = None
     states: dict[int, dict[str, Tensor]] | None = None
-    held: Tensor | None = None
+    cached_block_ids: Tensor | None = None
     layouts: dict[Any, Any] = field(default_factory=dict)
     shard: ContextShard | None = None
     rotary: Rotary | None = None
@@ -86,7 +86,7 @@ class SequenceContext:
         return Dropout(rate, sample_keys(self.seed, layer, samples))
 
 
-class Lifetimes(NamedTuple):
+class KeyExpiry(NamedTuple):
     """How long a cache must keep the keys of a sequence."""
 
     until: int  # tokens of the sequence, those to come included
@@ -146,19 +146,19 @@ class AttentionCore(nn.Module):
     supports_documents: ClassVar[bool] = True
     supports_gqa: ClassVar[bool] = True
     exact_at_full_budget: ClassVar[bool] = True  # with budget = everything it equals dense attention
-    reads_input: ClassVar[bool] = (
-        True  # whether forward reads x; False: with model.checkpoint x comes without its norm.
+    needs_hidden_states: ClassVar[bool] = (
+        True  # whether forward reads x; False: with model.activation_checkpointing x comes without its norm.
     )
     # A class with a forward of its own says so itself: what it inherits was said of another forward.
-    chooses: ClassVar[bool] = False  # what is read depends on the input; then `choice` holds the table
+    selects_from_input: ClassVar[bool] = False  # what is read depends on the input; then `choice` holds the table
     logged: ClassVar[tuple[str, ...]] = ()  # its scalars in `stats` beside density: columns of metrics.csv
     logged_per_head: ClassVar[tuple[str, ...]] = ()  # the same with one value per key/value head (or one for all)
     context_parallel: tuple[str, ...] = ()  # exchanges it can use when several ranks hold a sequence
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "forward" in vars(cls) and "reads_input" not in vars(cls):
-            cls.reads_input = True
+        if "forward" in vars(cls) and "needs_hidden_states" not in vars(cls):
+            cls.needs_hidden_states = True
 
     def __init__(self, config: AttentionConfig, shape: AttentionShape):
         super().__init__()
@@ -171,29 +171,29 @@ class AttentionCore(nn.Module):
         if shape.heads != shape.kv_heads and not self.supports_gqa:
             raise ValueError(f"{name} needs as many key/value heads as query heads; set model.kv_heads={shape.heads}")
 
-    def shard_unit(self) -> int:
+    def split_granularity(self) -> int:
         """Tokens that ranks must not cut when they split a sequence: they get whole multiples of it."""
-        raise NotImplementedError(f"{type(self).__name__} has no shard_unit()")
+        raise NotImplementedError(f"{type(self).__name__} has no split_granularity()")
 
-    def row_loads(self, length: int, unit: int) -> list[float]:
+    def row_costs(self, length: int, unit: int) -> list[float]:
         """What the queries of each unit of `unit` tokens cost, in any measure: for an even split over ranks."""
         return [1.0] * -(-length // unit)
 
-    def selection_parameters(self) -> list[nn.Parameter]:
+    def selector_parameters(self) -> list[nn.Parameter]:
         """Those that only choose what is read (an indexer, a gate, a router), and that can be trained alone.
 
         Here all of a core that chooses and none of another; a core that has others, too, says which.
         """
-        return list(self.parameters()) if self.chooses else []
+        return list(self.parameters()) if self.selects_from_input else []
 
     def set_step(self, step: int, max_steps: int) -> None:
         """Called before the forward of the optimizer step after `step` finished ones: for schedules over a run."""
 
-    def lifetimes(self, until: int, documents: Tensor | None = None) -> Lifetimes | None:
+    def key_expiry(self, until: int, documents: Tensor | None = None) -> KeyExpiry | None:
         """How long each key of a causal sequence is read while its first `until` tokens are decoded; None = to the end.
 
         documents  int32 [B, until] or None
-        A core that tells this must take k and v without the keys that are not read any more: `ctx.held`.
+        A core that tells this must take k and v without the keys that are not read any more: `ctx.cached_block_ids`.
         """
         return None
 

@@ -67,7 +67,7 @@ class CsaConfig(CompressedConfig, StagedConfig):
         return replace(self, window=21, block=16, top_k=5, index_heads=2, index_dim=8)
 
 
-class Selection(NamedTuple):
+class EntrySelection(NamedTuple):
     layout: BlockLayout
 
 
@@ -82,7 +82,7 @@ class CsaAttention(CompressedAttention):
     """
 
     Config = CsaConfig
-    chooses = True
+    selects_from_input = True
     overlap = True
     logged = ("index_kl",)
 
@@ -93,7 +93,7 @@ class CsaAttention(CompressedAttention):
         self.dense_now = config.is_dense(0)
         warn_if_dense("attention.top_k × attention.stride", config.top_k * config.stride, shape.context)
 
-    def selection_parameters(self) -> list[nn.Parameter]:
+    def selector_parameters(self) -> list[nn.Parameter]:
         return list(self.indexer.parameters())
 
     def set_step(self, step: int, max_steps: int) -> None:
@@ -106,7 +106,7 @@ class CsaAttention(CompressedAttention):
         self.indexer(x, ctx, state)  # decoding keeps its tokens, too
         return {"index_kl": x.new_zeros((), dtype=torch.float32)}
 
-    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> Selection:
+    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> EntrySelection:
         """What forward reads, for pictures: tokens and, behind them, entries, a row per query and a key per block.
 
         The tokens are those of the window's tiles; k plays no part. The table of all queries at once.
@@ -118,7 +118,7 @@ class CsaAttention(CompressedAttention):
         inside = (tiles.kv_indices >= 0)[..., None] & (table < n)
         table = torch.where(inside, table, -1).flatten(-2).to(torch.int32)
         near = replace(tiles, kv_indices=table, kv_block=1)
-        return Selection(beside(near, self._layout(self.indexer(x, ctx, {}), tokens, ctx)))
+        return EntrySelection(beside(near, self._layout(self.indexer(x, ctx, {}), tokens, ctx)))
 
     @torch.compiler.disable  # rows are worked on in parts, by values
     def far(

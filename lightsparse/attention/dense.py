@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lightsparse.attention.core import AttentionConfig, AttentionResult, AttentionShape, Lifetimes, SequenceContext
+from lightsparse.attention.core import AttentionConfig, AttentionResult, AttentionShape, KeyExpiry, SequenceContext
 from lightsparse.attention.fixed import FixedPatternAttention
 from lightsparse.patterns import LocalWindow, Pattern
 
@@ -44,7 +44,7 @@ class DenseAttention(FixedPatternAttention):
 
     Config = DenseConfig
     config: DenseConfig
-    reads_input = False
+    needs_hidden_states = False
 
     def __init__(self, config: DenseConfig, shape: AttentionShape):
         super().__init__(config, shape)
@@ -65,12 +65,12 @@ class DenseAttention(FixedPatternAttention):
             out = torch.stack(samples)
         return AttentionResult(out, stats={"density": torch.ones((), device=q.device)})
 
-    def lifetimes(self, until: int, documents: Tensor | None = None) -> Lifetimes | None:
-        return None if self.config.pattern is None else super().lifetimes(until, documents)
+    def key_expiry(self, until: int, documents: Tensor | None = None) -> KeyExpiry | None:
+        return None if self.config.pattern is None else super().key_expiry(until, documents)
 
-    def row_loads(self, length: int, unit: int) -> list[float]:
+    def row_costs(self, length: int, unit: int) -> list[float]:
         if self.config.pattern is not None:
-            return super().row_loads(length, unit)
+            return super().row_costs(length, unit)
         starts = range(0, length, unit)  # written out, because the layout has a number per pair of blocks
         if not self.shape.causal:
             return [float(min(unit, length - start)) for start in starts]

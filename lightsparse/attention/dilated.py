@@ -24,13 +24,13 @@ from lightsparse.attention.core import (
     AttentionCore,
     AttentionResult,
     AttentionShape,
-    Lifetimes,
+    KeyExpiry,
     SequenceContext,
 )
 from lightsparse.attention.dense import refuse_unfit
 from lightsparse.attention.segments.across_ranks import share
 from lightsparse.attention.segments.gather import Branch, Gather, Sizes, dense_area, gathers, last_rows
-from lightsparse.attention.sharded_call import attention, own_rows, sequence_length
+from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention
 from lightsparse.kernels import Dropout
 from lightsparse.patterns import Pattern
 from lightsparse.utils.hashing import chain
@@ -84,7 +84,7 @@ class DilatedAttention(AttentionCore):
     """
 
     Config = DilatedConfig
-    reads_input = False
+    needs_hidden_states = False
     config: DilatedConfig
     context_parallel = ("sparse", "gather")
 
@@ -112,14 +112,14 @@ class DilatedAttention(AttentionCore):
         if config.pattern is not None:
             refuse_unfit(config.pattern, shape, config.block)
 
-    def shard_unit(self) -> int:
+    def split_granularity(self) -> int:
         return self.config.block
 
-    def lifetimes(self, until: int, documents: Tensor | None = None) -> Lifetimes | None:
+    def key_expiry(self, until: int, documents: Tensor | None = None) -> KeyExpiry | None:
         block = self.config.block
         if self.config.pattern is not None:  # its slots are laid out from the first token on
             return None
-        return Lifetimes(until, block, last_rows(self.config.segment_lengths, until, block, documents))
+        return KeyExpiry(until, block, last_rows(self.config.segment_lengths, until, block, documents))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         # Where every head has one branch there is nothing to weigh, and kernels without a differentiable lse will do.
@@ -135,7 +135,7 @@ class DilatedAttention(AttentionCore):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: SequenceContext, weighed: bool
     ) -> tuple[list[list[_Part]], float | None]:
         """What each gather of each branch gives, and the density, None while decoding."""
-        length = sequence_length(k, ctx) if ctx.held is None else ctx.q_start + q.shape[2]
+        length = sequence_length(k, ctx) if ctx.cached_block_ids is None else ctx.q_start + q.shape[2]
         plan = self._plan(length, ctx, q.device)
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
@@ -205,7 +205,7 @@ def _attend(
     if gather.positions is None:
         first = 0 if ctx.shard is not None else nkv - gather.layout.num_keys
         own = own_rows(gather.layout, ctx)
-        out, lse = attention(q, k[:, :, first:], v[:, :, first:], own, ctx, dropout=dropout, return_lse=weighed)
+        out, lse = sharded_attention(q, k[:, :, first:], v[:, :, first:], own, ctx, dropout=dropout, return_lse=weighed)
         return _Part(None, out.flatten(0, 2), _flat_lse(out, lse))
 
     q_heads = (gather.kv_heads[:, None] * group + torch.arange(group, device=q.device)).flatten()
@@ -219,7 +219,7 @@ def _attend(
         layout, of_queries, sources = share(gather, k, ctx)
     of_queries = of_queries.repeat_interleave(group, 1)
     q_rows = _rows(of_queries, q_heads, q)
-    out, lse = attention(
+    out, lse = sharded_attention(
         _taken(q, q_rows),
         k,
         v,

@@ -2,7 +2,7 @@
 
 The lightning indexer (indexer.py) scores all past tokens; the top_k best are read under one softmax, the same for all
 heads. The choice has no gradient. The indexer imitates the attention instead (indexer_loss.py), in two stages:
-attention is dense at first (`dense_steps`) and only the indexer trains (trainer.selection_only_steps), then everything
+attention is dense at first (`dense_steps`) and only the indexer trains (trainer.selector_only_steps), then everything
 trains under sparse attention, the indexer still by its own loss alone, over what is chosen.
 """
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightsparse.attention.core import AttentionResult, AttentionShape, SequenceContext
-from lightsparse.attention.pooling.block_means import of_all_ranks
+from lightsparse.attention.pooling.block_means import gather_block_means
 from lightsparse.attention.selection.dense_warning import warn_if_dense
 from lightsparse.attention.selection.indexer import Index, Indexer
 from lightsparse.attention.selection.indexer_loss import Found, Keys, choose, choose_and_learn, learn_from_dense
 from lightsparse.attention.selection.kept_mass import kept_mass, queries_at, sampled_queries
 from lightsparse.attention.selection.stages import StagedAttention, StagedConfig
-from lightsparse.attention.sharded_call import attention, sequence_length
+from lightsparse.attention.sharded_call import sequence_length, sharded_attention
 from lightsparse.context_parallel.shard import sum_over
 from lightsparse.kernels import Dropout
 from lightsparse.patterns import BlockLayout, ElementMask, interval_mask
@@ -63,7 +63,7 @@ class DsaConfig(StagedConfig):
         return replace(self, top_k=1 << 24)
 
 
-class Selection(NamedTuple):
+class TokenSelection(NamedTuple):
     layout: BlockLayout
 
 
@@ -82,7 +82,7 @@ class DsaAttention(StagedAttention):
 
     Config = DsaConfig
     supports_bidirectional = False
-    chooses = True
+    selects_from_input = True
     logged = ("kept_mass", "selection_kl", "uniform_kl")
     context_parallel = ("sparse", "gather")
 
@@ -92,10 +92,10 @@ class DsaAttention(StagedAttention):
         self.indexer = Indexer(shape.embed_dim, config.index_heads, config.index_dim)
         warn_if_dense("attention.top_k", config.top_k, shape.context)
 
-    def shard_unit(self) -> int:
+    def split_granularity(self) -> int:
         return _UNIT
 
-    def row_loads(self, length: int, unit: int) -> list[float]:
+    def row_costs(self, length: int, unit: int) -> list[float]:
         """Products of attention and indexer for the queries of each unit, without documents."""
         read = self.shape.heads * self.shape.head_dim * 2
         scored = self.options.index_heads * self.options.index_dim
@@ -126,10 +126,10 @@ class DsaAttention(StagedAttention):
         result.stats |= {"selection_kl": loss.detach().float(), "uniform_kl": uniform.detach().float()}
         return replace(result, aux_loss=self.options.kl_weight * loss)
 
-    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> Selection:
+    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> TokenSelection:
         """What forward reads in the sparse stage, for pictures: the table of all queries at once."""
         mask = self._mask(slice(0, q.shape[2]), k, ctx)
-        return Selection(_layout(choose(self._index(x, ctx), mask, self.options.top_k), mask))
+        return TokenSelection(_layout(choose(self._index(x, ctx), mask, self.options.top_k), mask))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, index: Index, keys: Keys | None, ctx: SequenceContext
@@ -181,7 +181,7 @@ class DsaAttention(StagedAttention):
     ) -> Tensor:
         """Attention of some queries. once: what they chose, for the forward pass; the backward chooses it again."""
         layout = once.pop() if once else _layout(choose(index, mask, self.options.top_k), mask)
-        return attention(q, k, v, layout, ctx, dropout=dropout)[0]
+        return sharded_attention(q, k, v, layout, ctx, dropout=dropout)[0]
 
     def _parts(self, q: Tensor, k: Tensor, ctx: SequenceContext) -> list[slice]:
         """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
@@ -205,7 +205,7 @@ class DsaAttention(StagedAttention):
         """Of the queries here, with the keys of the whole sequence up to now."""
         index = self.indexer(x, ctx)
         if ctx.shard is not None:
-            return index._replace(keys=of_all_ranks(index.keys[:, None], ctx.shard, 1)[:, 0])
+            return index._replace(keys=gather_block_means(index.keys[:, None], ctx.shard, 1)[:, 0])
         if not ctx.q_start:
             return index
         held = (ctx.states or {}).get(self.shape.layer, {}).get("index_keys")
@@ -220,7 +220,7 @@ class DsaAttention(StagedAttention):
     @torch.no_grad()
     def _keys(self, q: Tensor, k: Tensor, ctx: SequenceContext) -> Keys:
         """What the indexer learns from."""
-        return Keys(q, k if ctx.shard is None else of_all_ranks(k, ctx.shard, 1))
+        return Keys(q, k if ctx.shard is None else gather_block_means(k, ctx.shard, 1))
 
     @torch.compiler.disable
     @torch.no_grad()

@@ -10,10 +10,10 @@ from lightsparse.attention.core import (
     AttentionCore,
     AttentionResult,
     AttentionShape,
-    Lifetimes,
+    KeyExpiry,
     SequenceContext,
 )
-from lightsparse.attention.sharded_call import attention, own_rows, sequence_length
+from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention
 from lightsparse.patterns import BlockLayout, LayoutKey, Pattern, PersistentPatternCache
 from lightsparse.patterns.parts import of_keys
 
@@ -25,7 +25,7 @@ class FixedPatternAttention(AttentionCore):
     """Base of the variants whose blocks do not depend on the data. Subclasses set `block` and say `pattern_at`."""
 
     block: int  # tokens
-    reads_input = False
+    needs_hidden_states = False
     context_parallel: tuple[str, ...] = ("sparse", "ring", "gather")
 
     def __init__(self, config: AttentionConfig, shape: AttentionShape, *, learned_sink: bool = False):
@@ -38,23 +38,23 @@ class FixedPatternAttention(AttentionCore):
         raise NotImplementedError(f"{type(self).__name__} has no pattern_at()")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
-        length = sequence_length(k, ctx) if ctx.held is None else ctx.q_start + q.shape[2]
+        length = sequence_length(k, ctx) if ctx.cached_block_ids is None else ctx.q_start + q.shape[2]
         layout = self.layout(length, ctx, q.device)
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        rows, with_lse = of_held_keys(own_rows(layout, ctx), ctx), self.sink is not None
-        out, lse = attention(q, k, v, rows, ctx, ring=True, dropout=dropout, return_lse=with_lse)
+        rows, with_lse = of_cached_keys(own_rows(layout, ctx), ctx), self.sink is not None
+        out, lse = sharded_attention(q, k, v, rows, ctx, ring=True, dropout=dropout, return_lse=with_lse)
         if self.sink is not None and lse is not None:
             out = with_sink(out, lse, self.sink)
         return AttentionResult(
             out, stats={} if ctx.q_start else {"density": torch.tensor(layout.density(), device=q.device)}
         )
 
-    def shard_unit(self) -> int:
+    def split_granularity(self) -> int:
         return self.block
 
-    def row_loads(self, length: int, unit: int) -> list[float]:
+    def row_costs(self, length: int, unit: int) -> list[float]:
         """Query–key area of the computed tiles of each unit's rows, without documents."""
         ctx = SequenceContext(torch.arange(length)[None])
         rows = self.layout(length, ctx, torch.device("cpu")).row_areas()
@@ -77,7 +77,7 @@ class FixedPatternAttention(AttentionCore):
             ctx.layouts[of_pass] = whole.per_token(within, whole.num_queries) if within else whole
         return ctx.layouts[of_pass]
 
-    def lifetimes(self, until: int, documents: Tensor | None = None) -> Lifetimes | None:
+    def key_expiry(self, until: int, documents: Tensor | None = None) -> KeyExpiry | None:
         """From the rows of all blocks to come: O(until / block · K) time, and no more than _ROWS rows held at once."""
         shape, block, pattern = self.shape, self.block, self.pattern_at(until)
         blocks = -(-until // block)
@@ -94,7 +94,7 @@ class FixedPatternAttention(AttentionCore):
             if len(layout.dense_rows):
                 dense = rows.start + int(layout.dense_rows.max())
                 last_row[: dense + 1] = dense
-        return Lifetimes(until, block, last_row.tolist())
+        return KeyExpiry(until, block, last_row.tolist())
 
     @staticmethod
     def finish(layout: BlockLayout, pattern: Pattern, documents: Tensor | None) -> BlockLayout:
@@ -103,16 +103,19 @@ class FixedPatternAttention(AttentionCore):
 
 
 @torch.compiler.disable
-def of_held_keys(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
-    """The layout over the keys that the cache still has: those of ctx.held, and what the layout has behind its tokens.
+def of_cached_keys(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
+    """The layout over the keys that the cache still has: those of ctx.cached_block_ids, and what the layout has behind
+    its tokens.
 
     Layers of the same pass share it.
     """
-    if ctx.held is None:
+    if ctx.cached_block_ids is None:
         return layout
     if layout not in ctx.layouts:
-        behind = torch.arange(-(-layout.num_tokens // layout.kv_block), layout.num_kv_blocks, device=ctx.held.device)
-        ctx.layouts[layout] = of_keys(layout, torch.cat([ctx.held, behind]))
+        behind = torch.arange(
+            -(-layout.num_tokens // layout.kv_block), layout.num_kv_blocks, device=ctx.cached_block_ids.device
+        )
+        ctx.layouts[layout] = of_keys(layout, torch.cat([ctx.cached_block_ids, behind]))
     return ctx.layouts[layout]
 
 

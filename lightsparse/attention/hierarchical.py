@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightsparse.attention.core import AttentionConfig, AttentionResult, AttentionShape, SequenceContext
-from lightsparse.attention.fixed import FixedPatternAttention, of_held_keys
+from lightsparse.attention.fixed import FixedPatternAttention, of_cached_keys
 from lightsparse.attention.pooling.pooled_keys import (
     log_counts,
     own_segments,
@@ -23,7 +23,7 @@ from lightsparse.attention.pooling.pooled_keys import (
     with_kept_summaries,
     with_summaries,
 )
-from lightsparse.attention.sharded_call import attention, own_rows, sequence_length
+from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention
 from lightsparse.context_parallel.key_owners import Sources
 from lightsparse.patterns import AtDensity, Hierarchical, LocalWindow, Pattern, PooledHierarchy
 from lightsparse.patterns.hierarchical import Levels, Segment, as_levels, check_nested
@@ -95,7 +95,7 @@ class BlockSparseHierarchical(FixedPatternAttention):
     """
 
     Config = HierarchicalConfig
-    reads_input = False
+    needs_hidden_states = False
     supports_bidirectional = False
 
     def __init__(self, config: HierarchicalConfig, shape: AttentionShape):
@@ -129,14 +129,14 @@ class BlockSparseHierarchical(FixedPatternAttention):
     def pattern_at(self, num_keys: int) -> Pattern:
         return self.pattern
 
-    def shard_unit(self) -> int:
+    def split_granularity(self) -> int:
         coarsest = max(stride for _, stride in self.pattern.coarser) if isinstance(self.pattern, PooledHierarchy) else 1
         return math.lcm(self.block, coarsest)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         if not isinstance(self.pattern, PooledHierarchy):
             return super().forward(q, k, v, x=x, ctx=ctx)
-        length = sequence_length(k, ctx) if ctx.held is None else ctx.q_start + q.shape[2]
+        length = sequence_length(k, ctx) if ctx.cached_block_ids is None else ctx.q_start + q.shape[2]
         layout = self.layout(length, ctx, q.device)
         stats = {} if ctx.q_start else {"density": torch.tensor(layout.density(), device=q.device)}
         layout = own_rows(layout, ctx)
@@ -154,8 +154,8 @@ class BlockSparseHierarchical(FixedPatternAttention):
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        layout = of_held_keys(layout, ctx)
-        out, _ = attention(q, keys, values, layout, ctx, sources=sources, block_bias=bias, dropout=dropout)
+        layout = of_cached_keys(layout, ctx)
+        out, _ = sharded_attention(q, keys, values, layout, ctx, sources=sources, block_bias=bias, dropout=dropout)
         return AttentionResult(out, stats=stats)
 
     def _sources(self, segments: tuple[Segment, ...], ctx: SequenceContext, device: torch.device) -> Sources:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightsparse.attention.core import SequenceContext
-from lightsparse.attention.pooling.block_means import block_means, of_all_ranks
+from lightsparse.attention.pooling.block_means import block_means, gather_block_means
 from lightsparse.attention.selection.token_blocks import Scored, TokenBlocksAttention, TokenBlocksConfig
 
 
@@ -54,7 +54,7 @@ class MobaAttention(TokenBlocksAttention):
         with torch.autocast(k.device.type, enabled=False):
             if ctx.shard is not None:
                 documents = None if documents is None else ctx.shard.take(documents)
-                return of_all_ranks(block_means(k, block, documents, "last"), ctx.shard, block)
+                return gather_block_means(block_means(k, block, documents, "last"), ctx.shard, block)
             held = None
             if ctx.q_start and ctx.states is not None:
                 held = ctx.states[self.shape.layer].get("block_means")

@@ -22,7 +22,7 @@ from lightsparse.attention.selection.dense_warning import warn_if_dense
 from lightsparse.attention.selection.kept_mass import kept_mass, queries_at, sampled_queries
 from lightsparse.attention.selection.nsa_gates import BRANCHES, Gates, mean_gates
 from lightsparse.attention.selection.nsa_select import Selector
-from lightsparse.attention.selection.row_parts import RowPart, Selection, attend_in_parts, row_layout
+from lightsparse.attention.selection.row_parts import BlockSelection, RowPart, attend_in_parts, row_layout
 from lightsparse.attention.sharded_call import sequence_length
 from lightsparse.attention.sliding_window import SlidingWindowAttention, SlidingWindowConfig
 from lightsparse.context_parallel.shard import sum_over
@@ -102,7 +102,7 @@ class NsaAttention(AttentionCore):
     Config = NsaConfig
     supports_bidirectional = False
     exact_at_full_budget = False  # three gated outputs, no mean of values
-    chooses = True
+    selects_from_input = True
     logged = ("kept_mass", *(f"gate_{branch}" for branch in BRANCHES))
     context_parallel = ("sparse", "gather")
 
@@ -129,14 +129,14 @@ class NsaAttention(AttentionCore):
         warn_if_dense("attention.top_n × attention.select_block", config.top_n * config.select_block, shape.context)
         warn_if_dense("attention.window", config.window, shape.context)
 
-    def selection_parameters(self) -> list[nn.Parameter]:
+    def selector_parameters(self) -> list[nn.Parameter]:
         """None: what chooses is the compressed branch, which is read as well."""
         return []
 
-    def shard_unit(self) -> int:
+    def split_granularity(self) -> int:
         return self.options.select_block
 
-    def row_loads(self, length: int, unit: int) -> list[float]:
+    def row_costs(self, length: int, unit: int) -> list[float]:
         """Keys that the queries of each unit read, summed, without documents."""
         of = self.options
         t = torch.arange(length)
@@ -235,13 +235,13 @@ class NsaAttention(AttentionCore):
             return self.selector.table(q, keys, tokens, length, ctx.documents)
 
     @torch.no_grad()
-    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> Selection:
+    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> BlockSelection:
         """What forward reads in all three branches, for pictures: summaries behind the tokens, repeats kept."""
         n = sequence_length(k, ctx)
         keys = self.summaries(k, k, x, n, ctx).k
         chosen, tokens = self._layout(q, keys, ctx.q_start, n, ctx)
         summaries = self._summary_layout(n, tokens, ctx) if keys.shape[2] else None
-        return Selection(together(chosen, self.window.layout(n, ctx, q.device), summaries))
+        return BlockSelection(together(chosen, self.window.layout(n, ctx, q.device), summaries))
 
     @torch.no_grad()
     def _density(self, area: Tensor, part: RowPart, n: int, ctx: SequenceContext, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ per token: a query pooled over a block, as in the first, would let its first tok
 The gate is block_gate.py, the loss block_kl.py. The loss trains the gate alone, and nothing else trains the gate: what
 it reads of the model, q, k and the target, is detached, and a choice has no gradient.
 The paper's recipe freezes a trained model and distils its gates under dense attention:
-init_from=… trainer.selection_only_steps=-1 attention.dense_steps=<all steps but the last>. A checkpoint is evaluated in
+init_from=… trainer.selector_only_steps=-1 attention.dense_steps=<all steps but the last>. A checkpoint is evaluated in
 the stage of its last step: so it is with the gates at work.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightsparse.attention.core import AttentionShape, SequenceContext
-from lightsparse.attention.pooling.block_means import block_documents, of_all_ranks
+from lightsparse.attention.pooling.block_means import block_documents, gather_block_means
 from lightsparse.attention.selection.block_gate import BlockGate, block_positions, pooled_keys, unrotated
 from lightsparse.attention.selection.block_kl import block_kl
 from lightsparse.attention.selection.token_blocks import Scored, TokenBlocksAttention, TokenBlocksConfig
@@ -99,7 +99,7 @@ class SeerAttention(TokenBlocksAttention):
         if ctx.shard is not None:
             tokens = ctx.shard.tokens.to(q.device)
             with torch.no_grad():
-                k = of_all_ranks(k.detach(), ctx.shard, 1)
+                k = gather_block_means(k.detach(), ctx.shard, 1)
         if ctx.documents is not None:
             documents = Documents(ctx.documents[:, tokens], block_documents(ctx.documents, block, "last"))
         sums = block_kl(found.queries, found.blocks, q, k, tokens, block, ctx.documents, documents)
@@ -123,7 +123,7 @@ class SeerAttention(TokenBlocksAttention):
         if ctx.shard is not None:
             own = None if documents is None else ctx.shard.take(documents)
             pooled = pooled_keys(unrotated(k, ctx.shard.take(position), ctx.rotary), block, own)
-            return self.gate.of_blocks(of_all_ranks(pooled, ctx.shard, block), of_blocks, ctx.rotary)
+            return self.gate.of_blocks(gather_block_means(pooled, ctx.shard, block), of_blocks, ctx.rotary)
         kept = None
         if ctx.q_start and ctx.states is not None:
             kept = ctx.states[self.shape.layer].get("gate_keys")

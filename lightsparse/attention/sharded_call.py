@@ -26,7 +26,7 @@ def own_rows(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
     return shard.plans.get(layout, "rows", cut)
 
 
-def attention(
+def sharded_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,

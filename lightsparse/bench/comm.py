@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             counted = [list(of_case) for of_case in zip(*by_rank, strict=True)]
         for number, (pattern, seq, dtype, exchange) in enumerate(cases):
             core = _core(pattern, args, kv_heads)
-            parts = split("contiguous", seq, core.shard_unit(), ranks)
+            parts = split("contiguous", seq, core.split_granularity(), ranks)
             size = KeyBytes(kv_heads, args.head_dim, options.DTYPES[dtype].itemsize)
             predicted = list(zip(*_predicted(exchange, pattern, core, parts, size), strict=True))
             found = counted[number] if counted else None
@@ -135,7 +135,7 @@ def _count_all(
     found = []
     for pattern, seq, dtype, exchange in cases:
         core = _core(pattern, args, kv_heads)
-        parts = split("contiguous", seq, core.shard_unit(), world)
+        parts = split("contiguous", seq, core.split_granularity(), world)
         shard = ContextShard(parts, torch.distributed.group.WORLD, exchange)  # type: ignore[arg-type]
         sizes = [(1, heads, len(shard.tokens), args.head_dim) for heads in (args.heads, kv_heads, kv_heads)]
         q, k, v = (torch.randn(size, dtype=options.DTYPES[dtype]).requires_grad_() for size in sizes)

@@ -55,7 +55,7 @@ class Setup:
     mlp_dim: int = 1408
     window: int | None = None  # tokens, of the sparse one, in place of density: the same pattern at every context
     documents: int | None = None  # tokens of a packed document on average, other borders in every step; None = one
-    recompute: bool = False  # model.checkpoint, ours only
+    recompute: bool = False  # model.activation_checkpointing, ours only
     text: str = "random"  # tokens: random, or stdlib, the source of Python's standard library
 
     @property
@@ -68,7 +68,7 @@ class Setup:
             kv_heads=self.kv_heads,
             head_dim=64,
             mlp_dim=self.mlp_dim,
-            checkpoint=self.recompute,
+            activation_checkpointing=self.recompute,
             chunk=CHUNK if self.recompute else 1 << 30,
         )
 

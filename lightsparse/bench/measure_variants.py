@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         *(["bf16 rows: bf16 inputs under autocast, parameters in fp32."] if "bf16" in args.dtype else []),
         *product_notes(args.dtype),
     ]
-    if any(choice.core.chooses for choice in choices.values()):
+    if any(choice.core.selects_from_input for choice in choices.values()):
         report.notes.append(
             "Of variants that choose from the input: attend_ms is the time inside the attention kernels, forward and "
             f"backward, over the tables that the pass chose (median of {args.repeats} further passes); select_ms is "
@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             laps = alternate(calls, args.repeats) if rows else {}
             for i, (contender, row) in enumerate(rows):
                 result = compared(laps[str(i)], laps["dense"], contender.density)
-                if contender.core.chooses:
+                if contender.core.selects_from_input:
                     result |= _split(contender, given, float(str(result["ms"])), args.repeats)
                 report.rows.append(row | result)
     said = _said(refusals)

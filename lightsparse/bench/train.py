@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         about = f"of the model ({default})"
         parser.add_argument(f"--{name}", type=options.count, default=default, metavar="N", help=about)
     parser.add_argument("--documents", type=options.count, metavar="T", help="packed documents of T tokens on average")
-    parser.add_argument("--recompute", action="store_true", help="model.checkpoint in ours: less memory, more time")
+    parser.add_argument("--recompute", action="store_true", help="ours recomputes its layers: less memory, more time")
     parser.add_argument("--text", choices=("random", "stdlib"), default="random", help="the tokens (random)")
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw", help="the same for all (adamw)")
     options.add_runtime(parser, threads=usable_cores())

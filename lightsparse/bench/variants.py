@@ -34,7 +34,7 @@ def chosen(names: Sequence[str]) -> dict[str, AttentionChoice]:
     found = {name: AttentionChoice.of(OmegaConf.to_container(OmegaConf.load(files[name]))) for name in wanted}
     if "all" in names:
         return found
-    return {name: choice for name, choice in found.items() if name in names or choice.core.chooses}
+    return {name: choice for name, choice in found.items() if name in names or choice.core.selects_from_input}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from rich.table import Table
 
 from lightsparse.cli.evaluate_sweep import save_side_by_side, shown, side_by_side
 from lightsparse.config.build import typed
-from lightsparse.config.eval_plan import Plan
+from lightsparse.config.eval_plan import EvalPlan
 from lightsparse.config.targets import ConfigError
 from lightsparse.data import DataError
 from lightsparse.data.source import SampleSet
@@ -47,7 +47,7 @@ from lightsparse.training.lightning_warnings import quiet_lightning
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words(Plan):
+class Words(EvalPlan):
     """The command line."""
 
     run: str | None = None
@@ -105,7 +105,7 @@ def evaluate(words: Words, console: Console) -> None:
         return
     run = None if words.run is None else load_run(words.run, words.step)
     evaluation = _of_model(words) if run is None else _of_run(run, words)
-    plan = Plan(**{field.name: getattr(words, field.name) for field in fields(Plan)})
+    plan = EvalPlan(**{field.name: getattr(words, field.name) for field in fields(EvalPlan)})
     try:
         for name, rows in evaluation.tasks(plan).items():
             console.print(_grid(name, rows))
@@ -117,7 +117,7 @@ def evaluate(words: Words, console: Console) -> None:
         raise ConfigError(str(error)) from error
     if words.distances:
         assert run is not None
-        if evaluation.data is None or not evaluation.data.asks:
+        if evaluation.data is None or not evaluation.data.has_answers:
             raise ConfigError("distances is true, but the run was not trained on a task; use tasks=[…]")
         rows = evaluation.distances(_validation(evaluation, run), words.reach)
         console.print(_table("answers by distance to the evidence", rows))

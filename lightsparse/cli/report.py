@@ -25,7 +25,7 @@ from lightsparse.config.targets import ConfigError
 from lightsparse.sweep.record import SweepRecord, load_record
 from lightsparse.training.checkpoints.run_directory import RunDirectory
 from lightsparse.training.metrics.metrics_file import read_metrics
-from lightsparse.training.metrics.summary import objective
+from lightsparse.training.metrics.summary import sweep_metric
 from lightsparse.utils.atomic_files import write_text
 
 _SHOWN = METRICS[:5]
@@ -95,7 +95,7 @@ def _beside(sweep: SweepRecord, run: str) -> Path:
 def _load(path: Path) -> Run:
     directory = RunDirectory(path)
     summary = json.loads(directory.summary.read_text(encoding="utf-8"))
-    summary[QUALITY] = objective(summary)
+    summary[QUALITY] = sweep_metric(summary)
     return Run(path, flat(directory.stored), summary, read_metrics(directory.metrics))
 
 

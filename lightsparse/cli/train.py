@@ -32,7 +32,7 @@ from lightsparse.training.checkpoints.background_writer import CheckpointLateErr
 from lightsparse.training.checkpoints.files import checkpoint_steps
 from lightsparse.training.checkpoints.run_directory import RunDirectory
 from lightsparse.training.health import NonFiniteError
-from lightsparse.training.metrics.summary import objective
+from lightsparse.training.metrics.summary import sweep_metric
 from lightsparse.training.preemption import leave_when_asked
 from lightsparse.training.preflight.check import check
 from lightsparse.training.preflight.doctor import examine
@@ -65,7 +65,7 @@ def train(composed: DictConfig) -> float:
             warn_of_memory(config, needed)
         keep_freed_where_there_is_room(config, needed)
         with memory_named(config, needed), _disk_named(config):
-            return objective(fit(config, raw))
+            return sweep_metric(fit(config, raw))
 
 
 def main() -> None:

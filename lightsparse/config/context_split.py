@@ -22,15 +22,19 @@ def context_split(config: Config, model: Transformer) -> Split | None:
     cores = model.cores
     for core in cores:
         ways = core.context_parallel
-        if not ways or strategy.exchange not in ("auto", *ways):
+        if not ways or strategy.key_exchange not in ("auto", *ways):
             raise ConfigError(
-                f"strategy.exchange is {strategy.exchange}, and {type(core).__name__} can split a sequence over ranks "
-                + (f"by {' or '.join(ways)} only; use strategy.exchange=auto" if ways else "by none; use strategy=ddp")
+                f"strategy.key_exchange is {strategy.key_exchange}, and {type(core).__name__} can split a sequence over ranks "
+                + (
+                    f"by {' or '.join(ways)} only; use strategy.key_exchange=auto"
+                    if ways
+                    else "by none; use strategy=ddp"
+                )
             )
-    length, unit = config.data.context, math.lcm(*(core.shard_unit() for core in cores))
+    length, unit = config.data.context, math.lcm(*(core.split_granularity() for core in cores))
     loads = None
     if strategy.split == "balanced":
-        loads = [sum(of_unit) for of_unit in zip(*(core.row_loads(length, unit) for core in cores), strict=True)]
+        loads = [sum(of_unit) for of_unit in zip(*(core.row_costs(length, unit) for core in cores), strict=True)]
     try:
         return split(strategy.split, length, unit, ranks, loads)
     except ValueError as error:

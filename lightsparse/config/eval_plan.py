@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class EvalPlan:
     """Which tasks, on what grid."""
 
     tasks: tuple[str, ...] = ()  # names of conf/data/*.yaml; own = the task the model was trained on
@@ -45,8 +45,8 @@ class TrainingTasks:
             raise ValueError(f"eval.tasks.{error}") from error
 
     @property
-    def plan(self) -> Plan:
-        return Plan(
+    def plan(self) -> EvalPlan:
+        return EvalPlan(
             tasks=self.names,
             lengths=self.lengths,
             depths=self.depths,

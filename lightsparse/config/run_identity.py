@@ -27,11 +27,11 @@ FREE_KEYS = (
     "eval.stop_accuracy",
     "eval.tasks",
     "strategy._target_",
-    "strategy.context",
+    "strategy.context_parallel_size",
     "strategy.split",
-    "strategy.exchange",
+    "strategy.key_exchange",
     "strategy.timeout",
-    "trainer.accumulate",
+    "trainer.accumulate_grad_batches",
     "trainer.global_batch",
     "trainer.devices",
     "trainer.num_nodes",
@@ -62,7 +62,7 @@ def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[s
 
 
 _ABSENT = object()
-_AS_ABSENT = (("init_from", None), ("trainer.selection_only_steps", None), ("trainer.selection_only_steps", 0))
+_AS_ABSENT = (("init_from", None), ("trainer.selector_only_steps", None), ("trainer.selector_only_steps", 0))
 
 
 def _fixed_values(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -91,8 +91,8 @@ def _samples_per_step(raw: Mapping[str, Any]) -> int:
     if trainer.get("global_batch"):
         return trainer["global_batch"]
     ranks = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
-    readers = ranks // (strategy["context"] or ranks) if "context" in strategy else ranks
-    return data.get("batch_size", 1) * (trainer.get("accumulate") or 1) * readers
+    readers = ranks // (strategy["context_parallel_size"] or ranks) if "context_parallel_size" in strategy else ranks
+    return data.get("batch_size", 1) * (trainer.get("accumulate_grad_batches") or 1) * readers
 
 
 def precision_here(given: object) -> object:

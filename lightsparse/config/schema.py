@@ -23,28 +23,35 @@ from lightsparse.optim.schedules import Schedule
 class TrainerConfig:
     max_steps: int  # optimizer steps
     max_time: float | None  # seconds that this start may take; null = no limit
-    accumulate: int | None  # micro-batches per optimizer step; null = what global_batch takes, or 1
+    accumulate_grad_batches: int | None  # micro-batches per optimizer step; null = what global_batch takes, or 1
     global_batch: int | None  # samples per optimizer step, over all ranks; null = as batch_size and accumulate give
     grad_clip: float | None  # largest norm of the gradient; null = off
     devices: int  # ranks on each machine, those of torchrun or SLURM where they started them
     num_nodes: int  # machines, likewise
     progress: bool  # the progress bar
     log_every_n_steps: int  # optimizer steps between rows of metrics.csv
-    selection_only_steps: int | None = 0  # first steps that train only what selects; −1 = all of them, null = 0
+    selector_only_steps: int | None = 0  # first steps that train only what selects; −1 = all of them, null = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "accumulate", "global_batch", "devices", "num_nodes", "log_every_n_steps"):
+        for name in (
+            "max_steps",
+            "accumulate_grad_batches",
+            "global_batch",
+            "devices",
+            "num_nodes",
+            "log_every_n_steps",
+        ):
             if getattr(self, name) is not None:
                 _at_least(1, f"trainer.{name}", getattr(self, name))
-        if self.selection_only_steps is not None and self.selection_only_steps < -1:
+        if self.selector_only_steps is not None and self.selector_only_steps < -1:
             raise ValueError(
-                f"trainer.selection_only_steps is {self.selection_only_steps}; it counts optimizer steps, 0 or more, "
+                f"trainer.selector_only_steps is {self.selector_only_steps}; it counts optimizer steps, 0 or more, "
                 "and -1 is the whole run"
             )
-        if self.accumulate is not None and self.global_batch is not None:
+        if self.accumulate_grad_batches is not None and self.global_batch is not None:
             raise ValueError(
-                f"trainer.global_batch is {self.global_batch}, from which trainer.accumulate follows; leave out "
-                f"trainer.accumulate={self.accumulate}"
+                f"trainer.global_batch is {self.global_batch} and trainer.accumulate_grad_batches "
+                f"{self.accumulate_grad_batches}, which follows from it; leave one of them out"
             )
         if self.max_time is not None and not self.max_time > 0:
             raise ValueError(f"trainer.max_time is {self.max_time:g}; it counts seconds and must be above 0")
@@ -53,7 +60,7 @@ class TrainerConfig:
 
     def trains_only_selection(self, step: int) -> bool:
         """Whether the optimizer step after `step` finished ones leaves all but the selection as it is."""
-        only = self.selection_only_steps or 0
+        only = self.selector_only_steps or 0
         return only < 0 or step < only
 
 
@@ -150,9 +157,9 @@ class Config:
             raise ValueError(f"mlm_ratio is {self.mlm_ratio}; it is a share of tokens and must lie in (0, 1)")
         if self.threads is not None:
             _at_least(1, "threads", self.threads)
-        if self.data.asks and self.objective == "mlm":
+        if self.data.has_answers and self.objective == "mlm":
             raise ValueError("objective is mlm, but the data is a task whose answers follow; use objective=causal")
-        if self.eval.stop_accuracy is not None and not self.data.asks:
+        if self.eval.stop_accuracy is not None and not self.data.has_answers:
             raise ValueError(
                 f"eval.stop_accuracy is {self.eval.stop_accuracy}, but the data asks nothing that could be right; "
                 "use it with a task, such as data=mqar"
@@ -178,9 +185,9 @@ class Config:
                 "use strategy.comm_hook=none"
             )
         hook = self.strategy.comm_hook if isinstance(self.strategy, Replicas) else "none"
-        if self.trainer.selection_only_steps and hook in ("topk", "powersgd"):
+        if self.trainer.selector_only_steps and hook in ("topk", "powersgd"):
             raise ValueError(
-                f"trainer.selection_only_steps is {self.trainer.selection_only_steps} and strategy.comm_hook is "
+                f"trainer.selector_only_steps is {self.trainer.selector_only_steps} and strategy.comm_hook is "
                 f"{hook}, which would hand on the gradients of those steps later; use strategy.comm_hook=bf16 or none"
             )
 
@@ -190,17 +197,17 @@ class Config:
         return self.trainer.devices * self.trainer.num_nodes
 
     @property
-    def accumulate(self) -> int:
+    def accumulate_grad_batches(self) -> int:
         """Micro-batches of a rank per optimizer step."""
         whole = self.trainer.global_batch
         if whole is not None:
             return whole // (self.data.batch_size * self.grid.data)
-        return self.trainer.accumulate or 1
+        return self.trainer.accumulate_grad_batches or 1
 
     @property
     def samples_per_step(self) -> int:
         """Samples per optimizer step, over all ranks."""
-        return self.data.batch_size * self.accumulate * self.grid.data
+        return self.data.batch_size * self.accumulate_grad_batches * self.grid.data
 
     @property
     def grid(self) -> RankGrid:

@@ -80,7 +80,7 @@ def attend(
     every rank. Raises ValueError for exchange=ring where it cannot be used.
     """
     if shard.exchange == "ring" and not ring:
-        raise ValueError("strategy.exchange is ring, which this attention cannot use; use strategy.exchange=sparse")
+        raise ValueError("strategy.key_exchange is ring, which this attention cannot use; use sparse")
     heads = Heads(q.shape[0], q.shape[1], k.shape[1] if kv_heads is None else kv_heads)
     plan = shard.plans.get(layout, (sources, heads, ring), lambda: _plan(layout, sources, shard, heads, ring))
     if isinstance(plan, RingPlan):

@@ -98,7 +98,7 @@ class ContextShard:
     def __post_init__(self) -> None:
         if self.exchange not in get_args(Exchange):
             raise ValueError(
-                f"strategy.exchange is {self.exchange!r}; it must be one of {', '.join(get_args(Exchange))}"
+                f"strategy.key_exchange is {self.exchange!r}; it must be one of {', '.join(get_args(Exchange))}"
             )
         ranks = dist.get_world_size(self.group)
         if ranks != self.split.world:

@@ -1,6 +1,6 @@
 """Which rank of a context group holds which tokens of a sequence: whole units of tokens, in ascending order.
 
-A unit is a multiple of every block, stride and segment that must not be cut (`AttentionCore.shard_unit`).
+A unit is a multiple of every block, stride and segment that must not be cut (`AttentionCore.split_granularity`).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Corpus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
+class DocumentSelection:
     """Which documents are used, and which of them are held out."""
 
     val_fraction: float  # chance of a document to be held out, where it does not say so itself
@@ -63,7 +63,9 @@ class Selection:
     max_tokens: int | None = None  # likewise, longer ones; None = no limit
 
 
-def select(tokens: Tokens, entries: np.ndarray, selection: Selection, *, context: int, empty: int = 0) -> Corpus:
+def select(
+    tokens: Tokens, entries: np.ndarray, selection: DocumentSelection, *, context: int, empty: int = 0
+) -> Corpus:
     """Split and order the documents.
 
     entries  as encoding.ENTRY

@@ -21,7 +21,7 @@ from lightsparse.data.source import IGNORED
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """Segments in the order of their samples; int64 each."""
 
     first: np.ndarray  # [samples + 1]: sample i holds segments first[i] … first[i + 1] − 1
@@ -38,7 +38,7 @@ class Plan:
         return int(self.length.sum())
 
 
-def sequential_plan(lengths: np.ndarray, context: int, align: int) -> Plan:
+def sequential_plan(lengths: np.ndarray, context: int, align: int) -> PackingPlan:
     """Documents in order, each from the next multiple of `align` on, cut where a sample ends.
 
     lengths  tokens per document
@@ -56,7 +56,7 @@ def sequential_plan(lengths: np.ndarray, context: int, align: int) -> Plan:
     return _plan(segments)
 
 
-def best_fit_plan(lengths: np.ndarray, context: int, align: int) -> Plan:
+def best_fit_plan(lengths: np.ndarray, context: int, align: int) -> PackingPlan:
     """No cut but those of documents longer than a context; see the top of the file. Arguments as above."""
     segments, rests, samples = [], [], 0
     for document, length in enumerate(lengths.tolist()):
@@ -88,12 +88,12 @@ def best_fit_plan(lengths: np.ndarray, context: int, align: int) -> Plan:
     return _plan(sorted(segments))
 
 
-def _plan(segments: list[tuple[int, int, int, int, int]]) -> Plan:
+def _plan(segments: list[tuple[int, int, int, int, int]]) -> PackingPlan:
     sample, document, offset, length, place = np.array(segments, dtype=np.int64).reshape(-1, 5).T
     order = np.lexsort((place, sample))
     samples = int(sample.max()) + 1 if len(sample) else 0
     first = np.searchsorted(sample[order], np.arange(samples + 1))
-    return Plan(first, document[order], offset[order], length[order], place[order])
+    return PackingPlan(first, document[order], offset[order], length[order], place[order])
 
 
 class PlannedSamples(Dataset[dict[str, Tensor]]):
@@ -104,7 +104,7 @@ class PlannedSamples(Dataset[dict[str, Tensor]]):
            items are asked for by sample id = epoch · len + index
     """
 
-    def __init__(self, stream: DocumentStream, plan: Plan, context: int, bos: int, *, limit: int | None = None):
+    def __init__(self, stream: DocumentStream, plan: PackingPlan, context: int, bos: int, *, limit: int | None = None):
         self.stream, self.plan, self.context, self.bos, self.limit = stream, plan, context, bos, limit
         self._before = np.append(0, np.cumsum(plan.length))[plan.first]  # labels before each sample
 

@@ -86,7 +86,7 @@ class DataConfig:
         return False
 
     @property
-    def asks(self) -> bool:
+    def has_answers(self) -> bool:
         """Whether validation labels are answers to questions, right or wrong, each sample all of them or not."""
         return False
 

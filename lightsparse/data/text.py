@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from lightsparse.data.corpus import Corpus, Selection, select
+from lightsparse.data.corpus import Corpus, DocumentSelection, select
 from lightsparse.data.documents import Document, divided, is_held_out
 from lightsparse.data.encoding import encode_in_memory
 from lightsparse.data.errors import DataError
@@ -66,8 +66,8 @@ class PackedConfig(DataConfig):
         return self.pack == "isolate"
 
     @property
-    def selection(self) -> Selection:
-        return Selection(val_fraction=self.val_fraction, min_tokens=self.min_tokens, max_tokens=self.max_tokens)
+    def selection(self) -> DocumentSelection:
+        return DocumentSelection(val_fraction=self.val_fraction, min_tokens=self.min_tokens, max_tokens=self.max_tokens)
 
     def samples_of(self, manifest: Manifest, tokenizer: Tokenizer, eval_tokens: int) -> Samples:
         """The samples of prepared shards."""

@@ -29,7 +29,7 @@ def launched_ranks() -> tuple[int, int] | None:
     return None
 
 
-def of_all_ranks(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """The value of every rank, on rank 0; of no use on the others. All ranks must call this."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]

@@ -84,21 +84,23 @@ class Replicas(SeveralRanks):
 class ContextRanks(SeveralRanks):
     """What the kinds read that split a sequence over ranks."""
 
-    context: int | None  # ranks per sequence; null: all
-    split: SplitKind  # who holds which tokens; see parallel/split.py
-    exchange: Exchange  # how keys and values travel; see parallel/shard.py
+    context_parallel_size: int | None  # ranks per sequence; null: all
+    split: SplitKind  # who holds which tokens; see context_parallel/split.py
+    key_exchange: Exchange  # how keys and values travel; see context_parallel/shard.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.context is not None and self.context < 1:
-            raise ValueError(f"strategy.context is {self.context}; it counts ranks per sequence, null = all of them")
+        if self.context_parallel_size is not None and self.context_parallel_size < 1:
+            raise ValueError(
+                f"strategy.context_parallel_size is {self.context_parallel_size}; it counts ranks per sequence, null = all"
+            )
 
     def context_ranks(self, ranks: int) -> int:
-        context = ranks if self.context is None else self.context
+        context = ranks if self.context_parallel_size is None else self.context_parallel_size
         if ranks % context:
             raise ValueError(
-                f"strategy.context is {context}, which does not divide the job's {ranks} ranks; "
-                "change one of them, or set strategy.context=null for all ranks"
+                f"strategy.context_parallel_size is {context}, which does not divide the job's {ranks} ranks; "
+                "change one of them, or set strategy.context_parallel_size=null for all ranks"
             )
         return context
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightsparse.analysis.curves import Unit, save_loss_by_position
-from lightsparse.config.eval_plan import Plan
+from lightsparse.config.eval_plan import EvalPlan
 from lightsparse.data.source import DataConfig, SampleSet
 from lightsparse.data.tasks.task import TaskConfig
 from lightsparse.data.tokens import Tokenizer
@@ -36,7 +36,7 @@ class Evaluation:
     about: Mapping[str, Any]
     writes: bool = True
 
-    def tasks(self, plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    def tasks(self, plan: EvalPlan) -> dict[str, list[dict[str, Any]]]:
         """Every task of the plan; rows by name. Writes <task>.json, .csv and .png.
 
         Raises ConfigError, before anything is measured, for a task that is none or does not fit the model; ValueError
@@ -63,10 +63,10 @@ class Evaluation:
         save_rows(rows, self.folder / "distances", {**self.about, "reach": reach})
         return rows
 
-    def _lengths(self, plan: Plan, task: TaskConfig) -> Sequence[int]:
+    def _lengths(self, plan: EvalPlan, task: TaskConfig) -> Sequence[int]:
         return plan.lengths or ((self.data or task).context,)
 
-    def _task(self, name: str, task: TaskConfig, plan: Plan) -> list[dict[str, Any]]:
+    def _task(self, name: str, task: TaskConfig, plan: EvalPlan) -> list[dict[str, Any]]:
         rows = retrieval(
             self.subject,
             task,

@@ -93,7 +93,7 @@ def refusal(choice: AttentionChoice, shape: AttentionShape) -> str | None:
             "leave it 0"
         )
     # Built to be looked at, not to be used; a budget may be a share of the context, of any.
-    looked_at = replace(shape, context=shape.context or 4096) if core.chooses else shape
+    looked_at = replace(shape, context=shape.context or 4096) if core.selects_from_input else shape
     with torch.random.fork_rng(devices=[]):
         parameters = dict(choice.build(looked_at).named_parameters())
     if parameters:

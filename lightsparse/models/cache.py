@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightsparse.attention.core import Lifetimes
+from lightsparse.attention.core import KeyExpiry
 
 
 class Keys(NamedTuple):
@@ -15,13 +15,13 @@ class Keys(NamedTuple):
 
     k: Tensor  # [B, Hkv, n, D] after RoPE
     v: Tensor  # [B, Hkv, n, D]
-    held: Tensor | None  # int64: the key blocks that k and v consist of (SequenceContext.held); None = all tokens
+    cached_block_ids: Tensor | None  # int64: the key blocks that k and v consist of ; None = all tokens
 
 
 class KVCache:
-    """Without lifetimes it keeps every token and grows by doubling: decoding N tokens copies O(N) rows in all.
+    """Without key_expiry it keeps every token and grows by doubling: decoding N tokens copies O(N) rows in all.
 
-    With lifetimes a block of keys goes as soon as no later query reads it, so that a window's cache stays as small as
+    With key_expiry a block of keys goes as soon as no later query reads it, so that a window's cache stays as small as
     the window. Block numbers and positions stay what they were: only memory is given back.
     No gradient passes through it.
 
@@ -29,21 +29,21 @@ class KVCache:
     state   what the layer's attention core keeps beside keys and values (SequenceContext.states)
     """
 
-    def __init__(self, lifetimes: Lifetimes | None = None) -> None:
-        self.lifetimes = lifetimes
+    def __init__(self, key_expiry: KeyExpiry | None = None) -> None:
+        self.key_expiry = key_expiry
         self.length = 0
         self.state: dict[str, Tensor] = {}
         self._k: Tensor | None = None
         self._v: Tensor | None = None
         self._count = 0  # tokens held
-        self._blocks: list[int] = []  # their key blocks, with lifetimes
+        self._blocks: list[int] = []  # their key blocks, with key_expiry
         self._ids: Tensor | None = None  # the same as a tensor, once some have gone
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor) -> Keys:
         """Adds k, v [B, Hkv, Nq, D] (after RoPE) and returns what these Nq tokens and the ones before may read.
 
-        Raises ValueError beyond the length that the lifetimes are for.
+        Raises ValueError beyond the length that the key_expiry are for.
         """
         start, stop = self._count, self._count + k.shape[2]
         self._begin_blocks(k.shape[2], k.device)
@@ -63,9 +63,9 @@ class KVCache:
 
     def _begin_blocks(self, new: int, device: torch.device) -> None:
         """Note the blocks that the next `new` tokens begin."""
-        if self.lifetimes is None:
+        if self.key_expiry is None:
             return
-        until, block, _ = self.lifetimes
+        until, block, _ = self.key_expiry
         if self.length + new > until:
             raise ValueError(
                 f"the cache was made for {until} tokens and is given {self.length + new}; make it with a larger `until`"
@@ -80,10 +80,10 @@ class KVCache:
         room = 0 if buffer is None else buffer.shape[2]
         if buffer is not None and stop <= room:
             return buffer
-        if self.lifetimes is None:
+        if self.key_expiry is None:
             room = max(stop, 2 * room)
         else:  # what forgets is copied once a block anyway
-            room = -(-stop // self.lifetimes.block) * self.lifetimes.block
+            room = -(-stop // self.key_expiry.block) * self.key_expiry.block
         batch, heads, _, dim = new.shape
         larger = new.new_empty(batch, heads, room, dim)
         if buffer is not None:
@@ -92,9 +92,9 @@ class KVCache:
 
     def _forget(self) -> None:
         """Drop the blocks that no query from the next token on reads. What was returned stays as it is."""
-        if self.lifetimes is None:
+        if self.key_expiry is None:
             return
-        _, block, last_row = self.lifetimes
+        _, block, last_row = self.key_expiry
         row = self.length // block  # of the next query
         kept = [last_row[number] >= row or number >= row for number in self._blocks]
         if all(kept):

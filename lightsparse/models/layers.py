@@ -84,8 +84,8 @@ class SelfAttention(nn.Module):
         """The attended tokens [B, N, E] and what the core reports; rotation is None where positions are learned."""
         q, k, v = (part_BNHD.transpose(1, 2) for part_BNHD in self.heads(x_BNE, rotation))
         if cache is not None:
-            k, v, held = cache.append(k, v)
-            ctx = replace(ctx, held=held)
+            k, v, cached_block_ids = cache.append(k, v)
+            ctx = replace(ctx, cached_block_ids=cached_block_ids)
         result: AttentionResult = self.core(q, k, v, x=x_BNE, ctx=ctx)
         return self.o_proj(result.out.transpose(1, 2).flatten(2)), result
 
@@ -176,12 +176,12 @@ class Layer(nn.Module):
         qk_norm: bool,
         qkv_bias: bool,
         eps: float,
-        checkpoint: bool,
+        activation_checkpointing: bool,
         chunk: int,
     ):
         super().__init__()
         embed_dim, out_std = core.shape.embed_dim, INIT_STD / math.sqrt(2 * depth)
-        self.checkpoint, self.chunk, self.dropout = checkpoint, chunk, dropout
+        self.activation_checkpointing, self.chunk, self.dropout = activation_checkpointing, chunk, dropout
         self.site = 2 * core.shape.layer + 1
         self.input_layernorm = RMSNorm(embed_dim, eps)
         self.self_attn = SelfAttention(core, qk_norm=qk_norm, qkv_bias=qkv_bias, eps=eps, out_std=out_std)
@@ -194,9 +194,9 @@ class Layer(nn.Module):
     def forward(
         self, x_BNE: Tensor, rotation: Rotation | None, ctx: SequenceContext, cache: KVCache | None = None
     ) -> LayerOutput:
-        recompute = self.checkpoint and torch.is_grad_enabled()
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         drops = self.training and self.dropout > 0  # it must know which tokens it has: not in pieces
-        if self.checkpoint and cache is None and not drops and not torch.compiler.is_compiling():
+        if self.activation_checkpointing and cache is None and not drops and not torch.compiler.is_compiling():
             y_BNE, result = Recomputed(self, rotation, ctx)(x_BNE)
             return LayerOutput(y_BNE, result.aux_loss, result.stats, result.choice)
         # The halves are recomputed apart: around both, the MLP's chunks would be computed three times. The generator

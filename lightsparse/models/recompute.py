@@ -67,7 +67,7 @@ class Recomputed:
         normed_BnE = self.layer.input_layernorm(x_BnE)
         rotation = None if self.rotation is None else Rotation(*(part[:, piece] for part in self.rotation))
         found = self.layer.self_attn.heads(normed_BnE, rotation)
-        return (*found, normed_BnE) if self.layer.self_attn.core.reads_input else found
+        return (*found, normed_BnE) if self.layer.self_attn.core.needs_hidden_states else found
 
     @torch.no_grad()
     def all_heads(self, x_BNE: Tensor) -> list[Tensor]:

@@ -54,7 +54,7 @@ class ModelConfig:
     layer_pattern: str = "S"  # repeated over the depth: S the chosen attention, D dense, L local
     local_window: int | None = None  # tokens that an L layer reads, the own one included; null: there is none
     norm_eps: float = 1e-6
-    checkpoint: bool = False  # keep only the residual stream, recompute the layers in the backward pass
+    activation_checkpointing: bool = False  # keep only the residual stream, recompute the layers in the backward pass
     chunk: int = 8192  # tokens at a time in the MLP and the loss; above it they are recomputed chunk by chunk
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
                     qk_norm=config.qk_norm,
                     qkv_bias=config.qkv_bias,
                     eps=config.norm_eps,
-                    checkpoint=config.checkpoint,
+                    activation_checkpointing=config.activation_checkpointing,
                     chunk=config.chunk,
                 )
             )
@@ -251,9 +251,9 @@ class Transformer(nn.Module):
         """The attention of each layer, the first layer first."""
         return [part.core for layer in self.layers for part in layer.children() if isinstance(part, SelfAttention)]
 
-    def selection_parameters(self) -> list[nn.Parameter]:
-        """Of all layers: AttentionCore.selection_parameters."""
-        return [parameter for core in self.cores for parameter in core.selection_parameters()]
+    def selector_parameters(self) -> list[nn.Parameter]:
+        """Of all layers: AttentionCore.selector_parameters."""
+        return [parameter for core in self.cores for parameter in core.selector_parameters()]
 
     def caches(self, until: int | None = None, documents: Tensor | None = None) -> list[KVCache]:
         """Empty caches for decoding, one per layer.
@@ -262,7 +262,7 @@ class Transformer(nn.Module):
                    None = unknown: every key is kept
         documents  int32 [B, until] or None: document of every token, those to come included
         """
-        return [KVCache(None if until is None else core.lifetimes(until, documents)) for core in self.cores]
+        return [KVCache(None if until is None else core.key_expiry(until, documents)) for core in self.cores]
 
     def set_step(self, step: int, max_steps: int) -> None:
         """To be called before the optimizer step after `step` finished ones: schedules inside the attention follow."""

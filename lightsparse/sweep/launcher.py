@@ -35,7 +35,7 @@ from lightsparse.sweep.record import SweepRecord, TrialRecord, load_record
 from lightsparse.sweep.trial import last_words, run_trial, trial_command, trial_environment
 from lightsparse.training.checkpoints.lock import holder, lock
 from lightsparse.training.checkpoints.run_directory import RunDirectory
-from lightsparse.training.metrics.summary import objective
+from lightsparse.training.metrics.summary import sweep_metric
 from lightsparse.training.preemption import Preemption
 from lightsparse.training.preflight.check import check
 from lightsparse.utils.rank_errors import EXIT_CODE
@@ -98,7 +98,7 @@ class TrialLauncher(Launcher):
         try:
             for number, plan in enumerate(plans, start=initial_job_idx + 1):
                 trial = self._trial(plan, preemption, f"trial {number}")
-                value = math.inf if trial.objective is None else trial.objective
+                value = math.inf if trial.sweep_metric is None else trial.sweep_metric
                 returns.append(JobReturn(overrides=plan.overrides, status=JobStatus.COMPLETED, _return_value=value))
         finally:
             preemption.stop_listening()
@@ -160,7 +160,7 @@ class TrialLauncher(Launcher):
             self.sweep.save()
         else:
             self._start(trial, plan, preemption)
-        word = f"{trial.status}: {trial.error}" if trial.objective is None else trial.result
+        word = f"{trial.status}: {trial.error}" if trial.sweep_metric is None else trial.result
         self.console.print(f"{label}  {trial.title}  {word}  ({duration(trial.seconds)})")
         self._leave_if(preemption)
         return trial
@@ -189,7 +189,7 @@ class TrialLauncher(Launcher):
             return False
         if found is None:
             return False
-        trial.status, trial.objective, trial.error = "finished", objective(found), None
+        trial.status, trial.sweep_metric, trial.error = "finished", sweep_metric(found), None
         trial.minimised = found.get("minimised", "val_bits_per_byte")
         self.sweep.save()
         return True

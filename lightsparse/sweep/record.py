@@ -27,7 +27,7 @@ class TrialRecord:
     run: str  # the run directory
     ranks: int
     status: Status
-    objective: float | None = None  # what sweepers minimise
+    sweep_metric: float | None = None  # what sweepers minimise
     minimised: str = "val_bits_per_byte"  # what that is, in terms of summary.json
     exit_code: int | None = None  # of the last start
     seconds: float = 0.0  # of all starts
@@ -42,10 +42,10 @@ class TrialRecord:
 
     @property
     def result(self) -> str:
-        """The objective, as one reads it in a line; of a finished trial."""
-        assert self.objective is not None
+        """The sweep metric, as one reads it in a line; of a finished trial."""
+        assert self.sweep_metric is not None
         name = "bits per byte" if self.minimised == "val_bits_per_byte" else f"= {self.minimised}"
-        return f"{self.objective:.4f} {name}"
+        return f"{self.sweep_metric:.4f} {name}"
 
 
 @dataclass

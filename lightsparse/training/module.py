@@ -24,7 +24,7 @@ from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.context_parallel.shard import ContextShard
 from lightsparse.data.tokens import Tokenizer
-from lightsparse.distributed.environment import of_all_ranks
+from lightsparse.distributed.environment import gather_objects
 from lightsparse.distributed.strategies import GridStrategy, ReplicatedStrategy, ShardedStrategy
 from lightsparse.distributed.strategy_config import ContextRanks
 from lightsparse.models.transformer import ModelOutput, Transformer
@@ -100,7 +100,7 @@ class LanguageModel(LightningModule):
             return
         assert isinstance(strategy, GridStrategy) and strategy.context_group is not None
         assert isinstance(config, ContextRanks)  # as there is a split
-        self.shard = ContextShard(split, strategy.context_group, config.exchange)
+        self.shard = ContextShard(split, strategy.context_group, config.key_exchange)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ShardedStrategy):
@@ -136,7 +136,7 @@ class LanguageModel(LightningModule):
         Lightning has divided each micro-batch's loss by `accumulate`, DDP and FSDP2 the gradients by the number of
         ranks, whether those hold different samples or parts of one.
         """
-        micro_batches = self.config.accumulate * self.trainer.world_size
+        micro_batches = self.config.accumulate_grad_batches * self.trainer.world_size
         nats, targets, text_bytes, density, *reports = self._over_ranks(self._sums).tolist()
         self._sums.zero_()
         self.routers.look(self._over_ranks)
@@ -168,7 +168,7 @@ class LanguageModel(LightningModule):
 
         Not by requires_grad: DDP and FSDP2 wait for the gradients that they saw when they were built.
         """
-        kept = {id(parameter) for parameter in self.model.selection_parameters()}
+        kept = {id(parameter) for parameter in self.model.selector_parameters()}
         for parameter in self.parameters():
             if id(parameter) not in kept:
                 parameter.grad = None
@@ -229,7 +229,7 @@ class LanguageModel(LightningModule):
             sums = torch.zeros(len(self._buckets), device=self.device, dtype=torch.float32)
             sums.index_add_(0, bucket_BN.flatten(), value_BN.flatten().float())
             self._buckets[:, column] += sums.cpu()
-        if self.config.data.asks:
+        if self.config.data.has_answers:
             self._score_sums += score_sums(self.model, output.hidden, labels_BN, self.shard).cpu()
 
     def on_validation_epoch_end(self) -> None:
@@ -240,7 +240,7 @@ class LanguageModel(LightningModule):
         self.validation = Totals(*buckets.sum(0).tolist())
         # For a user's callbacks (EarlyStopping, ModelCheckpoint); equal on all ranks already.
         values = {"val_loss": self.validation.loss, "val_bits_per_byte": self.validation.bits_per_byte}
-        if self.config.data.asks:
+        if self.config.data.has_answers:
             sums = self._over_ranks(self._score_sums.to(self.device, torch.float32))
             self.scores = Scores(*sums.tolist())
             values |= self.scores.row
@@ -257,8 +257,8 @@ class LanguageModel(LightningModule):
         checkpoint["health"] = self.health.state_dict()
         checkpoint["validation"] = [[part.nats, part.targets, part.bytes] for part in self.by_position]
         checkpoint["scores"] = None if self.scores is None else list(astuple(self.scores))
-        if self.config.attention.core.chooses:  # the next validation compares its choices with these
-            checkpoint["choices"] = of_all_ranks([table.cpu() for table in self._choices])
+        if self.config.attention.core.selects_from_input:  # the next validation compares its choices with these
+            checkpoint["choices"] = gather_objects([table.cpu() for table in self._choices])
         strategy = self.trainer.strategy
         if isinstance(strategy, ReplicatedStrategy) and strategy.hook is not None:
             checkpoint["residuals"] = strategy.residuals(self)

@@ -18,7 +18,7 @@ from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.data.module import DataModule
 from lightsparse.data.run_tokenizer import keep_tokenizer, with_run_tokenizer
-from lightsparse.distributed.environment import is_first_rank, of_all_ranks
+from lightsparse.distributed.environment import gather_objects, is_first_rank
 from lightsparse.distributed.strategies import ShardedStrategy
 from lightsparse.distributed.strategy_config import ContextRanks, SeveralRanks
 from lightsparse.kernels import flash, set_backend
@@ -102,7 +102,7 @@ def _fit(config: Config, raw: Mapping[str, Any], directory: RunDirectory) -> dic
 
     with _ranks_together(config, directory):
         trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
-        recorder.peak_memory = max(of_all_ranks(_peak_memory(device, imported)), default=0)
+        recorder.peak_memory = max(gather_objects(_peak_memory(device, imported)), default=0)
         strategy = trainer.strategy
         weights = strategy.gathered_weights() if isinstance(strategy, ShardedStrategy) else None
     if is_first:
@@ -217,22 +217,22 @@ def _opening(
     if "S" not in config.model.layers:
         name, pattern = config.attention.name, config.model.layer_pattern
         lines.append(f"layers   {pattern}, none of them S: attention={name} is in no layer")
-    if config.trainer.selection_only_steps:
+    if config.trainer.selector_only_steps:
         lines.append(_selection_only(config, model))
     grid, strategy = config.grid, config.strategy
     if grid.ranks > 1:
         line = f"ranks    {grid.ranks} = {grid.data} data × {grid.context} context · {strategy.kind}"
         if isinstance(strategy, ContextRanks):
-            line += f" · split {strategy.split}, exchange {strategy.exchange}"
+            line += f" · split {strategy.split}, exchange {strategy.key_exchange}"
         lines.append(line)
     return lines
 
 
 def _selection_only(config: Config, model: Transformer) -> str:
     """Which steps train what alone."""
-    only, last = config.trainer.selection_only_steps or 0, config.trainer.max_steps
+    only, last = config.trainer.selector_only_steps or 0, config.trainer.max_steps
     steps = "all steps" if not 0 <= only < last else f"steps 1 to {only} of {last}"
-    count = sum(parameter.numel() for parameter in model.selection_parameters())
+    count = sum(parameter.numel() for parameter in model.selector_parameters())
     return f"stage    {steps} train only what selects: {count_text(count)} parameters"
 
 

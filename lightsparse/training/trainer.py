@@ -74,11 +74,11 @@ def build_trainer(
         precision=config.precision,
         max_steps=config.trainer.max_steps,
         max_epochs=-1,
-        accumulate_grad_batches=config.accumulate,
+        accumulate_grad_batches=config.accumulate_grad_batches,
         gradient_clip_val=config.trainer.grad_clip,
         num_sanity_val_steps=-1,  # the whole validation before step 1, unless the run resumes
         check_val_every_n_epoch=None,
-        val_check_interval=config.eval.every_n_steps * config.accumulate,
+        val_check_interval=config.eval.every_n_steps * config.accumulate_grad_batches,
         log_every_n_steps=config.trainer.log_every_n_steps,
         use_distributed_sampler=False,  # the data module shards by itself
         enable_model_summary=False,

@@ -53,7 +53,7 @@ def equals(core: CompressedAttention, given: Inputs, documents: Tensor | None = 
         close(grad, expected, 1e-5, f"gradient {i} (q, k, v, x, sink, compressor)")
     if isinstance(core, CsaAttention):
         close(found.aux_loss, loss, 1e-5, "the indexer's loss")
-        of_index = core.selection_parameters()
+        of_index = core.selector_parameters()
         for grad, expected in zip(gradients(found.aux_loss, *of_index), gradients(loss, *of_index), strict=True):
             close(grad, expected, 1e-5, "a gradient of the indexer's loss")
         others = torch.autograd.grad(run(core, given).aux_loss, leaves, allow_unused=True)

@@ -112,7 +112,7 @@ def test_the_dense_stage_is_dense_and_says_what_the_indexer_would_keep() -> None
         assert (float(result.stats["density"]) == 1.0) == dense and (result.choice is None) == dense
         assert 0 < float(result.stats["kept_mass"]) < 1
         assert float(result.aux_loss.detach()) == float(result.stats["selection_kl"]) > 0
-    assert [id(p) for p in core.selection_parameters()] == [id(p) for p in core.parameters()]
+    assert [id(p) for p in core.selector_parameters()] == [id(p) for p in core.parameters()]
 
 
 def test_without_gradients_nothing_is_spent_on_the_loss() -> None:

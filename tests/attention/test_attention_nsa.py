@@ -171,7 +171,7 @@ def test_the_choice_gives_no_gradient():
     core = only(make(SHAPES[1]), "selected", "window")
     out = run(core, Inputs.random(SHAPES[1])).out
     assert all(not grad.any() for grad in gradients(out, *core.summaries.parameters()))
-    assert core.selection_parameters() == []
+    assert core.selector_parameters() == []
 
 
 def test_long_rows_of_scores_are_cut_and_the_choice_stays(monkeypatch):

@@ -141,7 +141,7 @@ def test_the_loss_trains_the_gate_alone_and_only_the_loss_trains_it():
     assert of_loss == (None,) * 4
     assert torch.autograd.grad(result.out.sum(), tuple(core.parameters()), allow_unused=True) == (None, None)
     assert float(run(core.eval(), given).aux_loss.detach()) == 0
-    assert core.selection_parameters() == list(core.parameters())
+    assert core.selector_parameters() == list(core.parameters())
 
 
 def test_a_row_whose_own_block_has_all_the_weight_still_teaches():

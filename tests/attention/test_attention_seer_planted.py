@@ -75,7 +75,7 @@ def test_the_gate_distilled_by_its_loss_finds_the_planted_blocks_of_unseen_text(
     oracle, blind = kept(mass, mass), kept(mass, torch.rand(mass.shape, generator=g))
     assert oracle >= 0.95 and blind < oracle / 4 and start < oracle / 2
     assert abs(float(stats["selection_kl"]) - float(stats["uniform_kl"])) < 0.1  # it knows nothing
-    optimizer = torch.optim.Adam(core.selection_parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(core.selector_parameters(), lr=0.01)
     with use_backend("reference"):
         for step in range(150):
             optimizer.param_groups[0]["lr"] = 0.005 * min(1.0, 2 * (1 - step / 150))

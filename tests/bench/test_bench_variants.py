@@ -187,9 +187,9 @@ def test_who_loses_to_dense_although_sparse_is_said_with_the_length_from_which_i
 
 def test_learned_stands_for_every_variant_that_chooses_from_its_input():
     everything = variants.chosen(["all"])
-    assert list(variants.chosen(["learned"])) == [name for name, of in everything.items() if of.core.chooses]
+    assert list(variants.chosen(["learned"])) == [name for name, of in everything.items() if of.core.selects_from_input]
     assert list(variants.chosen(["learned", "dense"])) == [
-        name for name, of in everything.items() if of.core.chooses or name == "dense"
+        name for name, of in everything.items() if of.core.selects_from_input or name == "dense"
     ]
 
 

@@ -288,12 +288,12 @@ BAD = {
         ("attention=moba", "attention.dense_steps=5", "attention.dense_from=3"),
     ),
     "selection less than never": Row(
-        r"trainer\.selection_only_steps is -2; .* -1 is the whole run",
-        ("attention=seer", "trainer.selection_only_steps=-2"),
+        r"trainer\.selector_only_steps is -2; .* -1 is the whole run",
+        ("attention=seer", "trainer.selector_only_steps=-2"),
     ),
     "selection without parameters": Row(
-        r"trainer\.selection_only_steps is 3, and attention=moba has no parameters that select.*; set it to 0",
-        ("attention=moba", "trainer.selection_only_steps=3"),
+        r"trainer\.selector_only_steps is 3, and attention=moba has no parameters that select.*; set it to 0",
+        ("attention=moba", "trainer.selector_only_steps=3"),
     ),
     "local layers of no token": Row(
         r"model\.local_window is 0; it counts tokens", ("model.layer_pattern=L", "model.local_window=0")
@@ -316,7 +316,7 @@ BAD = {
     ),
     "ranks do not divide": Row(
         r"strategy\.context is 3, which does not divide the job's 4 ranks",
-        ("strategy=context", "strategy.context=3", "trainer.devices=4"),
+        ("strategy=context", "strategy.context_parallel_size=3", "trainer.devices=4"),
     ),
     "hook without its key": Row(
         r"strategy\.topk_share is 0\.1, which strategy\.comm_hook=bf16 does not read",

@@ -23,7 +23,7 @@ Tiny = Callable[..., tuple[Config, dict[str, Any]]]
 def ended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The replay file of a run whose second norm's weight became infinite before step 6."""
     monkeypatch.setattr(run, "matmul_peak", lambda *given: 1e11)
-    config, raw = tiny("health.skip_steps=1", "trainer.accumulate=2")
+    config, raw = tiny("health.skip_steps=1", "trainer.accumulate_grad_batches=2")
     training_step = LanguageModel.training_step
 
     def breaking(self: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ def test_every_variant_is_drawn_to_the_named_file(attention, tmp_path, capsys):
     core = AttentionChoice.of(
         OmegaConf.to_container(OmegaConf.load(conf_dir() / "attention" / f"{attention}.yaml"))
     ).core
-    assert ("untrained, random input" in said) == core.chooses
+    assert ("untrained, random input" in said) == core.selects_from_input
 
 
 def test_all_variants_fit_into_one_picture(tmp_path, capsys):

@@ -250,7 +250,7 @@ OTHER = [
     "optimizer.lr=1",
     "schedule=cosine",
     "model=tiny",
-    "trainer.accumulate=2",
+    "trainer.accumulate_grad_batches=2",
     "eval.tokens=8192",
 ]
 

@@ -138,7 +138,7 @@ def _compare(right: dict[str, Any], found: list[dict[str, Any]], tolerance: floa
 
 def test_a_ring_is_refused_where_blocks_have_no_single_owner(two: RankPool) -> None:
     variant = next(variant for variant in variants() if variant.name == "hierarchical")
-    with pytest.raises(RankFailureError, match=r"strategy.exchange is ring, which this attention cannot use; use "):
+    with pytest.raises(RankFailureError, match=r"strategy.key_exchange is ring, which this attention cannot use; use "):
         two.run(share, variant, Case(exchange="ring"))
 
 
@@ -148,7 +148,7 @@ def test_a_sequence_that_was_not_cut_is_refused(two: RankPool) -> None:
 
 def _uncut(rank: int, world: int) -> str:
     core = next(variant for variant in variants() if variant.name == "sliding_window").core(Shape(320))
-    shard = ContextShard(split("contiguous", 320, core.shard_unit(), world), dist.group.WORLD)
+    shard = ContextShard(split("contiguous", 320, core.split_granularity(), world), dist.group.WORLD)
     q, k, v = torch.zeros(1, 4, 320, 32), torch.zeros(1, 2, 320, 32), torch.zeros(1, 2, 320, 32)
     with pytest.raises(ValueError) as refused:
         core(q, k, v, x=q, ctx=SequenceContext(torch.arange(320)[None], shard=shard))
@@ -156,7 +156,7 @@ def _uncut(rank: int, world: int) -> str:
 
 
 def test_an_unknown_exchange_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"strategy.exchange is 'Ring'; it must be one of auto, sparse, ring, gather"):
+    with pytest.raises(ValueError, match=r"key_exchange is 'Ring'; it must be one of auto, sparse, ring, gather"):
         ContextShard(split("contiguous", 64, 16, 2), None, "Ring")  # type: ignore[arg-type]
 
 
@@ -167,7 +167,7 @@ def test_steps_leave_nothing_behind(two: RankPool) -> None:
 
 def _steps(rank: int, world: int) -> tuple[int, bool]:
     core = next(variant for variant in variants() if variant.name == "sliding_window").core(Shape(320))
-    shard = ContextShard(split("contiguous", 320, core.shard_unit(), world), dist.group.WORLD)
+    shard = ContextShard(split("contiguous", 320, core.split_granularity(), world), dist.group.WORLD)
     tables, plans = [], []
 
     class Watched(Fetch):

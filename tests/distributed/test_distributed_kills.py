@@ -38,7 +38,7 @@ RUNS = {
         "attention.dilation_rates=[2]",
         "attention.pattern.local.window=16",
         "attention.dropout=0.2",
-        "trainer.accumulate=2",
+        "trainer.accumulate_grad_batches=2",
     ),
     "adaptive": ("attention=adaptive", "attention.density=0.4"),
 }

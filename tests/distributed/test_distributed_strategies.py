@@ -22,13 +22,13 @@ SMALL = ["attention=sliding_window", "model=nano", "data.context=512"]
 WRONG = {
     "trainer.devices=2": "the job has 2 ranks (trainer.devices × trainer.num_nodes, or those of the launcher) and "
     "strategy=single takes 1; use strategy=ddp, fsdp, context or fsdp_context",
-    "strategy=context strategy.context=3 trainer.devices=4": "strategy.context is 3, which does not divide the job's 4",
-    "strategy=context strategy.context=0": "strategy.context is 0; it counts ranks per sequence",
+    "strategy=context strategy.context_parallel_size=3 trainer.devices=4": "which does not divide the job's 4",
+    "strategy=context strategy.context_parallel_size=0": "context_parallel_size is 0; it counts ranks per sequence",
     "strategy=context trainer.num_nodes=128": "data.context is 512, that is ",
     "strategy=context strategy.split=even": "strategy.split is 'even'; it must be one of contiguous, head_tail, ",
-    "strategy=context strategy.exchange=post": "strategy.exchange is 'post'; it must be one of auto, sparse, ring, ",
+    "strategy=context strategy.key_exchange=post": "key_exchange is 'post'; it must be one of auto, sparse, ring, ",
     "strategy=ddp strategy.timeout=0": "strategy.timeout is 0; it counts seconds",
-    "strategy=ddp strategy.context=2": "strategy.context is 2, which strategy=ddp does not read; use strategy=context ",
+    "strategy=ddp strategy.context_parallel_size=2": "is 2, which strategy=ddp does not read; use strategy=context ",
     "strategy=fsdp strategy.comm_hook=bf16": "strategy.comm_hook is bf16, which strategy=fsdp does not read; "
     "use strategy=ddp or context",
     "strategy=fsdp strategy.tiemout=3": "strategy.tiemout is not a key; did you mean strategy.timeout?",
@@ -51,7 +51,7 @@ def test_a_wrong_combination_is_one_sentence_before_any_compute(words: str) -> N
 
 
 def test_an_exchange_that_some_layer_cannot_use_is_refused_with_those_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = compose([*SMALL, "strategy=context", "trainer.devices=2", "strategy.exchange=ring"])
+    config = compose([*SMALL, "strategy=context", "trainer.devices=2", "strategy.key_exchange=ring"])
     monkeypatch.setattr(config.attention.core, "context_parallel", ("sparse", "gather"))
     with pytest.raises(ConfigError, match=r"^strategy\.exchange is ring, and .* by sparse or gather only; use"):
         check(config)
@@ -86,7 +86,7 @@ def test_what_is_trained_does_not_depend_on_who_holds_it() -> None:
         spread = compose_raw(["data.batch_size=2", *words])
         assert config_hash(spread) == config_hash(alone) and differences(alone, spread) == []
     two = compose_raw(["strategy=ddp", "trainer.devices=2"])
-    same = compose_raw(["strategy=fsdp_context", "strategy.context=4", "trainer.devices=8"])
+    same = compose_raw(["strategy=fsdp_context", "strategy.context_parallel_size=4", "trainer.devices=8"])
     assert config_hash(two) == config_hash(same) != config_hash(compose_raw([]))
 
 

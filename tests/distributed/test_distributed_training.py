@@ -26,14 +26,19 @@ ON_TWO = {
     "ddp": ("strategy=ddp", "data.batch_size=2"),
     "fsdp": ("strategy=fsdp", "data.batch_size=2"),
     "context": ("strategy=context", "data.batch_size=4", "strategy.split=head_tail"),
-    "fsdp_context": ("strategy=fsdp_context", "data.batch_size=4", "strategy.exchange=gather"),
+    "fsdp_context": ("strategy=fsdp_context", "data.batch_size=4", "strategy.key_exchange=gather"),
 }
 ON_FOUR = {
     "ddp": ("strategy=ddp", "data.batch_size=1"),
     "fsdp": ("strategy=fsdp", "data.batch_size=1"),
-    "2 x context 2": ("strategy=context", "strategy.context=2", "data.batch_size=2", "strategy.split=contiguous"),
+    "2 x context 2": (
+        "strategy=context",
+        "strategy.context_parallel_size=2",
+        "data.batch_size=2",
+        "strategy.split=contiguous",
+    ),
     "context 4": ("strategy=context", "data.batch_size=4"),
-    "2 x fsdp_context 2": ("strategy=fsdp_context", "strategy.context=2", "data.batch_size=2"),
+    "2 x fsdp_context 2": ("strategy=fsdp_context", *TWO, "data.batch_size=2"),
 }
 
 
@@ -90,12 +95,12 @@ def test_four_ranks_have_the_loss_curve_of_one(kind: str, four: RankPool, folder
 
 
 ACCUMULATED = (
-    "trainer.accumulate=2",
+    "trainer.accumulate_grad_batches=2",
     "data.pack=concat",
     "optimizer=muon",
     "trainer.grad_clip=0.5",
     "eval.tokens=1280",
-    "model.checkpoint=true",
+    "model.activation_checkpointing=true",
     "model.chunk=100",
 )
 
@@ -132,7 +137,7 @@ def test_layers_recomputed_in_pieces_on_a_split_sequence_have_the_curve_of_one_r
         "data.val_fraction=0.2",
     )
     wanted = run(one, folder, f"alone keeps {attention}", *common)[1]
-    pieces = ("model.checkpoint=true", "model.chunk=200", "strategy=context", "strategy.split=contiguous")
+    pieces = ("model.activation_checkpointing=true", "model.chunk=200", "strategy=context", "strategy.split=contiguous")
     assert_same_curve(run(two, folder, f"two recompute {attention}", *common, *pieces)[1], wanted)
 
 
@@ -160,7 +165,7 @@ def test_ranks_train_only_the_selection_in_step_with_one(one: RankPool, two: Ran
     """Also where parameters and their gradients are shards, and where the run goes on in the middle of it."""
     common = (
         *("attention=adaptive", "~attention.window", "~attention.block", "optimizer=adamw", "schedule=constant"),
-        *("attention.tau_end=1.0", "trainer.selection_only_steps=4", "trainer.max_steps=6", "eval.every_n_steps=3"),
+        *("attention.tau_end=1.0", "trainer.selector_only_steps=4", "trainer.max_steps=6", "eval.every_n_steps=3"),
         *("optimizer.weight_decay=0.5", "checkpoint.every_n_steps=3", "data.pack=concat"),
     )
     wanted = run(one, folder, "alone selects", *common, "data.batch_size=4")[1]

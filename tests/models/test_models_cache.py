@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from lightsparse.attention.core import Lifetimes
+from lightsparse.attention.core import KeyExpiry
 from lightsparse.models.cache import KVCache
 
 BLOCK = 4
 # Seven blocks: block 0 is read to the end, each other one by its own row and the next; nobody reads block 3 later.
-LIFETIMES = Lifetimes(until=27, block=BLOCK, last_row=[6, 2, 3, 3, 5, 6, 6])
+LIFETIMES = KeyExpiry(until=27, block=BLOCK, last_row=[6, 2, 3, 3, 5, 6, 6])
 
 
 def test_everything_appended_comes_back_in_order():

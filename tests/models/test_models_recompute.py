@@ -43,7 +43,7 @@ def built(core, *, checkpoint, chunk=1000, **fields):
         kv_heads=1,
         head_dim=8,
         qk_norm=True,
-        checkpoint=checkpoint,
+        activation_checkpointing=checkpoint,
         chunk=chunk,
         **fields,
     )
@@ -65,8 +65,8 @@ def found(model, tokens, documents=None, bf16=False):
 @pytest.mark.parametrize("mlp", ["swiglu", "none"])
 def test_losses_and_gradients_are_those_of_a_layer_that_keeps_everything(core, batch, length, chunk, mlp):
     tokens = torch.randint(VOCAB, (batch, length))
-    loss, gradients = found(built(core, checkpoint=True, chunk=chunk, mlp=mlp), tokens)
-    expected_loss, expected = found(built(core, checkpoint=False, mlp=mlp), tokens)
+    loss, gradients = found(built(core, activation_checkpointing=True, chunk=chunk, mlp=mlp), tokens)
+    expected_loss, expected = found(built(core, activation_checkpointing=False, mlp=mlp), tokens)
     torch.testing.assert_close(loss, expected_loss)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
@@ -74,8 +74,8 @@ def test_losses_and_gradients_are_those_of_a_layer_that_keeps_everything(core, b
 
 def test_packed_documents_stay_apart():
     tokens, documents = torch.randint(VOCAB, (2, 40)), (torch.arange(40) // 13).int().expand(2, -1)
-    loss, gradients = found(built(window, checkpoint=True, chunk=16), tokens, documents)
-    expected_loss, expected = found(built(window, checkpoint=False), tokens, documents)
+    loss, gradients = found(built(window, activation_checkpointing=True, chunk=16), tokens, documents)
+    expected_loss, expected = found(built(window, activation_checkpointing=False), tokens, documents)
     torch.testing.assert_close(loss, expected_loss)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
@@ -85,8 +85,8 @@ def test_packed_documents_stay_apart():
 def test_under_autocast_only_rounding_differs(monkeypatch, products):
     monkeypatch.setattr(compute_dtype, "_multiplies_bf16_faster", lambda: products is torch.bfloat16)
     tokens = torch.randint(VOCAB, (2, 37))
-    loss, gradients = found(built(window, checkpoint=True, chunk=16), tokens, bf16=True)
-    expected_loss, expected = found(built(window, checkpoint=False), tokens, bf16=True)
+    loss, gradients = found(built(window, activation_checkpointing=True, chunk=16), tokens, bf16=True)
+    expected_loss, expected = found(built(window, activation_checkpointing=False), tokens, bf16=True)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-3, atol=0.0)
     for name, gradient in expected.items():
         assert gradients[name].dtype == torch.float32
@@ -95,7 +95,7 @@ def test_under_autocast_only_rounding_differs(monkeypatch, products):
 
 def test_where_products_stay_fp32_the_attention_still_gets_bf16(monkeypatch):
     monkeypatch.setattr(compute_dtype, "_multiplies_bf16_faster", lambda: False)
-    model, seen = built(window, checkpoint=False), []
+    model, seen = built(window, activation_checkpointing=False), []
     part = model.layers[0].self_attn
     part.core.register_forward_pre_hook(lambda core, given, named: seen.append(given[0].dtype), with_kwargs=True)
     part.q_proj.register_forward_hook(lambda linear, given, out: seen.append(out.dtype))
@@ -104,7 +104,7 @@ def test_where_products_stay_fp32_the_attention_still_gets_bf16(monkeypatch):
 
 
 def test_frozen_parameters_get_no_gradient():
-    model = built(window, checkpoint=True)
+    model = built(window, activation_checkpointing=True)
     model.layers[1].mlp.requires_grad_(False)
     _, gradients = found(model, torch.randint(VOCAB, (1, 20)))
     without = {name for name, gradient in gradients.items() if gradient is None}
@@ -113,5 +113,5 @@ def test_frozen_parameters_get_no_gradient():
 
 def test_no_tensor_of_the_mlp_or_of_fp32_queries_is_as_long_as_the_sequence(largest_tensor):
     tokens = torch.randint(VOCAB, (1, 512))
-    model = built(window, checkpoint=True, chunk=32, mlp_dim=400)
+    model = built(window, activation_checkpointing=True, chunk=32, mlp_dim=400)
     assert largest_tensor(lambda: found(model, tokens)) <= max(512 * 24, 32 * 400, 400 * 24)

@@ -226,7 +226,7 @@ def test_activation_checkpointing_and_chunks_leave_the_gradients_alone(make_mode
     tokens = random_tokens()
     plain = make_model(dropout=dropout, chunk=1000)
     expected = gradients(plain, tokens, seed=7)
-    saving = make_model(dropout=dropout, chunk=chunk, checkpoint=True)
+    saving = make_model(dropout=dropout, chunk=chunk, activation_checkpointing=True)
     for grad, expected_grad in zip(gradients(saving, tokens, seed=7), expected, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
     if dropout:
@@ -241,7 +241,7 @@ def test_checkpointing_passes_auxiliary_losses_and_their_gradients():
     found = []
     for checkpoint in (False, True):
         torch.manual_seed(0)
-        config = ModelConfig(depth=3, embed_dim=16, heads=2, checkpoint=checkpoint)
+        config = ModelConfig(depth=3, embed_dim=16, heads=2, activation_checkpointing=checkpoint)
         found.append(gradients(Transformer(config, reporting, vocab_size=VOCAB), tokens))
     for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(checkpointed, plain)
@@ -267,7 +267,7 @@ def saved_entries(model, tokens) -> int:
 def test_checkpointing_keeps_one_residual_stream_per_layer_with_dropout_two(make_model, dropout, streams):
     tokens = random_tokens(1, 256)
     stream = 256 * 32
-    deep, shallow = (make_model(depth=depth, checkpoint=True, dropout=dropout) for depth in (5, 3))
+    deep, shallow = (make_model(depth=depth, activation_checkpointing=True, dropout=dropout) for depth in (5, 3))
     assert (saved_entries(deep, tokens) - saved_entries(shallow, tokens)) / 2 <= (streams + 0.1) * stream
     plain = [make_model(depth=depth) for depth in (5, 3)]
     assert (saved_entries(plain[0], tokens) - saved_entries(plain[1], tokens)) / 2 > 6 * stream

@@ -78,7 +78,7 @@ def statuses():
 def test_every_trial_runs_once_and_a_second_start_repeats_none(trials, monkeypatch, capsys):
     assert sweep(monkeypatch, *SWEEP) == 0 and trials.started == [1, 2, 3]
     record = load_record(Path("runs/s"))
-    assert [(trial.status, trial.objective, trial.starts) for trial in record.trials] == [
+    assert [(trial.status, trial.sweep_metric, trial.starts) for trial in record.trials] == [
         ("finished", 0.25 * seed, 1) for seed in (1, 2, 3)
     ]
     assert [trial.varied for trial in record.trials] == [["seed=1"], ["seed=2"], ["seed=3"]]
@@ -94,7 +94,7 @@ def test_a_trial_counts_by_what_it_minimises(trials, monkeypatch, capsys):
     summary = Path(record.trials[1].run) / "summary.json"
     summary.write_text(json.dumps(wrong | {"minimised": "1 - val_accuracy"}))
     sweep(monkeypatch, *SWEEP)
-    assert load_record(Path("runs/s")).trials[1].objective == 0.25
+    assert load_record(Path("runs/s")).trials[1].sweep_metric == 0.25
     assert "0.2500 = 1 - val_accuracy, finished before" in capsys.readouterr().out
 
 

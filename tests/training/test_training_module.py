@@ -86,7 +86,7 @@ def trainer_for(config: Config, *callbacks: Callback, validate: bool = False) ->
         accelerator="cpu",
         max_steps=config.trainer.max_steps,
         max_epochs=-1,
-        accumulate_grad_batches=config.accumulate,
+        accumulate_grad_batches=config.accumulate_grad_batches,
         gradient_clip_val=config.trainer.grad_clip,
         precision=config.precision,
         num_sanity_val_steps=-1 if validate else 0,
@@ -107,7 +107,9 @@ def fitted(config: Config, data: Ragged) -> tuple[LanguageModel, Watch]:
 
 def test_accumulated_ragged_micro_batches_equal_one_big_batch(tiny: Tiny) -> None:
     one, _ = tiny("trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=4")
-    four, _ = tiny("trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=1", "trainer.accumulate=4")
+    four, _ = tiny(
+        "trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=1", "trainer.accumulate_grad_batches=4"
+    )
     big, big_watch = fitted(one, Ragged(4))
     small, small_watch = fitted(four, Ragged(1))
     assert big.step_result is not None and small.step_result is not None
@@ -129,7 +131,7 @@ def test_gradients_are_those_of_the_mean_over_real_tokens(tiny: Tiny) -> None:
 
 
 def test_consumed_counts_the_samples_of_finished_steps(tiny: Tiny) -> None:
-    config, _ = tiny("trainer.max_steps=3", "data.batch_size=2", "trainer.accumulate=4")
+    config, _ = tiny("trainer.max_steps=3", "data.batch_size=2", "trainer.accumulate_grad_batches=4")
     data = Ragged(2)
     fitted(config, data)
     assert data.consumed == 3 * 2 * 4
@@ -223,7 +225,9 @@ def test_masked_tokens_are_learned_and_every_validation_hides_the_same(tiny: Tin
 
 def test_an_auxiliary_loss_counts_as_a_mean_whatever_the_micro_batches(tiny: Tiny) -> None:
     """An aux_loss of w has gradient 1 after the division by tokens, however many tokens there are."""
-    config, _ = tiny("trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=1", "trainer.accumulate=4")
+    config, _ = tiny(
+        "trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=1", "trainer.accumulate_grad_batches=4"
+    )
     module, watch = module_for(config), Watch()
     weight = module.model.norm.weight
     plain_forward = module.model.forward

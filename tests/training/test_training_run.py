@@ -105,7 +105,7 @@ def test_rows_start_at_step_0_rise_and_hold_one_validation_where_due(tiny: Tiny)
 @pytest.mark.parametrize(
     "words",
     [
-        ("optimizer=adamw", "attention.dropout=0.2", "trainer.accumulate=2"),
+        ("optimizer=adamw", "attention.dropout=0.2", "trainer.accumulate_grad_batches=2"),
         ("optimizer=muon", "schedule=cosine", "data.pack=concat", "callback.every_n_steps=4"),
         ("optimizer=muon", "objective=mlm", "callback.every_n_steps=1", "eval.every_n_steps=3"),
     ],
@@ -380,7 +380,7 @@ def test_wandb_knows_a_run_by_one_id_over_restarts(tiny: Tiny, monkeypatch: pyte
 def test_a_signal_saves_the_step_under_way_ends_with_75_and_changes_no_bit(
     number: signal.Signals, batch: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("trainer.accumulate=2", "attention.dropout=0.2")
+    words = ("trainer.accumulate_grad_batches=2", "attention.dropout=0.2")
     whole, raw = tiny("name=whole", *words)
     fit(whole, raw)
     parts, raw = tiny("name=parts", *words)
@@ -463,7 +463,10 @@ def test_sigkill_and_the_same_command_again_finish_the_run(tiny: Tiny, command: 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("twice", "dropout"),
-    [("data.batch_size=2", 0.1), ("trainer.accumulate=2", 0.0)],  # micro-batches drop out differently, by definition
+    [
+        ("data.batch_size=2", 0.1),
+        ("trainer.accumulate_grad_batches=2", 0.0),
+    ],  # micro-batches drop out differently, by definition
     ids=["batch", "accumulate"],
 )
 def test_two_ranks_train_like_one_that_reads_twice_as_much(

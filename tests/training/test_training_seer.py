@@ -24,7 +24,7 @@ def test_distilling_moves_the_gates_towards_attention_and_nothing_else(
     monkeypatch.setattr(run, "matmul_peak", lambda *given: 1e11)
     config, raw = tiny(
         *("attention=seer", "attention.block=16", "attention.top_k=3", "data.context=160", "trainer.max_steps=8"),
-        *("attention.dense_steps=7", "trainer.selection_only_steps=-1", "optimizer=adamw", "optimizer.lr=0.01"),
+        *("attention.dense_steps=7", "trainer.selector_only_steps=-1", "optimizer=adamw", "optimizer.lr=0.01"),
     )
     fit(config, raw)
     directory = Path(config.runs_dir) / config.name

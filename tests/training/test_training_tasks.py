@@ -18,7 +18,7 @@ from lightsparse.models.transformer import Transformer
 from lightsparse.training import run
 from lightsparse.training.metrics.metrics_file import read_metrics
 from lightsparse.training.metrics.scores import Scores, score_sums
-from lightsparse.training.metrics.summary import objective
+from lightsparse.training.metrics.summary import sweep_metric
 from lightsparse.training.module import LanguageModel
 from lightsparse.training.run import fit
 
@@ -72,7 +72,7 @@ def test_a_run_on_a_task_leaves_scores_in_place_of_bits(task: Tiny) -> None:
     summary = fit(config, raw)
     assert 0 <= summary["val_accuracy"] <= 1 and summary["val_exact_match"] == summary["val_accuracy"]
     assert summary["val_tokens"] == 20 and summary["val_bits_per_byte"] is None
-    assert objective(summary) == pytest.approx(1 - summary["val_accuracy"])
+    assert sweep_metric(summary) == pytest.approx(1 - summary["val_accuracy"])
     rows = read_metrics(folder(config) / "metrics.csv")
     scored = [row["step"] for row in rows if "val_accuracy" in row]
     assert scored == [0, 4, 8, 12] and not any("val_bits_per_byte" in row for row in rows)
@@ -85,7 +85,7 @@ def test_a_run_on_a_task_leaves_scores_in_place_of_bits(task: Tiny) -> None:
 def test_a_text_run_has_no_scores(tiny: Tiny) -> None:
     config, raw = tiny("trainer.max_steps=2", "eval.sample_tokens=0")
     summary = fit(config, raw)
-    assert summary["val_accuracy"] is None and objective(summary) == summary["val_bits_per_byte"]
+    assert summary["val_accuracy"] is None and sweep_metric(summary) == summary["val_bits_per_byte"]
 
 
 @pytest.mark.usefixtures("quick")

@@ -51,8 +51,8 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
             )
         group = dist.group.WORLD if group is None else group
         assert group is not None
-        unit = self.shard_unit()
-        self.loads = self.row_loads(length, unit)
+        unit = self.split_granularity()
+        self.loads = self.row_costs(length, unit)
         self.shard = ContextShard(
             split(kind, length, unit, dist.get_world_size(group), self.loads), group, exchange, timeout
         )

@@ -57,14 +57,14 @@ def summarise(
     if ctx.q_start:
         q, key = _with_the_past(q, k, ctx, block=block, causal=causal, layer=layer)
     else:
-        key = of_all_ranks(block_means(k, block, documents, "last"), ctx.shard, block)
+        key = gather_block_means(block_means(k, block, documents, "last"), ctx.shard, block)
     first = None if ctx.documents is None else block_documents(ctx.documents, block, "first")
     last = None if ctx.documents is None else block_documents(ctx.documents, block, "last")
 
     def grouped(of: str) -> Tensor:
         of_queries = None if documents is None else documents[:, base:]
         means = block_means(q, block, of_queries, of).unflatten(1, (k.shape[1], -1)).mean(2)
-        return of_all_ranks(means, ctx.shard, block)
+        return gather_block_means(means, ctx.shard, block)
 
     query_late = key_late = None
     if causal:
@@ -76,7 +76,7 @@ def summarise(
         query = grouped("first")
         if documents is not None:
             query_late = grouped("last")
-            key_late = of_all_ranks(block_means(k, block, documents, "first"), ctx.shard, block)
+            key_late = gather_block_means(block_means(k, block, documents, "first"), ctx.shard, block)
     found = Summaries(query, key, query_late, key_late, first, last, row)
     if ctx.states is None:
         return found, None
@@ -86,7 +86,7 @@ def summarise(
 
 
 @torch.compiler.disable
-def of_all_ranks(means_BHRD: Tensor, shard: ContextShard | None, block: int) -> Tensor:
+def gather_block_means(means_BHRD: Tensor, shard: ContextShard | None, block: int) -> Tensor:
     """The means of all blocks of the sequence, from those of each rank's own; differentiable."""
     if shard is None:
         return means_BHRD

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
-from lightsparse.attention.fixed import FixedPatternAttention, of_held_keys, with_sink
+from lightsparse.attention.fixed import FixedPatternAttention, of_cached_keys, with_sink
 from lightsparse.attention.pooling.csa_compress import Compressor, compressed, entry_documents, entry_positions
-from lightsparse.attention.sharded_call import attention, own_rows, sequence_length
+from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention
 from lightsparse.context_parallel.shard import sum_over
 from lightsparse.kernels import Dropout
 from lightsparse.patterns import BlockLayout, ElementMask, LocalWindow, Pattern, interval_mask
@@ -96,7 +96,7 @@ class CompressedAttention(FixedPatternAttention):
 
     supports_bidirectional = False
     exact_at_full_budget = False
-    reads_input = True
+    needs_hidden_states = True
     overlap = False  # whether an entry also pools the stride before its own
     context_parallel = ("sparse", "gather")
 
@@ -130,10 +130,10 @@ class CompressedAttention(FixedPatternAttention):
     def layout(self, num_keys: int, ctx: SequenceContext, device: torch.device) -> BlockLayout:
         return AttentionCore.layout(self, num_keys, ctx, device)
 
-    def shard_unit(self) -> int:
+    def split_granularity(self) -> int:
         return math.lcm(self.block, self.stride)
 
-    def row_loads(self, length: int, unit: int) -> list[float]:
+    def row_costs(self, length: int, unit: int) -> list[float]:
         """Keys that the queries of each unit read, summed, without documents."""
         token = torch.arange(length, dtype=torch.float64)
         read = (token + 1).clamp(max=self.options.window) + self.entries_read(((token + 1) / self.stride).floor())
@@ -170,13 +170,13 @@ class CompressedAttention(FixedPatternAttention):
         return ctx.layouts[key]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
-        length = sequence_length(k, ctx) if ctx.held is None else ctx.q_start + q.shape[2]
+        length = sequence_length(k, ctx) if ctx.cached_block_ids is None else ctx.q_start + q.shape[2]
         window = self.window_layout(length, ctx, q.device)
-        rows = of_held_keys(own_rows(window, ctx), ctx)
+        rows = of_cached_keys(own_rows(window, ctx), ctx)
         dropout = ctx.dropout(
             self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        near, near_lse = attention(q, k, v, rows, ctx, dropout=dropout, return_lse=True)
+        near, near_lse = sharded_attention(q, k, v, rows, ctx, dropout=dropout, return_lse=True)
         entries = self.entries(x, k.dtype, ctx)
         assert near_lse is not None and self.sink is not None
         if not entries.count:  # no stride is whole; yet all parameters take part in the loss, or DDP would wait

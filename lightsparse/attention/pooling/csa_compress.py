@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightsparse.attention.core import SequenceContext
-from lightsparse.attention.pooling.strides_across_ranks import of_all_ranks, of_the_stride_before
+from lightsparse.attention.pooling.strides_across_ranks import gather_strides, of_the_stride_before
 from lightsparse.patterns.mask import document_starts
 
 _STD = 0.02  # of new projections, as in the model's layers
@@ -143,7 +143,7 @@ def compressed(compressor: Compressor, x: Tensor, ctx: SequenceContext, state: d
     stride, keeps = compressor.stride, int(compressor.overlap)
     if ctx.states is None:
         entries = compressor(own_strides(x, stride, ctx), ctx)
-        return of_all_ranks(entries, stride, ctx.shard)
+        return gather_strides(entries, stride, ctx.shard)
     done, length = ctx.q_start // stride, ctx.q_start + x.shape[1]
     first = max(done - keeps, 0)
     if ctx.q_start:

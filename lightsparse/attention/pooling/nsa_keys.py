@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightsparse.attention.core import AttentionShape, SequenceContext
-from lightsparse.attention.pooling.block_means import of_all_ranks
+from lightsparse.attention.pooling.block_means import gather_block_means
 from lightsparse.attention.pooling.nsa_compress import MeanCompressor, MlpCompressor, complete, last_tokens
 from lightsparse.patterns.mask import document_starts
 
@@ -84,7 +84,9 @@ class SummaryKeys(nn.Module):
             dtype = torch.promote_types(k.dtype, torch.float32)
             parts = [f.parts(t.to(dtype)) for f, t in zip((self.of_keys, self.of_values), raw, strict=True)]
             sizes = [part.shape[-1] for part in parts]
-            of_both = of_all_ranks(torch.cat(parts, -1), ctx.shard, self.stride) if ctx.shard is not None else None
+            of_both = (
+                gather_block_means(torch.cat(parts, -1), ctx.shard, self.stride) if ctx.shard is not None else None
+            )
             if of_both is not None:
                 parts = list(of_both.split(sizes, -1))
             new_k, new_v = self.of_keys.joined(parts[0]), self.of_values.joined(parts[1])
@@ -146,5 +148,5 @@ class WindowKeys(nn.Module):
         first = (n - k.shape[2]) // self.block  # block that k begins with
         next_first = max(n + 1 - self.window, 0) // self.block
         state["window"] = torch.cat([k, v], -1)[:, :, (next_first - first) * self.block :].detach().contiguous()
-        held = torch.arange(first, -(-n // self.block), device=k.device) if first else None
-        return KeysValues(k, v), replace(ctx, held=held)
+        cached_block_ids = torch.arange(first, -(-n // self.block), device=k.device) if first else None
+        return KeysValues(k, v), replace(ctx, cached_block_ids=cached_block_ids)

@@ -15,7 +15,7 @@ from lightsparse.context_parallel.shard import ContextShard
 
 
 @torch.compiler.disable
-def of_all_ranks(x: Tensor, stride: int, shard: ContextShard | None) -> Tensor:
+def gather_strides(x: Tensor, stride: int, shard: ContextShard | None) -> Tensor:
     """Rows [B, H, S, D] of all strides of the sequence, from those of each rank's own; differentiable."""
     if shard is None:
         return x

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightsparse.attention.core import SequenceContext
-from lightsparse.attention.sharded_call import attention
+from lightsparse.attention.sharded_call import sharded_attention
 from lightsparse.kernels import Dropout
 from lightsparse.patterns import BlockLayout, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
@@ -25,7 +25,7 @@ from lightsparse.patterns.layout import no_dense_rows
 _TABLE = 1 << 24  # entries of the lists held at once
 
 
-class Selection(NamedTuple):
+class BlockSelection(NamedTuple):
     layout: BlockLayout
 
 
@@ -75,7 +75,7 @@ def attend_in_parts(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, part: slice) -> RowPart:
         layout, tokens = layout_of(part)
-        out, _ = attention(q, k, v, layout, ctx, dropout=dropout)
+        out, _ = sharded_attention(q, k, v, layout, ctx, dropout=dropout)
         ends = (tokens % block == block - 1) | (tokens == length - 1)
         return RowPart(out, *layout.areas(), layout.kv_indices[:, :, ends])
 

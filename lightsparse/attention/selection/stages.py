@@ -2,7 +2,7 @@
 
 A selection that is to imitate attention (DeepSeek-V3.2's indexer, SeerAttention's gate) learns from dense attention
 first; a run may also end dense. Which it is follows from the optimizer step alone, so that a run that resumes, and the
-evaluation of a checkpoint, are in the stage of that step. What is trained in it: trainer.selection_only_steps.
+evaluation of a checkpoint, are in the stage of that step. What is trained in it: trainer.selector_only_steps.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from lightsparse.attention.core import AttentionResult, AttentionShape, Sequence
 from lightsparse.attention.pooling.block_means import block_documents
 from lightsparse.attention.selection.dense_warning import warn_if_dense
 from lightsparse.attention.selection.kept_mass import kept_mass, queries_at, sampled_queries
-from lightsparse.attention.selection.row_parts import Selection, attend_in_parts, row_layout
+from lightsparse.attention.selection.row_parts import BlockSelection, attend_in_parts, row_layout
 from lightsparse.attention.selection.stages import StagedAttention, StagedConfig
 from lightsparse.attention.selection.top_blocks import Documents, Rule, top_blocks
 from lightsparse.attention.sharded_call import sequence_length
@@ -63,8 +63,8 @@ class TokenBlocksAttention(StagedAttention):
     """
 
     supports_bidirectional = False
-    reads_input = False
-    chooses = True
+    needs_hidden_states = False
+    selects_from_input = True
     logged: ClassVar[tuple[str, ...]] = ("kept_mass",)
     context_parallel = ("sparse", "gather")
 
@@ -89,10 +89,10 @@ class TokenBlocksAttention(StagedAttention):
         """What else a choice has to keep to."""
         return Rule()
 
-    def shard_unit(self) -> int:
+    def split_granularity(self) -> int:
         return self.options.block
 
-    def row_loads(self, length: int, unit: int) -> list[float]:
+    def row_costs(self, length: int, unit: int) -> list[float]:
         """Keys that the queries of each unit read, summed, without documents."""
         block, top_k = self.options.block, self.options.top_k
         blocks = [min(start // block + 1, top_k) * block * block for start in range(0, length, block)]
@@ -162,9 +162,9 @@ class TokenBlocksAttention(StagedAttention):
             return self.choose(found.queries[:, :, torch.searchsorted(tokens, at)], found.blocks, at, ctx)
         return self.choose(found.queries[:, :, at], found.blocks, at, ctx)
 
-    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> Selection:
+    def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> BlockSelection:
         """What forward reads outside of a dense stage; x plays no part. The table of all queries at once."""
-        return Selection(self._layout(self.scored(q, k, ctx), ctx.q_start, sequence_length(k, ctx), ctx)[0])
+        return BlockSelection(self._layout(self.scored(q, k, ctx), ctx.q_start, sequence_length(k, ctx), ctx)[0])
 
     @torch.compiler.disable  # it goes by values
     @torch.no_grad()

@@ -49,7 +49,7 @@ class TaskConfig(DataConfig):
             raise ValueError(f"data.loss is {self.loss!r}; it must be answer (answers alone) or all (every next token)")
 
     @property
-    def asks(self) -> bool:
+    def has_answers(self) -> bool:
         return True
 
     def build_tokenizer(self) -> Tokenizer:

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lightsparse.distributed.environment import of_all_ranks
+from lightsparse.distributed.environment import gather_objects
 from lightsparse.training.checkpoints.background_writer import CheckpointLateError, CheckpointWriter, remove
 from lightsparse.training.checkpoints.files import checkpoint_path, checkpoint_steps
 from lightsparse.training.checkpoints.random_state import random_state, set_random_state
@@ -118,7 +118,7 @@ class StepCheckpoint(Checkpoint):
         self.best_step, self.best_loss = state_dict["best_step"], state_dict["best_loss"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["random"] = of_all_ranks(random_state())
+        checkpoint["random"] = gather_objects(random_state())
         checkpoint["config"], checkpoint["code"] = self.raw, code_version()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

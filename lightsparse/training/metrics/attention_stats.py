@@ -25,8 +25,8 @@ def step_columns(config: Config) -> tuple[str, ...]:
 
 def columns(config: Config) -> tuple[str, ...]:
     """All columns beside metrics.COLUMNS."""
-    scores = SCORES if config.data.asks else ()
-    return (*scores, *step_columns(config), *([CHURN] if config.attention.core.chooses else []))
+    scores = SCORES if config.data.has_answers else ()
+    return (*scores, *step_columns(config), *([CHURN] if config.attention.core.selects_from_input else []))
 
 
 def step_values(config: Config, stats: Mapping[str, Tensor], device: torch.device) -> Tensor:

@@ -28,7 +28,7 @@ def draw_plots(
     in_bytes = module.validation is None or module.validation.bytes > 0
     unit: curves.Unit = "bits_per_byte" if in_bytes else "loss"
     curves.save_loss(rows, directory.plots / "loss.png", config.name, unit)
-    if config.data.asks:
+    if config.data.has_answers:
         curves.save_accuracy(rows, directory.plots / "accuracy.png", config.name, config.eval.stop_accuracy)
     context = config.data.context
     ends = [min(FIRST_BUCKET << i, context) for i in range(len(module.by_position))]
@@ -48,7 +48,7 @@ def write_sample(config: Config, module: LanguageModel, data: DataModule, direct
     if length == 0:
         return
     module.eval()
-    if config.data.asks:
+    if config.data.has_answers:
         write_text(directory.sample, answers(module.model, data.tokenizer, data.samples.val, length))
         return
     text = data.samples.val[0]["tokens"].tolist()

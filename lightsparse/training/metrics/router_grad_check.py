@@ -26,7 +26,7 @@ class RouterWatch:
         self.routers = {
             core.shape.layer: core
             for core in cores
-            if any(parameter.requires_grad for parameter in core.selection_parameters())
+            if any(parameter.requires_grad for parameter in core.selector_parameters())
         }
         self.left = STEPS if self.routers else 0
         self.totals: Tensor | None = None  # [routers]: sum of |gradient| on this rank
@@ -54,7 +54,7 @@ class RouterWatch:
 
 def _size(core: AttentionCore) -> Tensor:
     """Sum of |gradient| over the selection's parameters here, fp32 scalar."""
-    parameters = core.selection_parameters()
+    parameters = core.selector_parameters()
     total = torch.zeros((), device=parameters[0].device)
     for parameter in parameters:
         grad = parameter.grad

@@ -64,7 +64,7 @@ def summarize(
         "strategy": config.strategy.kind,
         "ranks_per_sequence": config.grid.context,
         "split": strategy.split if isinstance(strategy, ContextRanks) else None,
-        "exchange": strategy.exchange if isinstance(strategy, ContextRanks) else None,
+        "key_exchange": strategy.key_exchange if isinstance(strategy, ContextRanks) else None,
         "threads": torch.get_num_threads(),
         "versions": versions() | {"lightning": importlib.metadata.version("lightning")},
         "hardware": hardware(),
@@ -91,7 +91,7 @@ def show(console: Console, summary: Mapping[str, Any], directory: Path) -> None:
         console.print(f"{name:<13}  {text}")
 
 
-def objective(summary: Mapping[str, Any]) -> float:
+def sweep_metric(summary: Mapping[str, Any]) -> float:
     """What a sweep minimises: summary["minimised"] names it."""
     return 1.0 - summary["val_accuracy"] if summary.get("minimised") == WRONG else summary["val_bits_per_byte"]
 

@@ -48,10 +48,10 @@ def check_model(config: Config) -> Transformer:
     if config.init_from is not None and not checkpoint_steps(Path(config.runs_dir, config.name, "checkpoints")):
         check_start(config, model.vocab_size)
     config.optimizer.build(parameter_groups(model, model.layers))
-    only = config.trainer.selection_only_steps
-    if only and not model.selection_parameters():
+    only = config.trainer.selector_only_steps
+    if only and not model.selector_parameters():
         raise ConfigError(
-            f"trainer.selection_only_steps is {only}, and attention={config.attention.name} has no parameters that "
+            f"trainer.selector_only_steps is {only}, and attention={config.attention.name} has no parameters that "
             "select, so that nothing would be trained; set it to 0"
         )
     context_split(config, model)

@@ -243,7 +243,7 @@ def _time(config: Config, data: DataModule, measured: list[Pass]) -> Iterator[Li
             raise
         yield Line("problem", "time", f"the timed pass ran out of memory; {ways_out(config, 0.5 * free)}")
         return
-    step = seconds * config.accumulate
+    step = seconds * config.accumulate_grad_batches
     validations = 1 + math.ceil(config.trainer.max_steps / config.eval.every_n_steps)
     passes = config.eval.tokens / (config.data.batch_size * context) / config.grid.data
     validating = validations * passes * seconds / 3  # forward only

@@ -16,18 +16,18 @@ under bf16-mixed, 2 and 2 under bf16-true), w those of a parameter:
                  k, v and the output, which comes once more in the order of tokens, for b branches (dilated only).
                  Where products stay in fp32 under bf16-mixed (kernels/compute_dtype.py), c is 2 for what the kernel
                  takes and gives and 4 elsewhere, and r = r' = 1.
-                 model.checkpoint leaves E s of the layer, with dropout of each half; more than one chunk of tokens
-                 leaves as much of the MLP.
+                 model.activation_checkpointing leaves E s of the layer, with dropout of each half; more than one
+                 chunk of tokens leaves as much of the MLP.
     working      what exists for one layer or chunk at a time, the larger of
                  the backward pass of a layer  T (2 E s + 3 (A + K) c) + C (3 M + 2 E) c, with what is recomputed of it:
                                                attention for T tokens, the MLP for C;
-                                               with model.checkpoint but no dropout only
+                                               with model.activation_checkpointing but no dropout only
                                                T (E s + (4 A + 4 K) c + 24 K) + C (attention + MLP + (3 M + 2 E) c),
                                                24 K of it what the native kernel holds of keys and values in fp32,
                                                less the T E (8 + c), which are gone by then
                  the loss of a chunk           12 V tokens + 4 V E
-                 Keys and values of other ranks come on top, of the whole context for exchange=gather, else as many as
-                 its own; and two layers at full size where parameters are sharded (fsdp).
+                 Keys and values of other ranks come on top, of the whole context for key_exchange=gather, else as many
+                 as its own; and two layers at full size where parameters are sharded (fsdp).
     saving       on a CPU with checkpoint.background, a copy of weights and optimizer state
     process      on a CPU, what libraries take beside their code once they are used: 50 MiB
 
@@ -148,7 +148,7 @@ def _activations(config: Config, vocabulary: int, tokens: int) -> tuple[float, f
     mixed, true = config.precision == "bf16-mixed" and not fp32, config.precision == "bf16-true"
     s, c = (2 if true else 4), (2 if mixed or true else 4)
     kernel = 2 if fp32 else c
-    chunked, recomputed = tokens > chunk, config.model.checkpoint
+    chunked, recomputed = tokens > chunk, config.model.activation_checkpointing
     in_pieces = recomputed and not config.model.dropout
     at_once = min(tokens, chunk)
 
@@ -167,7 +167,7 @@ def _activations(config: Config, vocabulary: int, tokens: int) -> tuple[float, f
         backward += at_once * (attention + feed_forward + (3 * mlp + 2 * embed) * c)
         backward = max(0.0, backward - tokens * embed * (8 + c))  # what the loss has kept is gone by then
     if isinstance(config.strategy, ContextRanks) and config.grid.context > 1:
-        foreign = config.data.context * config.data.batch_size if config.strategy.exchange == "gather" else tokens
+        foreign = config.data.context * config.data.batch_size if config.strategy.key_exchange == "gather" else tokens
         backward += 2 * foreign * narrow * c
     loss_chunk = min(tokens, chunk, max(1, chunk * mlp // vocabulary))
     loss = 12 * loss_chunk * vocabulary + 4 * vocabulary * embed
@@ -238,8 +238,11 @@ def _first_that_fits(settings: Iterable[_Setting], budget: float, of: _Sizes | N
 
 
 def _recomputed(config: Config) -> Iterator[_Setting]:
-    if not config.model.checkpoint:
-        yield "model.checkpoint=true", replace(config, model=replace(config.model, checkpoint=True))
+    if not config.model.activation_checkpointing:
+        yield (
+            "model.activation_checkpointing=true",
+            replace(config, model=replace(config.model, activation_checkpointing=True)),
+        )
 
 
 def _in_smaller_batches(config: Config) -> Iterator[_Setting]:
@@ -247,10 +250,13 @@ def _in_smaller_batches(config: Config) -> Iterator[_Setting]:
     samples = config.data.batch_size
     for batch in range(samples - 1, 0, -1):
         if samples % batch == 0:
-            steps = config.accumulate * samples // batch
+            steps = config.accumulate_grad_batches * samples // batch
             words, data, trainer = f"data.batch_size={batch}", replace(config.data, batch_size=batch), config.trainer
             if trainer.global_batch is None:
-                words, trainer = f"{words} trainer.accumulate={steps}", replace(trainer, accumulate=steps)
+                words, trainer = (
+                    f"{words} trainer.accumulate_grad_batches={steps}",
+                    replace(trainer, accumulate_grad_batches=steps),
+                )
             yield words, replace(config, data=data, trainer=trainer)
 
 
@@ -268,10 +274,10 @@ def _over_ranks(config: Config, field: str) -> Iterator[_Setting]:
     strategy, words = config.strategy, ""
     if isinstance(strategy, Single):
         strategy, words = _CONTEXT, "strategy=context "
-    elif strategy.context is not None and config.trainer.global_batch is not None:
+    elif strategy.context_parallel_size is not None and config.trainer.global_batch is not None:
         return  # fewer ranks would read different samples
-    elif strategy.context is not None:
-        strategy, words = replace(strategy, context=None), "strategy.context=null "
+    elif strategy.context_parallel_size is not None:
+        strategy, words = replace(strategy, context_parallel_size=None), "strategy.context_parallel_size=null "
     ranks = getattr(config.trainer, field)
     for factor in (2, 4, 8, 16, 32, 64):
         trainer = replace(config.trainer, **{field: factor * ranks})
@@ -284,9 +290,9 @@ _CONTEXT = Context(
     powersgd_rank=None,
     powersgd_start=None,
     topk_share=None,
-    context=None,
+    context_parallel_size=None,
     split="balanced",
-    exchange="auto",
+    key_exchange="auto",
 )
 
 

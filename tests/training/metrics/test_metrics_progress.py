@@ -31,7 +31,7 @@ def test_a_log_file_gets_a_line_per_step_and_validation_and_none_twice(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "_LINE_EVERY", -1.0)
-    fit(*tiny("trainer.progress=true", "trainer.accumulate=2"))
+    fit(*tiny("trainer.progress=true", "trainer.accumulate_grad_batches=2"))
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [words[1] for words in lines if "validation" in words] == ["0", "4", "8", "12"]
     steps = [line for line in lines if "validation" not in line]

@@ -122,7 +122,7 @@ def test_a_disk_that_is_nearly_full_is_a_warning(tiny: Tiny, monkeypatch: pytest
 def test_ranks_are_shown_with_who_shares_a_sequence(tiny: Tiny) -> None:
     config, _ = tiny("attention=block_sparse", "attention.block=16", "attention.segment_lengths=[32]",
                      "attention.dilation_rates=[2]", "attention.pattern.local.window=16",
-                     "strategy=context", "strategy.context=2", "trainer.devices=4")  # fmt: skip
+                     "strategy=context", "strategy.context_parallel_size=2", "trainer.devices=4")  # fmt: skip
     (line,) = doctor._ranks(config)
     assert "4 = 2 data × 2 context, context; 4 samples" in line.text
     assert "ranks 0–1, 2–3 share a sequence" in line.text or line.level == "warning"

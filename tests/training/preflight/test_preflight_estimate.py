@@ -63,7 +63,13 @@ def test_the_activations_of_every_variant_are_those_that_autograd_keeps(attentio
 
 @pytest.mark.parametrize(
     "word",
-    ["model.checkpoint=true", "model.chunk=128", "model.kv_heads=1", "model.qk_norm=false", "data.batch_size=3"],
+    [
+        "model.activation_checkpointing=true",
+        "model.chunk=128",
+        "model.kv_heads=1",
+        "model.qk_norm=false",
+        "data.batch_size=3",
+    ],
 )
 def test_the_activations_follow_the_settings_that_change_them(word: str) -> None:
     config = compose([*SHAPE, "attention=sliding_window", word])
@@ -92,7 +98,9 @@ def peak_of_run(words: list[str]) -> float:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("words", [(), ("model.checkpoint=true",), ("precision=bf16-mixed",)], ids=lambda w: "".join(w))
+@pytest.mark.parametrize(
+    "words", [(), ("model.activation_checkpointing=true",), ("precision=bf16-mixed",)], ids=lambda w: "".join(w)
+)
 def test_the_whole_is_within_a_factor_of_one_and_a_half_of_the_measured_peak(words: tuple[str, ...], tmp_path) -> None:
     for i in range(8):
         (tmp_path / f"{i}.txt").write_text(f"some text of document {i}, " * 500)
@@ -129,9 +137,11 @@ def test_what_is_proposed_fits_and_says_what_it_takes() -> None:
 
 
 def test_the_samples_of_a_step_stay_as_they_are_in_smaller_batches() -> None:
-    config = compose(["precision=32", "attention=sliding_window", "data.batch_size=6", "trainer.accumulate=2"])
+    config = compose(
+        ["precision=32", "attention=sliding_window", "data.batch_size=6", "trainer.accumulate_grad_batches=2"]
+    )
     found = dict(remedies(config, 0.6 * estimate(config).total, several_devices=False))
-    assert "data.batch_size=3 trainer.accumulate=4" in found
+    assert "data.batch_size=3 trainer.accumulate_grad_batches=4" in found
 
 
 def test_several_settings_together_are_proposed_where_none_is_enough_alone() -> None:
@@ -139,7 +149,10 @@ def test_several_settings_together_are_proposed_where_none_is_enough_alone() -> 
     needed = estimate(config)
     found = remedies(config, needed.process + 0.08 * (needed.total - needed.process), several_devices=False)
     assert len(found) == 3
-    assert "model.checkpoint=true data.batch_size=1 trainer.accumulate=4 data.context=" in " ".join(w for w, _ in found)
+    assert (
+        "model.activation_checkpointing=true data.batch_size=1 trainer.accumulate_grad_batches=4 data.context="
+        in " ".join(w for w, _ in found)
+    )
     assert remedies(config, 1.0, several_devices=False) == []
 
 

@@ -24,7 +24,7 @@ Tiny = Callable[..., tuple[Config, dict[str, Any]]]
 ROUTED = (
     *("attention=adaptive", "attention.block=16", "attention.density=0.5", "attention.router_dim=4"),
     *("checkpoint.every_n_steps=1", "checkpoint.keep=20", "checkpoint.keep_best=false", "schedule.warmup_steps=0"),
-    *("trainer.max_steps=6", "trainer.selection_only_steps=3"),
+    *("trainer.max_steps=6", "trainer.selector_only_steps=3"),
 )
 
 
@@ -55,8 +55,8 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("optimizer=adamw", "optimizer.weight_decay=0.5", "trainer.accumulate=2"),
-        ("optimizer=muon", "optimizer.weight_decay=0.5", "model.checkpoint=true"),
+        ("optimizer=adamw", "optimizer.weight_decay=0.5", "trainer.accumulate_grad_batches=2"),
+        ("optimizer=muon", "optimizer.weight_decay=0.5", "model.activation_checkpointing=true"),
         ("optimizer=adamw", "optimizer.weight_decay=0.5", "strategy=ddp"),
     ],
     ids=["adamw-accumulate", "muon-recompute", "ddp"],
@@ -90,7 +90,7 @@ def test_the_first_gradients_that_count_are_those_of_the_selection_alone(tiny: T
 
     def looked(self: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
         whole(self, optimizer)
-        grads = [parameter.grad for parameter in self.model.selection_parameters()]
+        grads = [parameter.grad for parameter in self.model.selector_parameters()]
         assert self.step_result is not None
         own = torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None])
         seen.append((self.step_result.grad_norm, float(own)))
@@ -123,7 +123,7 @@ def test_a_run_that_goes_on_in_the_middle_of_it_ends_with_the_same_bits(last: in
 
 
 def test_minus_one_is_the_whole_run(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    config, raw = tiny(*ROUTED, "trainer.selection_only_steps=-1")
+    config, raw = tiny(*ROUTED, "trainer.selector_only_steps=-1")
     fit(config, raw)
     first, last = (at(config, step)["state_dict"] for step in (1, 6))
     assert moved(first, last) == {name for name in first if selects(name) and not name.endswith(".schedule")}
@@ -144,9 +144,9 @@ def test_the_start_says_that_the_chosen_attention_is_in_no_layer(
 
 
 def test_wrong_values_are_refused_in_one_sentence(tiny: Tiny) -> None:
-    with pytest.raises(ConfigError, match=r"trainer.selection_only_steps is -2; it counts optimizer steps, 0 or more"):
-        tiny(*ROUTED, "trainer.selection_only_steps=-2")
-    config, _ = tiny("trainer.selection_only_steps=3")
+    with pytest.raises(ConfigError, match=r"trainer.selector_only_steps is -2; it counts optimizer steps, 0 or more"):
+        tiny(*ROUTED, "trainer.selector_only_steps=-2")
+    config, _ = tiny("trainer.selector_only_steps=3")
     with pytest.raises(ConfigError, match=r"attention=dense has no parameters that select, .* set it to 0"):
         check(config)
     with pytest.raises(ConfigError, match=r"strategy.comm_hook is topk, which would hand on the gradients"):
@@ -154,7 +154,7 @@ def test_wrong_values_are_refused_in_one_sentence(tiny: Tiny) -> None:
 
 
 def test_a_run_without_such_steps_is_the_run_it_was_before_there_were_any(tiny: Tiny) -> None:
-    names = {tiny("name=null", *more)[0].name for more in ((), ("trainer.selection_only_steps=null",))}
+    names = {tiny("name=null", *more)[0].name for more in ((), ("trainer.selector_only_steps=null",))}
     _, raw = tiny("name=null")
-    del raw["trainer"]["selection_only_steps"]
+    del raw["trainer"]["selector_only_steps"]
     assert names == {parse(raw).name}
