@@ -55,7 +55,7 @@ class SequenceContext:
     sample_ids int64 [B] or None: global ids of the samples, so that randomness does not depend on the batch's split
     states     per layer, what a core keeps between decoding steps beside keys and values; None = no decoding
     cached_block_ids  int64 [n] or None: ids, ascending, of the key blocks that k and v consist of where the layer's
-               cache has forgotten others (AttentionCore.key_expiry); all are whole but the last. None = all keys are there
+               cache has forgotten others (AttentionCore.key_expiry); all are whole but the last. None = all keys
     layouts    what the cores built for this pass, keyed by their own config: built once, read by every layer
     shard      this rank's part of a sequence that several ranks hold: q, k, v, x and positions are those of its tokens
                then, `documents` still those of the whole sequence, [B, shard.length]; None = all of it is here

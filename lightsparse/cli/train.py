@@ -2,7 +2,7 @@
 
 What the run cannot do with is one sentence on stderr. Exit code 2: a wrong config, unusable data, a loss that is no
 number, too little memory. Exit code 75: the same command continues the run, which was stopped by a signal and has saved
-its step, or whose disk is full, or which has lost another rank of its job (all codes: parallel/errors.py). With `-m`,
+its step, or whose disk is full, or which has lost another rank of its job (all codes: utils/rank_errors.py). With `-m`,
 sweepers minimise what `train` returns, each trial is a program of its own, and code 1 says that trials have failed
 (sweep/launcher.py); with doctor=true nothing is trained (doctor.py), and exit code 2 says that something is wrong.
 """

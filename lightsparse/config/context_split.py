@@ -23,13 +23,12 @@ def context_split(config: Config, model: Transformer) -> Split | None:
     for core in cores:
         ways = core.context_parallel
         if not ways or strategy.key_exchange not in ("auto", *ways):
+            known = (
+                f"by {' or '.join(ways)} only; use strategy.key_exchange=auto" if ways else "by none; use strategy=ddp"
+            )
             raise ConfigError(
-                f"strategy.key_exchange is {strategy.key_exchange}, and {type(core).__name__} can split a sequence over ranks "
-                + (
-                    f"by {' or '.join(ways)} only; use strategy.key_exchange=auto"
-                    if ways
-                    else "by none; use strategy=ddp"
-                )
+                f"strategy.key_exchange is {strategy.key_exchange}, and {type(core).__name__} can split a sequence over "
+                f"ranks {known}"
             )
     length, unit = config.data.context, math.lcm(*(core.split_granularity() for core in cores))
     loads = None

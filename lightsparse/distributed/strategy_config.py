@@ -92,7 +92,7 @@ class ContextRanks(SeveralRanks):
         super().__post_init__()
         if self.context_parallel_size is not None and self.context_parallel_size < 1:
             raise ValueError(
-                f"strategy.context_parallel_size is {self.context_parallel_size}; it counts ranks per sequence, null = all"
+                f"strategy.context_parallel_size is {self.context_parallel_size}; it counts ranks per sequence"
             )
 
     def context_ranks(self, ranks: int) -> int:

@@ -22,6 +22,7 @@ Rows = list[dict[str, float]]
 
 # The global batch is four samples; `batch` per group of ranks that read different ones.
 PLAIN = ("optimizer=adamw", "data.pack=isolate")
+TWO = ("strategy.context_parallel_size=2",)
 ON_TWO = {
     "ddp": ("strategy=ddp", "data.batch_size=2"),
     "fsdp": ("strategy=fsdp", "data.batch_size=2"),

@@ -1,7 +1,7 @@
 """Checkpoints on disk: which there are, whether they are whole, and what they hold.
 
 A checkpoint is the file step-<n>.ckpt, a zip archive of torch.save, or, from ranks that shard their parameters, a
-folder of that name (parallel/sharded_files.py). Both hold the same, and any strategy reads either.
+folder of that name (distributed/sharded_files.py). Both hold the same, and any strategy reads either.
 """
 
 from __future__ import annotations
