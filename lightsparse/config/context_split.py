@@ -27,8 +27,8 @@ def context_split(config: Config, model: Transformer) -> Split | None:
                 f"by {' or '.join(ways)} only; use strategy.key_exchange=auto" if ways else "by none; use strategy=ddp"
             )
             raise ConfigError(
-                f"strategy.key_exchange is {strategy.key_exchange}, and {type(core).__name__} can split a sequence over "
-                f"ranks {known}"
+                f"strategy.key_exchange is {strategy.key_exchange}, and {type(core).__name__} can split a sequence "
+                f"over ranks {known}"
             )
     length, unit = config.data.context, math.lcm(*(core.split_granularity() for core in cores))
     loads = None
