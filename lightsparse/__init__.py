@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Threads that spin while they wait for each other stand still as soon as anybody else uses a core, and the compiled
 # attention kernel has threads of its own: the default model on two cores, one of them busy, took 15 s a step. Threads
