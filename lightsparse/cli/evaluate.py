@@ -44,6 +44,7 @@ from lightsparse.evaluation.subject import HuggingFaceModel, OwnModel
 from lightsparse.sweep.record import load_record
 from lightsparse.training.checkpoints.load_run import TrainedRun, load_run
 from lightsparse.training.lightning_warnings import quiet_lightning
+from lightsparse.utils.text import first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +176,8 @@ def _of_model(words: Words) -> Evaluation:
     tokenizer = HuggingFace(path=words.model).build(lambda characters: iter(()))
     try:
         model = AutoModelForCausalLM.from_pretrained(words.model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model is {words.model}, which cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # from whatever reads its files
+        raise ConfigError(f"model is {words.model}, which cannot be loaded: {first_line(error)}") from error
     return Evaluation(HuggingFaceModel(model), tokenizer, None, Path(words.out), {"name": words.model})
 
 

@@ -35,14 +35,12 @@ from lightsparse.cli.model_card import is_dense, model_card
 from lightsparse.config.build import AttentionChoice
 from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
-from lightsparse.data import ByteTokenizer
 from lightsparse.training.checkpoints.load_run import TrainedRun, load_run
 from lightsparse.training.checkpoints.run_directory import RunDirectory
 from lightsparse.utils.text import count_text
 
 OWN = ("run", "out", "step", "dtype", "shard")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # in the directory of a run whose tokenizer has files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,8 +64,8 @@ def export(run: str, out: str, *, step: str | None = None, dtype: str | None = N
     """Writes the folder, whole or not at all; returns what to say about it, a line each. Raises ConfigError."""
     try:
         from lightsparse import hf
-        from lightsparse.hf.byte_tokenizer import save_byte_tokenizer
         from lightsparse.hf.register import ATTENTION_FILE, refusal
+        from lightsparse.hf.tokenizer_files import save_tokenizer
     except ImportError as error:
         raise ConfigError(f"an export needs {error.name}; pip install 'lightsparse[hf]'") from error
     target = _new_folder(out)
@@ -96,25 +94,28 @@ def export(run: str, out: str, *, step: str | None = None, dtype: str | None = N
     try:
         hf.save_model(model, theirs, partial, dtype=DTYPES[dtype], shard=shard)
         directory = RunDirectory(Path(run))
-        files = [directory.path / name for name in TOKENIZER_FILES if (directory.path / name).is_file()]
-        for file in files:
-            shutil.copy(file, partial)
-        if not files and isinstance(trained.tokenizer, ByteTokenizer):
-            save_byte_tokenizer(partial, bos=bos, mask=trained.tokenizer.mask)
+        tokenizer = save_tokenizer(partial, trained.tokenizer)
         reason = refusal(*_attention_of(trained)) or "" if "S" in config.model.layers else ""
         _write_attention(partial / ATTENTION_FILE, directory, config)
-        card = model_card(trained, architecture, summary=_summary(directory), without=reason, left_out=len(left_out))
+        of = (trained, architecture, tokenizer or "AutoTokenizer")
+        card = model_card(*of, summary=_summary(directory), without=reason, left_out=len(left_out))
         (partial / "README.md").write_text(card, encoding="utf-8")
         if target.is_dir():
             target.rmdir()  # empty, as was checked
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return _said(target, trained, architecture, dtype, reason, left_out)
+    return _said(target, trained, architecture, tokenizer, dtype, reason, left_out)
 
 
 def _said(
-    target: Path, trained: TrainedRun, architecture: str, dtype: str, reason: str, left_out: Sequence[str]
+    target: Path,
+    trained: TrainedRun,
+    architecture: str,
+    tokenizer: str | None,
+    dtype: str,
+    reason: str,
+    left_out: Sequence[str],
 ) -> list[str]:
     dense = is_dense(trained.config)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors")) / 2**20
@@ -123,8 +124,13 @@ def _said(
         f"{target}: {architecture} of step {trained.step}, {count_text(weights)} parameters in {dtype}, {size:.1f} MiB",
         *([] if dense else ["in transformers it reads everything before a token (dense attention)"]),
     ]
-    if not any((target / name).is_file() for name in TOKENIZER_FILES):
+    if tokenizer is None:
         lines.append(f"without a tokenizer: {type(trained.tokenizer).__name__} has no files")
+    elif tokenizer != "AutoTokenizer":
+        lines.append(
+            f"its tokenizer is for transformers.{tokenizer}.from_pretrained; AutoTokenizer reads texts by rules of its "
+            f"own for {architecture}"
+        )
     if dense:
         return lines
     if reason:

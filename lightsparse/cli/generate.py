@@ -61,6 +61,15 @@ class Options:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must lie in [0, 2⁶³)")
+        for name, texts in (("prompt", (self.prompt or "",)), ("prompts", self.prompts), ("stop", self.stop)):
+            for text in texts:
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    at = error.start
+                    raise ValueError(
+                        f"{name} is not UTF-8 text: {text[at]!a} after {at} characters; convert it, as with iconv"
+                    ) from error
         if "" in self.stop:
             raise ValueError("stop holds an empty string, which ends every text at once; leave it out")
         self.sampling  # noqa: B018  raises where a value is out of range

@@ -11,10 +11,13 @@ from lightsparse.training.checkpoints.load_run import TrainedRun
 from lightsparse.utils.text import count_text
 
 
-def model_card(run: TrainedRun, architecture: str, *, summary: Mapping[str, Any], without: str, left_out: int) -> str:
+def model_card(
+    run: TrainedRun, architecture: str, tokenizer: str, *, summary: Mapping[str, Any], without: str, left_out: int
+) -> str:
     """The card as Markdown.
 
     architecture  the class of transformers
+    tokenizer     likewise
     summary       of summary.json; what it does not hold is left out
     without       why transformers cannot have the run's attention; "" where it can
     left_out      parameters of that attention that the folder does not hold
@@ -36,7 +39,7 @@ def model_card(run: TrainedRun, architecture: str, *, summary: Mapping[str, Any]
         "",
         "## Use",
         "",
-        *_use(run, sparse, without, left_out),
+        *_use(tokenizer, sparse, without, left_out),
     ]
     return "\n".join(lines) + "\n"
 
@@ -69,13 +72,13 @@ def _table(run: TrainedRun, summary: Mapping[str, Any]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
 
 
-def _use(run: TrainedRun, sparse: bool, without: str, left_out: int) -> list[str]:
+def _use(tokenizer: str, sparse: bool, without: str, left_out: int) -> list[str]:
     plain = [
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import AutoModelForCausalLM, {tokenizer}",
         "",
         'folder = "."  # where these files are',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"tokenizer = {tokenizer}.from_pretrained(folder)",
     ]
     if not sparse:
         return [*plain, "model = AutoModelForCausalLM.from_pretrained(folder)", "```"]
@@ -93,7 +96,7 @@ def _use(run: TrainedRun, sparse: bool, without: str, left_out: int) -> list[str
         "",
         *plain,
         "",
-        "from lightsparse.models import hf",
+        "from lightsparse import hf",
         "",
         "model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=hf.register_exported(folder))",
         "```",

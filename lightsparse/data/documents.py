@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightsparse.data.source import DataError
+from lightsparse.data.errors import DataError, reading
 
 READ = 1 << 17  # bytes read at once: small, or the heap is fragmented over gigabytes
 
@@ -32,13 +32,13 @@ class Document:
 
 @dataclass(frozen=True)
 class TextFile:
-    """A UTF-8 file of any size, byte for byte (line ends are kept); DataError while reading what is not UTF-8."""
+    """A UTF-8 file of any size, byte for byte (line ends are kept); DataError where it cannot be read as that."""
 
     path: Path
 
     def __iter__(self) -> Iterator[str]:
         decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
-        with self.path.open("rb") as file:
+        with reading(self.path), self.path.open("rb") as file:
             while True:
                 block = file.read(READ)
                 pending = len(decoder.getstate()[0])  # bytes of a character that the block before has cut
@@ -93,7 +93,7 @@ def divided(documents: Callable[[int], Iterator[Document]], val_fraction: float)
 
 def name_key(name: str) -> int:
     """64 bits that depend on the name alone: the same on every machine, process and Python."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8")).digest()[:8], "big")
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
 def hash_share(name: str) -> float:

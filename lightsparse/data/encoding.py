@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightsparse.data.documents import Document, name_key
-from lightsparse.data.text_chunks import cut
+from lightsparse.data.text_chunks import Chunk, chunks, cut
 from lightsparse.data.tokens import Tokenizer, token_dtype
 
 BATCH = 1 << 20  # characters that are encoded at once, on all threads the tokenizer has
@@ -44,26 +44,26 @@ def encoded_pieces(documents: Iterable[Document], tokenizer: Tokenizer, skip: in
     skip  pieces of the first document that are read but not encoded, as they have been before
     Memory does not depend on the sizes of the documents.
     """
-    batch: list[tuple[Document, int, str]] = []  # an end has no text
+    batch: list[tuple[Document, int, Chunk]] = []  # an end has no text
     characters = 0
     for document in documents:
         number = 0
-        for number, text in enumerate(cut(document.pieces()), 1):
+        for number, chunk in enumerate(chunks(cut(document.pieces()), tokenizer.border), 1):
             if number > skip:
-                batch.append((document, number - 1, text))
-                characters += len(text)
+                batch.append((document, number - 1, chunk))
+                characters += len(chunk.text)
             if characters >= BATCH:
                 yield from _encoded(batch, tokenizer)
                 batch, characters = [], 0
-        batch.append((document, number, ""))
+        batch.append((document, number, Chunk("", "")))
         skip = 0
     yield from _encoded(batch, tokenizer)
 
 
-def _encoded(batch: list[tuple[Document, int, str]], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    tokens = iter(tokenizer.encode_pieces([text for _, _, text in batch if text]))
-    for document, number, text in batch:
-        yield Encoded(document, number, text, next(tokens) if text else None)
+def _encoded(batch: list[tuple[Document, int, Chunk]], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    tokens = iter(tokenizer.encode_chunks([chunk for *_, chunk in batch if chunk.text]))
+    for document, number, chunk in batch:
+        yield Encoded(document, number, chunk.text, next(tokens) if chunk.text else None)
 
 
 @dataclass

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from datasets import ReadInstruction, load_dataset, load_dataset_builder
 from datasets import config as datasets_config
-from datasets import load_dataset
-from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lightsparse.data.documents import Document, column_text
-from lightsparse.data.files import files_digest
-from lightsparse.data.source import DataError
+from lightsparse.data.errors import DataError
+from lightsparse.data.files import ROWS, files_digest, matching_files, same_file
 from lightsparse.data.text import TextConfig
+from lightsparse.utils.text import first_line
 
 log = logging.getLogger(__name__)
 
@@ -49,29 +50,33 @@ class HubData(TextConfig):
             raise ValueError(
                 f"data.max_characters is {self.max_characters}; it counts characters, at least 1, and null is no limit"
             )
-        if self.val_split == self.split:
-            raise ValueError(
-                f"data.split and data.val_split are both {self.split!r}; validation text must not be trained on, "
-                "so name another split, or null to hold out a share of this one"
-            )
+        if "[" not in f"{self.split}{self.val_split}":  # of slices it depends on the number of rows
+            self._check_apart(dict.fromkeys(self._splits - {"all"} or {"all"}, 1))
 
     def identity(self) -> dict[str, Any]:
         if not os.path.isdir(self.name):
             return {**super().identity(), "commit": check_reachable(self.name, self.revision)}
-        files = sorted(path for path in Path(self.name).rglob("*") if path.is_file())
-        return {**super().identity(), "files": files_digest(files)}
+        return {**super().identity(), "files": files_digest(matching_files(self.name).items())}
+
+    def held_out_by(self) -> dict[Hashable, object]:
+        data = os.path.realpath(self.name) if os.path.isdir(self.name) else self.name
+        rules: dict[Hashable, object] = {(data, self.config, self.val_split): True} if self.val_split else {}
+        return rules | {(data, self.config, self.split): False if self.val_split else self.val_fraction}
 
     def documents(self) -> Iterator[Document]:
         """Documents named by split and row, up to the one that reaches max_characters."""
         if not os.path.isdir(self.name):
             check_reachable(self.name, self.revision)
-        yield from self._documents(self.split, validation=None if self.val_split is None else False)
-        if self.val_split is not None:
-            yield from self._documents(self.val_split, validation=True)
+        rows = self._rows()
+        if "[" in "".join(rows):
+            self._check_apart({name: each.num_examples for name, each in rows[self.split].info.splits.items()})
+        for split in rows:
+            validation = None if self.val_split is None else split == self.val_split
+            yield from self._documents(split, rows[split], validation)
 
-    def _documents(self, split: str, validation: bool | None) -> Iterator[Document]:
+    def _documents(self, split: str, rows: Iterable[dict[str, Any]], validation: bool | None) -> Iterator[Document]:
         characters = 0
-        for row, content in enumerate(self._read(split)):
+        for row, content in enumerate(self._read(split, rows)):
             text = column_text(content, self.column, self.name)
             yield Document(f"{split}:{row}", text, validation)
             characters += len(text)
@@ -79,29 +84,73 @@ class HubData(TextConfig):
                 log.info("%s: stopped at data.max_characters after %d documents of %s", self.name, row + 1, split)
                 return
 
-    def _read(self, split: str) -> Iterator[dict[str, Any]]:
-        rows, row = iter(self._rows(split)), 0
-        while True:
-            try:
-                content = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:  # a lost connection or a damaged file, with a class of the reader's own
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                raise DataError(
-                    f"data set {self.name!r}, split {split!r}, cannot be read beyond row {row}: {reason}"
-                ) from error
-            yield content
-            row += 1
-
-    def _rows(self, split: str) -> Iterable[dict[str, Any]]:
+    def _read(self, split: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        row = 0
         try:
-            return load_dataset(self.name, self.config, split=split, revision=self.revision, streaming=self.streaming)
+            for content in rows:
+                yield content
+                row += 1
+        except Exception as error:  # a lost connection or a damaged file, with a class of the reader's own
+            raise DataError(
+                f"data set {self.name!r}, split {split!r}, cannot be read beyond row {row}: {first_line(error)}"
+            ) from error
+
+    def _rows(self) -> dict[str, Any]:
+        """The rows of each split."""
+        rows, split = {}, self.split
+        try:
+            load = self._loader()
+            for split in filter(None, (self.split, self.val_split)):
+                rows[split] = load(split)
         except ConnectionError as error:
             raise _unreachable(self.name, error) from error
-        except (ValueError, OSError, RuntimeError, DatasetsError) as error:
-            reason = str(error).partition("\n")[0]
+        except DataError:
+            raise
+        except Exception as error:  # a damaged card or file, with a class of the reader's own
+            reason = first_line(error)
             raise DataError(f"data set {self.name!r}, split {split!r}, cannot be loaded: {reason}") from error
+        return rows
+
+    def _loader(self) -> Callable[[str], Any]:
+        """What gives the rows of a split."""
+        if not os.path.isdir(self.name):
+            how = {"revision": self.revision, "streaming": self.streaming}
+            return lambda split: load_dataset(self.name, self.config, split=split, **how)
+        builder: Any = load_dataset_builder(self.name, self.config)
+        first: dict[Hashable, str] = {}
+        for split, files in (builder.config.data_files or {}).items():
+            for file in filter(os.path.exists, files if self._splits & {split, "all"} else ()):
+                other = first.setdefault(same_file(Path(file).resolve()), file)
+                if other is not file:
+                    raise DataError(
+                        f"data set {self.name!r} has one file as {other} and as {file}; validation text must not be "
+                        "trained on, so take one of them away"
+                    )
+        if hasattr(builder.config, "batch_size"):
+            builder.config.batch_size = ROWS
+        if self.streaming:
+            return builder.as_streaming_dataset
+        builder.download_and_prepare()
+        return builder.as_dataset
+
+    @property
+    def _splits(self) -> set[str]:
+        """Those that split and val_split are slices and sums of; all stands for every one."""
+        return {part.partition("[")[0].strip() for part in f"{self.split}+{self.val_split or self.split}".split("+")}
+
+    def _check_apart(self, rows: Mapping[str, int]) -> None:
+        """DataError where split and val_split have a row in common, given how many there are of each."""
+        if self.val_split is None:
+            return
+        specs = ("+".join(rows) if split == "all" else split for split in (self.split, self.val_split))
+        train, val = (ReadInstruction.from_spec(spec).to_absolute(rows) for spec in specs)
+        for one, other in product(train, val):
+            if one.splitname == other.splitname and max(one.from_, other.from_) < min(one.to, other.to):
+                named = "" if self.split == self.val_split else f" ({self.split} and {self.val_split})"
+                raise DataError(
+                    f"data.split and data.val_split are both {one.splitname!r}{named}; validation text must not be "
+                    "trained on, so name another split, or null to hold out a share of this one"
+                )
 
 
 def check_reachable(name: str, revision: str | None) -> str | None:
@@ -114,7 +163,7 @@ def check_reachable(name: str, revision: str | None) -> str | None:
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=CONNECT_SECONDS).sha
     except (HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise DataError(f"data set {name!r}, revision {revision or 'main'}, cannot be read: {reason}") from error
     except Exception as error:  # a failed connection has another class in every HTTP client the hub's package has used
         raise _unreachable(name, error) from error

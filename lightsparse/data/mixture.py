@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -48,6 +48,17 @@ class MixtureData(DataConfig):
             raise ValueError(
                 f"data.weights is {self.weights}; it must give each of {', '.join(self.sources)} a number above 0"
             )
+
+        rules: dict[Hashable, tuple[str, object]] = {}
+        for name, source in self.sources.items():
+            for text, rule in (source.held_out_by() if isinstance(source, TextConfig) else {}).items():
+                other, its = rules.setdefault(text, (name, rule))
+                if its != rule:
+                    raise ValueError(
+                        f"data.sources.{other} and data.sources.{name} share text such as {text} and hold out other "
+                        "parts of it; validation text must not be trained on, so give both the same path, val_path and "
+                        "val_fraction, or name them apart"
+                    )
 
     @property
     def parts(self) -> dict[str, DataConfig]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightsparse.data.documents import Document, divided
-from lightsparse.data.errors import DataError
+from lightsparse.data.errors import DataError, read_json
 from lightsparse.data.shards import MANIFEST, SHARD_TOKENS, Manifest, complete_shards, read_manifest, write_shards
 from lightsparse.data.subwords import TOKENIZER, SubwordTokenizer
 from lightsparse.data.tokenizer import TokenizerConfig, load_folder
@@ -87,7 +87,7 @@ def _claim(folder: Path, asked: dict[str, object]) -> None:
     """Write what is prepared here, or compare it with what was."""
     path = folder / "source.json"
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_json(path, lambda content: {key: content[key] for key in asked})
         for key, value in asked.items():
             if there[key] != value:
                 raise DataError(

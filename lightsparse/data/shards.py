@@ -25,9 +25,10 @@ import numpy as np
 
 from lightsparse.data.documents import Document
 from lightsparse.data.encoding import ENTRY, Encoded, OpenDocument, encoded_pieces
-from lightsparse.data.errors import DataError
+from lightsparse.data.errors import DataError, read_json, reading
 from lightsparse.data.tokens import Tokenizer, token_dtype
 from lightsparse.utils.atomic_files import atomic_write, write_text
+from lightsparse.utils.text import first_line
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -96,7 +97,9 @@ class Manifest:
     def verify(self) -> None:
         """DataError naming the first shard whose files are not what was written."""
         for shard in self.shards:
-            if _checksum(self.folder, shard.name) != shard.checksum:
+            with reading(self.folder / shard.name):
+                found = _checksum(self.folder, shard.name)
+            if found != shard.checksum:
                 raise DataError(
                     f"{self.folder / shard.name}.* is damaged: its checksum is not the manifest's; remove the folder "
                     "and prepare it again"
@@ -158,25 +161,20 @@ def complete_shards(folder: Path) -> list[Shard]:
     """Those of an unfinished folder, from the first on without a gap."""
     shards: list[Shard] = []
     while (path := folder / f"shard-{len(shards):05}.json").is_file():
-        shards.append(_shard(json.loads(path.read_text(encoding="utf-8"))))
+        shards.append(read_json(path, _shard))
     return shards
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished folder. DataError where there is none, or files are missing or cut short."""
     path = folder / MANIFEST
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.is_file():
         begun = (folder / "source.json").is_file()
         state = "is not finished; the command that began it continues it" if begun else "holds no prepared tokens"
-        raise DataError(f"{folder} {state} (lightsparse prepare … out={folder})") from error
-    if content["format"] != FORMAT:
-        raise DataError(f"{path} has format {content['format']}, this version reads {FORMAT}; prepare it again")
-    shards = tuple(_shard(shard) for shard in content["shards"])
-    manifest = Manifest(folder, shards, content["dtype"], content["vocab_size"], content["tokenizer"])
+        raise DataError(f"{folder} {state} (lightsparse prepare … out={folder})")
+    manifest = read_json(path, lambda content: _manifest(folder, content))
     width = np.dtype(manifest.dtype).itemsize
-    for shard in shards:
+    for shard in manifest.shards:
         file = folder / f"{shard.name}.tokens"
         size = file.stat().st_size if file.is_file() else 0
         if size != shard.tokens * width:
@@ -241,7 +239,10 @@ def _checksum(folder: Path, name: str) -> str:
 
 
 def _entries(folder: Path, shard: Shard) -> np.ndarray:
-    entries = np.load(folder / f"{shard.name}.npy", allow_pickle=False)
+    try:
+        entries = np.load(folder / f"{shard.name}.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{folder / shard.name}.npy cannot be read: {first_line(error)}") from error
     if entries.dtype != ENTRY or len(entries) != shard.documents:
         raise DataError(f"{folder / shard.name}.npy is not the index that the manifest names; prepare the folder again")
     return entries
@@ -249,6 +250,14 @@ def _entries(folder: Path, shard: Shard) -> np.ndarray:
 
 def _shard(content: dict[str, Any]) -> Shard:
     return Shard(**{**content, "after": Place(**content["after"])})
+
+
+def _manifest(folder: Path, content: dict[str, Any]) -> Manifest:
+    if content["format"] != FORMAT:
+        path = folder / MANIFEST
+        raise DataError(f"{path} has format {content['format']}, this version reads {FORMAT}; prepare it again")
+    shards = tuple(_shard(shard) for shard in content["shards"])
+    return Manifest(folder, shards, content["dtype"], content["vocab_size"], content["tokenizer"])
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
@@ -259,4 +268,5 @@ def _as_json(manifest: Manifest) -> dict[str, Any]:
 
 @lru_cache(maxsize=1024)
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(path, dtype=dtype, mode="r")
+    with reading(path):
+        return np.memmap(path, dtype=dtype, mode="r")

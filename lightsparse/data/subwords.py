@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from lightsparse.data.errors import DataError
-from lightsparse.data.text_chunks import cut
+from lightsparse.data.text_chunks import Chunk, chunks, cut
 from lightsparse.data.tokens import token_dtype
 from lightsparse.utils.atomic_files import write_text
+from lightsparse.utils.text import first_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 
 BOS, MASK = "<|bos|>", "<|mask|>"  # of tokenizers that have none
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+_OTHERS = ("\n", ".", "a")  # what may stand before a part of a text, where what does cannot be used
+_BYTE = "<0x[0-9A-Fa-f]{2}>"
 SMALLEST = 258  # ids: 256 bytes and the two special tokens
 
 
@@ -54,16 +58,21 @@ class SubwordTokenizer:
         vocab_size: int = 0,
     ):
         self._tokenizer, self.name = tokenizer, name
+        package = _package()
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # special tokens in a text are text
         self._mask = mask
         self._specials = [bos or BOS, *([mask] if mask is not None else [])]
-        special = _package().AddedToken
-        tokenizer.add_special_tokens([special(each, special=True, normalized=False) for each in self._specials])
+        special = [package.AddedToken(each, special=True, normalized=False) for each in self._specials]
+        tokenizer.add_special_tokens(special)
         self._vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
         self.bos = self._vocabulary[self._specials[0]]
         self.mask = None if mask is None else self._vocabulary[mask]
+        # What others add to a text is what opens a document here. One of the model's own may move offsets, too.
+        tokenizer.post_processor = package.processors.TemplateProcessing(
+            single=[self._specials[0], "$A"], special_tokens=[(self._specials[0], self.bos)]
+        )
         self._special_ids = [self._vocabulary[each] for each in self._specials]
         self.vocab_size = max(vocab_size, 1 + max(self._vocabulary.values()))
 
@@ -74,29 +83,68 @@ class SubwordTokenizer:
         return f"{self.name}-{hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}"
 
     def encode(self, text: str) -> np.ndarray:
-        return np.concatenate([np.empty(0, token_dtype(self.vocab_size)), *self.encode_pieces(list(cut([text])))])
+        return self._joined(self.encode_chunks(list(chunks(cut([text]), self.border))))
 
-    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
-        """In parallel over the pieces, on as many threads as RAYON_NUM_THREADS says (default: all)."""
-        encodings = self._tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
-        found = [np.array(encoding.ids, dtype=token_dtype(self.vocab_size)) for encoding in encodings]
-        for i, ids in enumerate(found):
+    def encode_parts(self, parts: Sequence[str]) -> list[np.ndarray]:
+        text, borders = "".join(parts), np.cumsum([len(part) for part in parts])[:-1]
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ends = np.maximum.accumulate(np.array([0, *(end for _, end in encoding.offsets)]))[1:]
+        ids = np.array(encoding.ids, dtype=token_dtype(self.vocab_size))
+        if np.isin(ids, self._special_ids).any():
+            ids = self.encode(text)
+            heads = (self.encode(text[:border]) for border in borders)
+            return np.split(ids, [_common(head, ids) for head in heads])
+        return np.split(ids, np.searchsorted(ends, borders, side="right"))
+
+    def encode_chunks(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        """In parallel over the chunks, on as many threads as RAYON_NUM_THREADS says (default: all)."""
+        encoded = self._ids([text for before, own in chunks for text in (before, before + own)])
+        found = []
+        for (before, own), head, ids in zip(chunks, encoded[::2], encoded[1::2], strict=True):
+            ids = ids[len(head) :] if _begins(ids, head) else self._following(own, _OTHERS)
             if np.isin(ids, self._special_ids).any():  # a vocabulary that lists them among its words (Unigram)
-                found[i] = self._encode_apart(pieces[i])
+                ids = self._apart(before, own)
+            found.append(ids)
         return found
 
-    def _encode_apart(self, piece: str) -> np.ndarray:
-        """The piece cut inside every special token's name that is written in it."""
+    def border(self, left: str, right: str) -> int:
+        text = left + right
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        # Between two tokens may be accents that belong to the first, and spaces that belong to the second.
+        places = (
+            next((place for place in range(end, start) if text[place].isspace()), start)
+            for (_, end), (start, _) in pairwise(offsets)
+            if end <= start
+        )
+        return min((place - len(left) for place in places), key=abs, default=0)
+
+    def _following(self, text: str, befores: Sequence[str]) -> np.ndarray:
+        """Ids of a text behind the first of `befores` whose tokens do not reach into it, or else by itself."""
+        for before in befores:
+            head, ids = self._ids([before, before + text])
+            if _begins(ids, head):
+                return ids[len(head) :]
+        return self._ids([text])[0]
+
+    def _apart(self, before: str, text: str) -> np.ndarray:
+        """The text cut inside every special token's name that is written in it."""
         inside = "|".join(f"(?<={re.escape(name[:1])})(?={re.escape(name[1:])})" for name in self._specials)
-        parts = [part for part in re.split(inside, piece) if part]
-        encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
-        ids = np.array([id for encoding in encodings for id in encoding.ids], dtype=token_dtype(self.vocab_size))
+        first, *others = (part for part in re.split(inside, text) if part)
+        befores = [before, *_OTHERS] if before else [""]
+        ids = self._joined([self._following(first, befores), *(self._following(part, _OTHERS) for part in others)])
         if np.isin(ids, self._special_ids).any():
             raise DataError(
                 f"the tokenizer {self.name} reads its special token {' or '.join(self._specials)} in ordinary text, "
                 "which would end documents where there is no end; use another, such as tokenizer=bpe"
             )
         return ids
+
+    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=token_dtype(self.vocab_size)) for encoding in encodings]
+
+    def _joined(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.empty(0, token_dtype(self.vocab_size)), *parts])
 
     def decode(self, ids: Tensor | np.ndarray | Sequence[int]) -> str:
         """Special and unused ids are left out."""
@@ -114,15 +162,31 @@ class SubwordTokenizer:
         return lengths
 
     @cached_property
+    def _decoder(self) -> str:
+        return json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+
+    @property
     def is_byte_level(self) -> bool:
         """Whether each character of a token's name stands for one byte."""
-        return '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        return '"ByteLevel"' in self._decoder
+
+    @cached_property
+    def unsettled(self) -> frozenset[int]:
+        """Single bytes, <0x41>: a run of them is decoded as a whole, and as U+FFFD where any of it is not UTF-8."""
+        names = self._vocabulary if '"ByteFallback"' in self._decoder else {}
+        return frozenset(id for token, id in names.items() if re.fullmatch(_BYTE, token))
 
     def save(self, folder: Path) -> None:
-        """tokenizer.json and, before it, tokenizer_config.json; transformers' AutoTokenizer reads them, too."""
-        config: dict[str, object] = {"bos_token": self._specials[0], "mask_token": self._mask, "name": self.name}
-        config["vocab_size"] = self.vocab_size
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        """tokenizer.json and, before it, tokenizer_config.json; transformers reads them, too, and begins each text with
+        the bos. It is eos as well: what a model writes after its document would be another one."""
+        config = dict.fromkeys(("bos_token", "eos_token", "pad_token"), self._specials[0]) | {
+            "mask_token": self._mask,
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        }
         write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         write_text(folder / TOKENIZER, self._tokenizer.to_str(pretty=True) + "\n")
 
@@ -134,13 +198,12 @@ def load_subwords(file: Path, config: Path | None, vocab_size: int | None = None
     vocab_size  ids that its model has rows for, where those are more than its own
     Raises DataError where a file cannot be read as that.
     """
+    package = _package()
     try:
-        tokenizer = _package().Tokenizer.from_file(str(file))
-        settings: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
-    except DataError:
-        raise
+        tokenizer = package.Tokenizer.from_file(str(file))
+        settings: dict[str, Any] = dict(json.loads(config.read_bytes())) if config is not None else {}
     except Exception as error:  # the package raises a bare Exception for whatever it cannot parse
-        raise DataError(f"{file} cannot be read as a tokenizer: {str(error).partition(chr(10))[0]}") from error
+        raise DataError(f"{file} cannot be read as a tokenizer: {first_line(error)}") from error
     own = settings.get("name") if isinstance(settings.get("name"), str) else None
     loaded = SubwordTokenizer(
         tokenizer,
@@ -194,6 +257,17 @@ def _package() -> Any:
     return tokenizers
 
 
+def _begins(ids: np.ndarray, head: np.ndarray) -> bool:
+    return np.array_equal(ids[: len(head)], head)
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """Ids with which both begin."""
+    length = min(len(one), len(other))
+    differ = np.flatnonzero(one[:length] != other[:length])
+    return int(differ[0]) if len(differ) else length
+
+
 def _content(token: object) -> str | None:
     """A special token's text, written as text or as {"content": text, …}."""
     if isinstance(token, dict):
@@ -202,6 +276,6 @@ def _content(token: object) -> str | None:
 
 
 def _shown_bytes(token: str) -> int:
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+    if re.fullmatch(_BYTE, token):
         return 1
     return len(token.removeprefix("##").replace("▁", " ").encode())

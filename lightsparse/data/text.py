@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -119,6 +119,10 @@ class TextConfig(PackedConfig):
         """All that decides which documents there are; sources add what they can say of the texts themselves."""
         common = {each.name for each in fields(TextConfig)}
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in common}
+
+    def held_out_by(self) -> dict[Hashable, object]:
+        """Of each file or part that others may read, too: what decides which of its text is for validation."""
+        return {}
 
     def text_bytes(self) -> int | None:
         """Bytes of text in all documents, where that is known without reading them; for progress bars."""

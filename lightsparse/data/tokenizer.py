@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from lightsparse.data.errors import DataError
+from lightsparse.data.errors import DataError, reading
 from lightsparse.data.subwords import CONFIG, SMALLEST, TOKENIZER, SubwordTokenizer, load_subwords, train_bpe
 from lightsparse.data.tokens import ByteTokenizer, Tokenizer
+from lightsparse.utils.text import first_line
 
 CONNECT_SECONDS = 5  # within which the hub has to answer
 
@@ -127,7 +128,9 @@ def load_folder(folder: Path, name: str = TOKENIZER, vocab_size: int | None = No
     """The tokenizer of a model's, a run's or a prepared folder; read once per content."""
     config = folder / CONFIG
     found = [folder / name, *([config] if config.is_file() else [])]
-    return _loaded(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in found), vocab_size)
+    with reading(folder):
+        key = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in found)
+    return _loaded(key, vocab_size)
 
 
 @lru_cache(maxsize=8)
@@ -155,7 +158,7 @@ def _from_hub(name: str, revision: str | None, vocab_size: int | None) -> Subwor
         except EntryNotFoundError:
             config = None
     except Exception as error:
-        reason = str(unreachable or error).strip().partition("\n")[0]
+        reason = first_line(unreachable or error)
         raise DataError(
             f"tokenizer.path is {name!r}, which is no file or folder here and cannot be had from the hub ({reason}); "
             "without it work tokenizer=bytes, tokenizer=bpe and a local tokenizer.json"

@@ -6,12 +6,15 @@ so they serve as the two special tokens and the vocabulary stays at 256.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightsparse.data.text_chunks import Chunk
 
 
 class Tokenizer(Protocol):
@@ -33,11 +36,21 @@ class Tokenizer(Protocol):
     def mask(self) -> int | None:
         """Hides a token under objective=mlm."""
 
+    @property
+    def unsettled(self) -> frozenset[int]:
+        """Ids whose text may become another with the id after them, although it is no cut character."""
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, of `token_dtype(vocab_size)` [tokens]; no `bos`."""
 
-    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
-        """Ids of several pieces (of pieces.cut), each by itself; those of a text together are `encode` of it."""
+    def encode_parts(self, parts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of all parts as one text, by parts: a token belongs to the part in which it ends."""
+
+    def encode_chunks(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        """Ids of the chunks of any number of texts; those of one text, cut at borders, are together `encode` of it."""
+
+    def border(self, left: str, right: str) -> int:
+        """Characters from the end of `left` to the place nearest to it where a token of left + right begins."""
 
     def decode(self, ids: Tensor | np.ndarray | Sequence[int]) -> str:
         """The text of ids [N]; what is not UTF-8 (a cut character) becomes U+FFFD."""
@@ -46,7 +59,25 @@ class Tokenizer(Protocol):
         """int64 [vocab]: bytes of text each id stands for (0 for special tokens), for bits per byte."""
 
 
-class ByteTokenizer:
+class Additive(ABC):
+    """A tokenizer to which a text is the sum of its parts, wherever it is cut."""
+
+    unsettled: ClassVar[frozenset[int]] = frozenset()
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray: ...
+
+    def encode_parts(self, parts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(part) for part in parts]
+
+    def encode_chunks(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        return [self.encode(chunk.text) for chunk in chunks]
+
+    def border(self, left: str, right: str) -> int:
+        return 0
+
+
+class ByteTokenizer(Additive):
     """UTF-8 bytes; `decode` shows special tokens as U+FFFD."""
 
     fingerprint = "bytes"
@@ -56,9 +87,6 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-
-    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode(piece) for piece in pieces]
 
     def decode(self, ids: Tensor | np.ndarray | Sequence[int]) -> str:
         return np.asarray(ids, dtype=np.uint8).tobytes().decode("utf-8", errors="replace")

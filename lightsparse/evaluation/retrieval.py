@@ -14,6 +14,7 @@ from lightsparse.data.tasks.task import VAL, TaskConfig, TaskSamples
 from lightsparse.data.tasks.text_task import TextTask
 from lightsparse.evaluation.distance import batches
 from lightsparse.evaluation.subject import Subject
+from lightsparse.models.text_stream import text_after
 
 
 def retrieval(
@@ -69,5 +70,5 @@ def _score(subject: Subject, task: TextTask, seed: int, examples: int) -> float:
     for index in range(examples):
         question = task.question(Draws(seed, VAL, index))
         written = subject.generate(torch.from_numpy(question.prompt), task.new_tokens(question))
-        total += task.score(tokenizer.decode(written), question.references)
+        total += task.score(text_after(tokenizer, question.prompt.tolist(), written), question.references)
     return total / examples

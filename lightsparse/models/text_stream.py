@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -12,12 +12,14 @@ from lightsparse.models.sampling import Sampling
 from lightsparse.models.transformer import Transformer
 
 _CUT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of part of a character
-_LONGEST = 4  # bytes of a character in UTF-8, and so the most tokens that share one
 
 
 class Tokenizer(Protocol):
     @property
     def bos(self) -> int: ...
+
+    @property
+    def unsettled(self) -> Collection[int]: ...
 
     def encode(self, text: str) -> Iterable[int]: ...
 
@@ -35,41 +37,41 @@ class TextStream:
     A character whose bytes are spread over several tokens comes whole. Text that may be the beginning of a stop string
     waits until it is known not to be; at the first stop string the stream ends before it.
 
-    stop   strings, none of them empty
-    ended  whether a stop string has come
+    stop    strings, none of them empty
+    before  tokens that the row follows: the pieces are what it adds to their text, spaces at its beginning included
+    ended   whether a stop string has come
     Raises ValueError for an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Iterable[int] = ()):
         if "" in stop:
             raise ValueError("stop holds an empty string, which ends every text at once; leave it out")
         self.tokenizer, self.stop, self.ended = tokenizer, tuple(stop), False
-        self._ids: list[int] = []  # whose text is not certain yet
+        self._ids = [token for token in before if token != tokenizer.bos]  # the last ones, enough to decode the next
+        self._settled = len(self._ids)  # of them, those whose text no token after them changes
+        self._given = len(tokenizer.decode(self._ids).removesuffix(_CUT))  # characters of their text
         self._waiting = ""  # text that a stop string may begin with
 
     def add(self, token: int) -> str:
         """The text that is certain with this token."""
         self._ids.append(token)
-        text = self.tokenizer.decode(self._ids)
-        if not text.endswith(_CUT):
-            self._ids.clear()
-            return self._without_stop(text)
-        if len(self._ids) < _LONGEST:
+        if token in self.tokenizer.unsettled:
             return ""
-        # Too long for one character: something before the end is no text. Give what stands for itself.
-        for count in range(1, len(self._ids)):
-            head, rest = (self.tokenizer.decode(part) for part in (self._ids[:count], self._ids[count:]))
-            if head + rest == text:
-                del self._ids[:count]
-                return self._without_stop(head)
-        self._ids.clear()
-        return self._without_stop(text)
+        text = self.tokenizer.decode(self._ids)
+        # Of a cut character its last sign alone may become another: it stands for the bytes of one that is not whole.
+        piece = text.removesuffix(_CUT)[self._given :]
+        self._given += len(piece)
+        if self._given == len(text):
+            recent = self._ids[self._settled :]
+            if self.tokenizer.decode(recent):  # a text's first token may lose its space, those after the first do not
+                self._ids, self._given = recent, len(self.tokenizer.decode(recent))
+            self._settled = len(self._ids)
+        return self._without_stop(piece)
 
     def finish(self) -> str:
         """What is left when no token follows."""
-        text = self._without_stop(self.tokenizer.decode(self._ids)) if self._ids else ""
-        self._ids.clear()
-        rest, self._waiting = ("" if self.ended else self._waiting), ""
+        text = self._without_stop(self.tokenizer.decode(self._ids)[self._given :])
+        rest, self._waiting, self._ids, self._given = ("" if self.ended else self._waiting), "", [], 0
         return text + rest
 
     def _without_stop(self, new: str) -> str:
@@ -89,6 +91,12 @@ class TextStream:
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self.stop)), 0)
 
 
+def text_after(tokenizer: Tokenizer, before: Iterable[int], ids: Iterable[int]) -> str:
+    """What tokens add to the text of those before them; by themselves they might lose the space they begin with."""
+    stream = TextStream(tokenizer, before=before)
+    return "".join(map(stream.add, ids)) + stream.finish()
+
+
 def stream_texts(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -99,12 +107,12 @@ def stream_texts(
     generator: torch.Generator | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[list[str | None]]:
-    """Continuations of prompts, given as token ids: per step and row the new piece of text.
+    """Continuations of prompts, given as token ids: per step and row the new piece of text, behind the prompt's.
 
     A row ends with its document (the tokenizer's bos), before a stop string, or after max_new_tokens; then its pieces
     are None. The other arguments, and what is raised at the first step, are those of Generation and TextStream.
     """
-    streams = [TextStream(tokenizer, stop) for _ in prompts]
+    streams = [TextStream(tokenizer, stop, prompt) for prompt in prompts]
     steps = Generation(
         model, prompts, max_new_tokens, sampling=sampling, generator=generator, stop_tokens=(tokenizer.bos,)
     )

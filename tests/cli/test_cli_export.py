@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from omegaconf import OmegaConf
+from tokenizer_kinds import CORPUS, KINDS, LINES, tokenizer_of_kind
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightsparse import hf
@@ -15,7 +17,9 @@ from lightsparse.config.parse import parse
 from lightsparse.config.targets import ConfigError
 from lightsparse.data import ByteTokenizer
 from lightsparse.data.subwords import train_bpe
-from lightsparse.models import context_for
+from lightsparse.hf.tokenizer_files import save_tokenizer
+from lightsparse.models import ModelConfig, context_for
+from lightsparse.models.text_stream import document_of
 from lightsparse.training.module import language_model
 
 SPARSE = ("attention=sliding_window", "attention.window=9", "attention.sinks=2", "attention.block=16")
@@ -120,6 +124,43 @@ def test_a_tokenizer_kept_in_the_run_comes_along(run):
     out = exported(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (directory / name).read_bytes()
+
+
+FORMS = {
+    "LlamaForCausalLM": {},
+    "Qwen3ForCausalLM": {"qk_norm": True},
+    "Qwen2ForCausalLM": {"qkv_bias": True},
+}
+
+
+@pytest.mark.parametrize("architecture", FORMS)
+@pytest.mark.parametrize("kind", [*KINDS, "bpe", "bytes"])
+def test_transformers_begins_and_reads_a_text_as_our_generation_does(architecture, kind, tmp_path):
+    tokenizer = {"bpe": lambda: train_bpe([CORPUS], 400), "bytes": ByteTokenizer}.get(
+        kind, lambda: tokenizer_of_kind(kind)
+    )()
+    model = ModelConfig(depth=1, embed_dim=64, heads=4, **FORMS[architecture])
+    hf.their_config(model, tokenizer.vocab_size, context=96).save_pretrained(tmp_path)
+    name = save_tokenizer(tmp_path, tokenizer)
+    assert name == "AutoTokenizer" or architecture == "Qwen2ForCausalLM"
+    theirs = getattr(transformers, name).from_pretrained(tmp_path)
+    for text in (*LINES, "", " a", "two  spaces\n\n e\u0301 日本"):
+        ids = document_of(tokenizer, text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids[1:])
+    batch = theirs(["The pass", "The pass key is"], padding=True)["input_ids"]
+    assert batch[0][-len(document_of(tokenizer, "The pass")) :] == document_of(tokenizer, "The pass")
+    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.bos
+
+
+def test_a_folder_whose_tokenizer_transformers_reads_by_other_rules_says_with_which_class_to_read_it(run, capsys):
+    bpe = train_bpe(iter(["some words to learn from, and some more"]), 300)
+    form = ("model.qk_norm=false", "model.qkv_bias=true")
+    directory, _ = run("attention=dense", *form, "tokenizer=bpe", "tokenizer.vocab_size=300", tokenizer=bpe)
+    bpe.save(directory)
+    out = exported(directory)
+    assert "its tokenizer is for transformers.PreTrainedTokenizerFast.from_pretrained; Auto" in capsys.readouterr().out
+    assert "tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)" in (out / "README.md").read_text()
 
 
 def test_weights_come_in_the_dtype_and_the_number_of_files_asked_for(run, capsys):

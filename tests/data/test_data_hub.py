@@ -1,3 +1,4 @@
+import re
 import time
 
 import datasets
@@ -217,3 +218,71 @@ def test_a_damaged_file_is_said_with_the_row_before_it(mirror):
 def test_a_local_folder_has_no_revisions(mirror):
     with pytest.raises(ValueError, match=r"data.revision is 'v1', but .* is a local folder"):
         HubData(name=str(mirror), revision="v1")
+
+
+@pytest.mark.parametrize(
+    "split, val_split",
+    [
+        ("train+validation", "validation"),
+        ("all", "train"),
+        ("train", "all"),
+        ("all", "all"),
+        ("train", "validation + train"),
+    ],
+)
+def test_splits_that_are_sums_of_one_another_are_refused_before_anything_is_read(split, val_split):
+    with pytest.raises(ValueError, match=r"data.split and data.val_split are both '(train|validation|all)'[^\n]*$"):
+        HubData(name="some/set", split=split, val_split=val_split)
+
+
+@pytest.mark.parametrize(
+    "split, val_split, apart",
+    [
+        ("train[:80%]", "train[80%:]", True),
+        ("train[:13]", "train[13:]+validation", True),
+        ("train", "train[:5%]", False),
+        ("train[:13]", "train[12:]", False),
+        ("train+validation[:1]", "validation[1:]", True),
+        ("train+validation[:2]", "validation[-5:]", False),
+    ],
+)
+def test_slices_may_not_share_a_row(mirror, split, val_split, apart):
+    data = HubData(name=str(mirror), split=split, val_split=val_split, streaming=False)
+    if not apart:
+        with pytest.raises(DataError, match=rf"are both '\w+' \({re.escape(f'{split} and {val_split}')}\); validation"):
+            list(data.documents())
+        return
+    documents = list(data.documents())
+    rows = [[d.text for d in documents if d.text and d.validation is held_out] for held_out in (False, True)]
+    assert rows[0] and rows[1] and not set(rows[0]) & set(rows[1])
+
+
+@pytest.mark.parametrize("way", ["symlink_to", "hardlink_to"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_file_that_counts_twice_is_named(mirror, way, split):
+    other = mirror / "books" / f"{split}-00009.parquet"
+    getattr(other, way)(mirror / "books" / "validation-00000.parquet")
+    data = HubData(name=str(mirror), val_split="validation")
+    with pytest.raises(
+        DataError, match=rf"has one file as [^\n]*{split}-0000[^\n]* validation text must not be trained"
+    ):
+        list(data.documents())
+
+
+def test_a_folder_that_links_to_itself_is_read_once(mirror):
+    before = [document.text for document in HubData(name=str(mirror)).documents()]
+    (mirror / "books" / "self").symlink_to(mirror)
+    data = HubData(name=str(mirror))
+    assert [document.text for document in data.documents()] == before and data.identity() == data.identity()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_an_empty_row_group_at_the_beginning_hides_nothing(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    schema = pa.schema([("text", pa.string())])
+    (tmp_path / "set").mkdir()
+    with pq.ParquetWriter(tmp_path / "set" / "train.parquet", schema) as writer:
+        for group in ([], ["a", "b"], [], ["c"]):
+            writer.write_table(pa.table({"text": group}, schema))
+    documents = HubData(name=str(tmp_path / "set"), streaming=streaming).documents()
+    assert [document.text for document in documents] == ["a", "b", "c"]

@@ -7,11 +7,13 @@ from lightsparse.config.parse import compose
 from lightsparse.config.targets import ConfigError
 from lightsparse.data.errors import DataError
 from lightsparse.data.files import FilesData
+from lightsparse.data.hub import HubData
 from lightsparse.data.mixture import ChainedSamples, MixedSamples, MixtureData
 from lightsparse.data.module import DataModule
 from lightsparse.data.prepare import prepare
 from lightsparse.data.prepared import PreparedData
 from lightsparse.data.source import IGNORED
+from lightsparse.data.stdlib import StdlibData
 from lightsparse.data.tokenizer import BPE
 from lightsparse.data.tokens import ByteTokenizer
 
@@ -135,3 +137,38 @@ def test_a_mixture_is_composed_from_the_choices_of_data(folders):
 
 def test_a_mixture_s_bytes_are_bytes(folders):
     assert mixture(folders).build_tokenizer().fingerprint == ByteTokenizer.fingerprint
+
+
+def test_text_that_one_source_holds_out_is_trained_on_by_no_other(tmp_path):
+    texts = tmp_path / "texts"
+    (texts / "sub").mkdir(parents=True)
+    for i in range(30):
+        (texts / f"{i}.txt").write_text(f"text {i} " * 9)
+        (texts / "sub" / f"{i}.txt").write_text(f"text {i} below " * 9)
+    (tmp_path / "link").symlink_to(texts / "sub")
+    whole = FilesData(path=str(texts))
+    for other in (
+        FilesData(path=str(texts / "sub")),  # other names, so others of them are held out
+        FilesData(path=str(tmp_path / "link")),
+        FilesData(path=str(texts), val_fraction=0.3),
+        FilesData(path=f"{texts}/*.txt", val_path=str(texts / "sub")),
+        FilesData(path=str(texts / "7.txt")),  # whose end is held out
+    ):
+        with pytest.raises(ValueError, match=r"data.sources.a and data.sources.b share text such as [^\n]*$"):
+            MixtureData(sources={"a": whole, "b": other}, weights={"a": 1, "b": 1})
+    for other in (whole, FilesData(path=f"{texts}/**/*.txt"), FilesData(path=f"{tmp_path}/link/*", val_path=__file__)):
+        sources = {"a": FilesData(path=f"{texts}/*.txt") if other.val_path else whole, "b": other}
+        MixtureData(sources=sources, weights={"a": 1, "b": 1})
+
+
+def test_sources_that_are_not_files_are_held_apart_as_well():
+    for one, other in (
+        (StdlibData(), StdlibData(unit="package")),
+        (StdlibData(), StdlibData(val_fraction=0.2)),
+        (HubData(name="a/b", val_split="validation"), HubData(name="a/b", split="validation")),
+        (HubData(name="a/b", val_split="validation"), HubData(name="a/b")),
+    ):
+        with pytest.raises(ValueError, match=r"hold out other parts of it; validation text must not be trained on"):
+            MixtureData(sources={"a": one, "b": other}, weights={"a": 1, "b": 1})
+    alike = {"a": StdlibData(), "b": HubData(name="a/b"), "c": HubData(name="a/c")}
+    MixtureData(sources={**alike, "d": StdlibData(), "e": HubData(name="a/b")}, weights=dict.fromkeys("abcde", 1))

@@ -146,9 +146,9 @@ def test_what_a_complete_shard_holds_is_never_encoded_again(tmp_path, listed):
     encoded = []
 
     class Counting(ByteTokenizer):
-        def encode_pieces(self, given):
-            encoded.extend(given)
-            return super().encode_pieces(given)
+        def encode_chunks(self, given):
+            encoded.extend(chunk.text for chunk in given)
+            return super().encode_chunks(given)
 
     write_shards(source(listed), Counting(), tmp_path, shard_tokens=300)
     found = complete_shards(tmp_path)
@@ -242,6 +242,31 @@ def test_damage_is_found_and_named(tmp_path, folder):
     file.write_bytes(tokens[:-1])
     with pytest.raises(DataError, match=r"shard-00001.tokens has \d+ bytes, the manifest says \d+"):
         PreparedData(path=str(tmp_path / "out")).samples(0, 10)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "source.json", "shard-00000.json", "shard-00000.npy"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"\xff\xfe", b"{}", "no permission"], ids=str)
+def test_a_damaged_file_of_a_prepared_folder_is_one_sentence(tmp_path, folder, monkeypatch, name, damage):
+    data, out = FilesData(path=str(folder)), tmp_path / "out"
+    prepare(data, out, shard_tokens=2000)
+    if name.startswith("shard-00000.json"):
+        (out / "manifest.json").unlink()
+    if damage == "no permission":
+        real = open
+
+        def refusing(path, *arguments, **options):
+            if str(path) == str(out / name):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr("builtins.open", refusing), monkeypatch.setattr("io.open", refusing)
+    else:
+        (out / name).write_bytes(damage)
+    with pytest.raises(DataError, match=rf"{name} (is damaged|cannot be read)[^\n]*$"):
+        if name in ("source.json", "shard-00000.json"):
+            prepare(data, out, shard_tokens=2000)
+        else:
+            PreparedData(path=str(out), context=65, val_fraction=0.3).samples(0, 10)
 
 
 def test_an_unfinished_folder_and_a_wrong_one_are_told_apart(tmp_path, folder):

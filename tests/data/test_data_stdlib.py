@@ -54,3 +54,10 @@ def test_the_real_library_is_megabytes_of_long_documents():
     assert sum(sizes) > 5_000_000
     assert sum(size >= 4 * MIN_BYTES for size in sizes) > 50
     assert not any({"test", "tests", "site-packages"} & set(Path(document.name).parts) for document in documents)
+
+
+def test_a_file_with_two_names_is_one_document(library):
+    before = [document.name for document in StdlibData().documents()]
+    (library / "os_again.py").symlink_to("os.py")
+    (library / "pkg" / "os.py").hardlink_to(library / "os.py")
+    assert [document.name for document in StdlibData().documents()] == before

@@ -212,6 +212,19 @@ def test_a_file_that_is_no_tokenizer_is_named_in_one_sentence(tmp_path):
         load_subwords(tmp_path / "tokenizer.json", None)
 
 
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff", b"7"])
+def test_settings_that_are_damaged_are_one_sentence(bpe, tmp_path, content):
+    bpe.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot be read as a tokenizer: [^\n]+$"):
+        load_folder(tmp_path)
+
+
+def test_a_tokenizer_that_is_gone_is_one_sentence(tmp_path):
+    with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\)[^\n]+$"):
+        load_folder(tmp_path)
+
+
 def test_a_hub_that_cannot_be_reached_is_answered_with_what_works():
     with pytest.raises(DataError, match=r"tokenizer.path is 'some/model', [^\n]*tokenizer=bytes, tokenizer=bpe and"):
         HuggingFace(path="some/model").size()

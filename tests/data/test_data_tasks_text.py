@@ -9,17 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizer_kinds import KINDS, LOSSLESS, raw, tokenizer_of_kind
 
 from lightsparse.data.errors import DataError
 from lightsparse.data.files import FilesData
 from lightsparse.data.source import IGNORED
+from lightsparse.data.subwords import SubwordTokenizer
 from lightsparse.data.tasks.counting import CommonWords, FrequentWords
 from lightsparse.data.tasks.draws import Draws
 from lightsparse.data.tasks.needles import Needles
 from lightsparse.data.tasks.passkey import Passkey
 from lightsparse.data.tasks.text_task import TextTask
 from lightsparse.data.tasks.variables import VariableTracking
-from lightsparse.data.tokenizer import BPE, Bytes, Own
+from lightsparse.data.tokenizer import BPE, Bytes, Given, Own
 from lightsparse.data.tokens import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -61,6 +63,30 @@ def test_a_text_fits_its_context_ends_with_the_answer_and_holds_it_at_the_eviden
         assert (example.labels[asked[-1] + 1 :] == IGNORED).all()
         evidence = prompt[asked[0] - example.evidence[asked[0]] - 1 :]
         assert all(reference in evidence for reference in references)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task", [Passkey, Needles, VariableTracking, FrequentWords], ids=lambda task: task.__name__)
+def test_prompt_and_answer_are_the_tokens_of_running_text_and_fill_the_context(task, kind, monkeypatch):
+    texts: list[str] = []
+    encode_parts = SubwordTokenizer.encode_parts
+    monkeypatch.setattr(
+        SubwordTokenizer, "encode_parts", lambda self, parts: texts.append("".join(parts)) or encode_parts(self, parts)
+    )
+    tokenizer = tokenizer_of_kind(kind)
+    for index, depth in enumerate((None, None) if task is FrequentWords else (0.0, 0.4, 1.0)):
+        here = task(context=2100, depth=depth, tokenizer=Given(tokenizer=tokenizer))
+        question = here.question(Draws(5, 1, index))
+        tokens = np.concatenate([question.prompt, question.answer]).tolist()
+        assert tokens == [tokenizer.bos, *raw(kind).encode(texts[-1], add_special_tokens=False).ids]
+        assert len(tokens) <= 2101 and (len(tokens) > 1900 or task is FrequentWords)
+        if kind in LOSSLESS and task is not FrequentWords:  # whose text needs all of its words
+            text, longest = texts[-1], 4  # characters of a token that reaches into answer or evidence
+            head, evidence = (tokenizer.decode(question.prompt[:end]) for end in (None, question.evidence))
+            assert 0 <= text.rindex(" " + question.references[0]) - len(head) <= longest and text.startswith(head)
+            needle = re.search(r"The pass key is|One of the special|VAR ", text)
+            assert needle is not None and 0 <= needle.start() - len(evidence) <= longest
+            assert tokenizer.decode(question.answer).endswith(question.references[-1])
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightsparse.data.tokens import Additive
+
 
 @dataclass(frozen=True)
-class SymbolTokenizer:
+class SymbolTokenizer(Additive):
     """Numbers as tokens, written with spaces between them; `names` writes some of them otherwise.
 
     `bos` and `mask` are −1, which no text holds: a task's examples have neither.
@@ -25,9 +27,6 @@ class SymbolTokenizer:
     @property
     def fingerprint(self) -> str:
         return f"symbols-{self.vocab_size}"
-
-    def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode(piece) for piece in pieces]
 
     def encode(self, text: str) -> np.ndarray:
         """int64 [symbols]. Raises ValueError for a word that is no symbol."""

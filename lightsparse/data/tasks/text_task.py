@@ -109,36 +109,39 @@ class TextTask(TaskConfig):
         return drawn if self.depth is None else self.depth
 
     def question(self, draws: Draws) -> Question:
-        """The problem of these draws as tokens, at most data.context + 1 of them. DataError where it cannot fit."""
+        """The problem of these draws as tokens, at most data.context + 1 of them: bos and those of its whole text.
+
+        DataError where it cannot fit.
+        """
         tokenizer, problem = self.build_tokenizer(), self.problem(draws)
-        head, question, answer = map(tokenizer.encode, (problem.head, problem.question, problem.answer))
-        needles = sorted(((needle, tokenizer.encode(needle.text)) for needle in problem.needles), key=_by_depth)
-        taken = 1 + len(head) + len(question) + len(answer) + sum(len(tokens) for _, tokens in needles)
-        room = self.context + 1 - taken
+        sentences: list[str] = []
+        tokens, evidence = _laid_out(problem, sentences, tokenizer)
+        room = self.context - sum(map(len, tokens))
         if room < 0:
             raise DataError(
                 f"data.context is {self.context}, too short for a problem of {type(self).__name__}, which takes "
-                f"{taken - 1} tokens without any filler; raise data.context"
+                f"{self.context - room} tokens without any filler; raise data.context"
             )
-        sentences = []
+        sizes: dict[tuple[str, str], int] = {}  # tokens of a sentence behind another
+        lengths: list[int] = []
+        last = problem.head
         for sentence in problem.filler:
-            tokens = tokenizer.encode(sentence)
-            if len(tokens) > room:
+            if (last, sentence) not in sizes:
+                sizes[last, sentence] = len(tokenizer.encode_parts([last, sentence])[1])
+            room -= sizes[last, sentence]
+            if room < 0:
                 break
-            sentences.append(tokens)
-            room -= len(tokens)
-        parts: list[tuple[np.ndarray, bool]] = [(np.array([tokenizer.bos]), False), (head, False)]
-        places = [round(needle.depth * len(sentences)) for needle, _ in needles]
-        for place in range(len(sentences) + 1):
-            parts += [
-                (tokens, needle.needed) for (needle, tokens), at in zip(needles, places, strict=True) if at == place
-            ]
-            parts += [(tokens, problem.needed) for tokens in sentences[place : place + 1]]
-        parts.append((question, False))
-        starts = np.cumsum([0, *(len(tokens) for tokens, _ in parts)])
-        evidence = min(int(start) for start, (_, needed) in zip(starts, parts, strict=False) if needed)
-        prompt = np.concatenate([tokens.astype(np.int64) for tokens, _ in parts])
-        return Question(prompt, answer.astype(np.int64), evidence, problem.references)
+            lengths.append(sizes[last, sentence])
+            sentences.append(sentence)
+            last = sentence
+        tokens, evidence = _laid_out(problem, sentences, tokenizer)
+        while (excess := sum(map(len, tokens)) - self.context) > 0:  # a needle changes the tokens beside it
+            while excess > 0 and sentences:
+                sentences.pop()
+                excess -= lengths.pop()
+            tokens, evidence = _laid_out(problem, sentences, tokenizer)
+        *prompt, answer = (part.astype(np.int64) for part in tokens)
+        return Question(np.concatenate([[tokenizer.bos], *prompt]), answer, 1 + evidence, problem.references)
 
     def example(self, draws: Draws) -> Example:
         asked = self.question(draws)
@@ -157,5 +160,14 @@ def first_number(text: str) -> str | None:
     return found[0] if found else None
 
 
-def _by_depth(entry: tuple[Needle, np.ndarray]) -> float:
-    return entry[0].depth
+def _laid_out(problem: Problem, sentences: Sequence[str], tokenizer: Tokenizer) -> tuple[list[np.ndarray], int]:
+    """Tokens of the text by parts, the answer last, and the first one that the answer needs."""
+    parts, start = [(problem.head, False)], 0
+    for needle in sorted(problem.needles, key=lambda needle: needle.depth):
+        place = round(needle.depth * len(sentences))
+        parts += [("".join(sentences[start:place]), problem.needed), (needle.text, needle.needed)]
+        start = place
+    parts += [("".join(sentences[start:]), problem.needed), (problem.question, False), (problem.answer, False)]
+    tokens = tokenizer.encode_parts([text for text, _ in parts])
+    starts = np.cumsum([0, *map(len, tokens)])
+    return tokens, min(int(at) for at, (_, needed) in zip(starts, parts, strict=False) if needed)

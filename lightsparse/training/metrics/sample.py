@@ -11,6 +11,7 @@ from lightsparse.data.source import IGNORED, SampleSet
 from lightsparse.data.tokens import Tokenizer
 from lightsparse.models.generation import generate
 from lightsparse.models.sampling import Sampling
+from lightsparse.models.text_stream import text_after
 from lightsparse.models.transformer import Transformer, context_for
 from lightsparse.training.objectives import hiding_chance
 
@@ -31,7 +32,7 @@ def continuation(
     (written,) = generate(model, [prompt], length, sampling=sampling, generator=generator, stop_tokens=(tokenizer.bos,))
     return _sections(
         ("prompt (validation text)", _text(tokenizer, torch.tensor(prompt))),
-        ("continuation (the model, temperature 0.8, top 40)", _text(tokenizer, torch.tensor(written))),
+        ("continuation (the model, temperature 0.8, top 40)", text_after(tokenizer, prompt, written)),
     )
 
 
@@ -52,9 +53,13 @@ def infilling(
     assert tokenizer.mask is not None  # as training has checked
     read = tokens.masked_fill(hidden, tokenizer.mask)
     guesses = model.logits(model(read, context_for(read)).hidden).argmax(-1)
-    with_gaps = "▒".join(tokenizer.decode(part) for part in _split(read[0].tolist(), tokenizer.mask))
+    seen: list[int] = []
+    parts = []
+    for part in _split(read[read != tokenizer.bos].tolist(), tokenizer.mask):
+        parts.append(text_after(tokenizer, seen, part))
+        seen += part
     return _sections(
-        ("validation text with hidden tokens", with_gaps.replace(tokenizer.decode([tokenizer.bos]), "")),
+        ("validation text with hidden tokens", "▒".join(parts)),
         ("filled in by the model", _text(tokenizer, torch.where(hidden, guesses, tokens)[0])),
     )
 
@@ -71,10 +76,11 @@ def answers(model: Transformer, tokenizer: Tokenizer, samples: SampleSet, length
         asked_N = (labels_N != IGNORED).nonzero().squeeze(1)
         hidden = model(tokens_N[None], context_for(tokens_N[None])).hidden[0]
         first = int(asked_N[0]) + 1
+        prompt = tokens_N[max(0, first - length) : first].tolist()
         sections += [
-            (f"example {index + 1}", tokenizer.decode(tokens_N[max(0, first - length) : first].cpu())),
-            ("right", tokenizer.decode(labels_N[asked_N].cpu())),
-            ("the model", tokenizer.decode(model.logits(hidden[asked_N]).argmax(-1).cpu())),
+            (f"example {index + 1}", tokenizer.decode(prompt)),
+            ("right", text_after(tokenizer, prompt, labels_N[asked_N].tolist())),
+            ("the model", text_after(tokenizer, prompt, model.logits(hidden[asked_N]).argmax(-1).tolist())),
         ]
     return _sections(*sections)
 
