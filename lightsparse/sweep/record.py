@@ -1,6 +1,6 @@
 """sweep.json: the trials of a sweep and what became of them, rewritten whole at every change.
 
-A killed sweep leaves it as of the last change; the same command reads it and goes on.
+A killed sweep leaves it as of the last change; the same command reads it and resumes the sweep.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightsparse.config.targets import ConfigError
 from lightsparse.utils.atomic_files import write_text
 
 # running   under way, or the sweep was killed meanwhile
-# stopped   ended with code 75: not done, and the same command goes on
+# stopped   ended with code 75: not done, and the same command resumes it
 # failed    ended in another way; only asked for it is tried again
 Status = Literal["running", "finished", "stopped", "failed"]
 

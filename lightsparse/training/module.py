@@ -30,10 +30,10 @@ from lightsparse.distributed.strategy_config import ContextRanks
 from lightsparse.models.transformer import ModelOutput, Transformer
 from lightsparse.optim.optimizers import parameter_groups
 from lightsparse.training.health import Health, NonFiniteError, replay_file, save_for_replay
-from lightsparse.training.metrics import attention_stats
-from lightsparse.training.metrics.loss_sums import StepResult, Totals
-from lightsparse.training.metrics.router_grad_check import RouterWatch
-from lightsparse.training.metrics.scores import Scores, score_sums
+from lightsparse.training.measures import attention_stats
+from lightsparse.training.measures.loss_sums import StepResult, Totals
+from lightsparse.training.measures.router_grad_check import RouterWatch
+from lightsparse.training.measures.scores import Scores, score_sums
 from lightsparse.training.objectives import IGNORED, Objective
 from lightsparse.utils.allocator import release_freed
 

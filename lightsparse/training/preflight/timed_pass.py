@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lightsparse.config.schema import Config
 from lightsparse.training.module import LanguageModel
-from lightsparse.training.preflight.check import layout_of
+from lightsparse.training.preflight.check import fixed_layout
 from lightsparse.utils.machine import current_rss, peak_rss
 
 
@@ -53,8 +52,6 @@ def timed(config: Config, module: LanguageModel, batch: Mapping[str, Tensor], sa
 
 def flops(config: Config, module: LanguageModel, samples: int, context: int) -> float:
     """Of a pass, by the density that the attention has at the run's own context."""
-    density = 1.0
-    with contextlib.suppress(NotImplementedError):
-        density = layout_of(config).density() if "S" in config.model.layers else 1.0
-    per_token, _ = module.model.flops_per_token(context, density)
+    layout = fixed_layout(config)
+    per_token, _ = module.model.flops_per_token(context, 1.0 if layout is None else layout.density())
     return per_token * samples * context
