@@ -17,7 +17,7 @@ from lightsparse.data.subwords import TOKENIZER, SubwordTokenizer
 from lightsparse.data.tokenizer import TokenizerConfig, load_folder
 from lightsparse.data.tokens import Tokenizer
 from lightsparse.utils.atomic_files import remove_partial_files, write_text
-from lightsparse.utils.file_lock import LockHeldError, acquire
+from lightsparse.utils.file_lock import LockHeldError, sign, take
 
 log = logging.getLogger(__name__)
 
@@ -105,10 +105,11 @@ def _claim(folder: Path, asked: dict[str, object]) -> None:
 def _alone(folder: Path) -> Iterator[None]:
     """No other process prepares this folder meanwhile."""
     try:
-        lock = acquire(folder, DataError)
+        lock = take(folder, DataError)
     except LockHeldError as error:
         log.info("data: %s prepares %s; waiting for it", error, folder)
-        lock = acquire(folder, DataError, wait=True)
+        lock = take(folder, DataError, wait=True)
+    sign(lock)
     try:
         yield
     finally:

@@ -181,13 +181,13 @@ class TrialLauncher(Launcher):
     def _note_finished(self, trial: TrialRecord, plan: _Plan) -> bool:
         """Whether the run directory holds what the trial would give; then the record says so."""
         try:
-            found = plan.directory.look(replace(plan.config, resume="auto")).summary
+            summary = plan.directory.look(replace(plan.config, resume="auto")).summary
         except ConfigError:  # a directory that the trial refuses, with its sentence
             return False
-        if found is None:
+        if summary is None:
             return False
-        trial.status, trial.sweep_metric, trial.error = "finished", sweep_metric(found), None
-        trial.minimised = found.get("minimised", "val_bits_per_byte")
+        trial.status, trial.sweep_metric, trial.error = "finished", sweep_metric(summary), None
+        trial.minimised = summary.get("minimised", "val_bits_per_byte")
         self.sweep.save()
         return True
 
@@ -237,6 +237,6 @@ def ending() -> tuple[int, str]:
 
 def _digest(command: Sequence[str], hydra: Sequence[str]) -> str:
     """Of all that says which trials there are; where the results go does not."""
-    said = sorted(word for word in command if not word.startswith("runs_dir="))
+    words = sorted(word for word in command if not word.startswith("runs_dir="))
     chosen = sorted(str(word) for word in hydra if str(word).startswith(("hydra/sweeper", "hydra.sweeper")))
-    return hashlib.sha256(json.dumps([said, chosen]).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps([words, chosen]).encode()).hexdigest()[:8]

@@ -18,7 +18,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 log = logging.getLogger(__name__)
 
-_LOCK, _OWNER = ".lock", ".owner"  # the file that is locked, and the one that stands for a lock
+LOCK, OWNER = ".lock", ".owner"  # the file that is locked, and the one that stands for a lock
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -26,43 +26,24 @@ class LockHeldError(RuntimeError):
     """Another process has the lock; the message names it."""
 
 
-def acquire(folder: Path, refusal: type[Exception], *, wait: bool = False) -> BaseFileLock:
-    """The lock of an existing folder, with this process's name in its file, until its `release` or the process's end.
+def take(folder: Path, refusal: type[Exception], *, wait: bool = False) -> BaseFileLock:
+    """The lock of an existing folder, until its `release` or the end of this process.
 
     Raises LockHeldError where another process has it, unless this one waits, and `refusal` with a sentence where the
     system gives no lock.
     """
-    lock = _acquired(folder, refusal, wait)
-    if isinstance(lock, SoftFileLock):  # its file holds the name already
-        log.warning("%s is on a file system without locks; %s stands for one", folder, lock.lock_file)
-    else:
-        Path(lock.lock_file).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
-    return lock
-
-
-def holder(folder: Path, refusal: type[Exception]) -> str | None:
-    """Which process has the lock, or None. Takes a lock that is free for a moment, and leaves its file as it is."""
-    try:
-        if (folder / _LOCK).exists():
-            _acquired(folder, refusal, wait=False).release()
-    except LockHeldError as error:
-        return str(error)
-    return None
-
-
-def _acquired(folder: Path, refusal: type[Exception], wait: bool) -> BaseFileLock:
-    path, hint = folder / _LOCK, ""
+    path, hint = folder / LOCK, ""
     try:
         try:
             # Not filelock's own fallback, with which some releases remove the file of an owner that lives.
-            lock = FileLock(path, thread_local=False, fallback_to_soft=False).acquire(blocking=wait).lock
+            return FileLock(path, thread_local=False, fallback_to_soft=False).acquire(blocking=wait).lock
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            path = folder / _OWNER
+            path = folder / OWNER
             hint = f" (if it was killed on another machine than this one, remove {path})"
             # Not tried once only: the first try may do no more than remove the file of an owner that is gone.
-            lock = SoftFileLock(path, thread_local=False).acquire(timeout=-1 if wait else 0.5).lock
+            return SoftFileLock(path, thread_local=False).acquire(timeout=-1 if wait else 0.5).lock
     except Timeout as error:
         raise LockHeldError(_name_in(path) + hint) from error
     except OSError as error:
@@ -70,7 +51,14 @@ def _acquired(folder: Path, refusal: type[Exception], wait: bool) -> BaseFileLoc
             f"{path} cannot be locked ({error.strerror}), and a second writer would not be noticed; make it writable "
             "for this user, or use a folder on a file system with locks"
         ) from error
-    return lock
+
+
+def sign(lock: BaseFileLock) -> None:
+    """Have others who want the lock read this process's name; the file of a SoftFileLock holds it already."""
+    if isinstance(lock, SoftFileLock):
+        log.warning("%s stands for a lock, which its file system does not have", lock.lock_file)
+    else:
+        Path(lock.lock_file).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
 
 
 def _name_in(path: Path) -> str:

@@ -243,7 +243,7 @@ def test_a_run_that_diverges_stops_with_a_sentence_and_a_sound_checkpoint(
         return training_step(self, batch, batch_idx) * (float("nan") if self.global_step >= 5 else 1.0)
 
     monkeypatch.setattr(LanguageModel, "training_step", diverging)
-    with pytest.raises(NonFiniteError, match=r"at step 9, and health\.skip_steps=3 steps in a row may be left out"):
+    with pytest.raises(NonFiniteError, match=r"at step 9, after health\.skip_steps=3 skipped steps in a row"):
         fit(config)
     *_, path = checkpoint_steps(folder(config) / "checkpoints").values()
     assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["state_dict"].values())
@@ -354,7 +354,7 @@ def test_a_checkpoint_tells_config_and_code(tiny: Tiny, monkeypatch: Any, caplog
     monkeypatch.setattr(callback, "code_version", lambda: {**stored["code"], "torch": "9.9"})
     with caplog.at_level("WARNING"):
         fit(tiny("trainer.max_steps=6", "schedule=constant"))
-    assert f"begun with other code: torch {torch.__version__} → 9.9" in caplog.text
+    assert f"started with other code: torch {torch.__version__} → 9.9" in caplog.text
 
 
 @pytest.mark.multiprocess

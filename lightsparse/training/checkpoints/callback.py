@@ -1,4 +1,4 @@
-"""When a run saves, and what it keeps: the newest checkpoints and the best one, each written whole or not at all."""
+"""When a run saves, and which checkpoints stay: the newest and the best, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class StepCheckpoint(Checkpoint):
     ) -> None:
         self.config, self.folder, self.writer, self.saved = config, folder, writer, saved
         self.best_step, self.best_loss = 0, math.inf  # 0: none yet
-        self._last_step = 0  # of the last checkpoint that was begun, or loaded
+        self._last_step = 0  # of the last checkpoint that was started, or loaded
         self._on_disk = self._reported = 0  # of the newest that is written, and of the newest that `saved` knows
         self._done_step = 0  # the last step that went through `_save_if_due`
         self._random_states: list[dict[str, Any]] = []  # of the ranks, from the checkpoint that was loaded
@@ -113,10 +113,10 @@ class StepCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint["random"]
         _count_batches_anew(checkpoint, trainer.accumulate_grad_batches)
-        there, here = checkpoint["code"], code_version()
-        changed = [f"{name} {there.get(name)} → {here[name]}" for name in here if here[name] != there.get(name)]
+        saved, now = checkpoint["code"], code_version()
+        changed = [f"{name} {saved.get(name)} → {now[name]}" for name in now if now[name] != saved.get(name)]
         if changed:
-            log.warning("the run was begun with other code: %s; its numbers may change from here", ", ".join(changed))
+            log.warning("the run was started with other code: %s; its numbers may change from here", ", ".join(changed))
 
     # ---- saving -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The run directory: one path known before the start, what lies in it, and whether a run may begin or go on there."""
+"""The run directory: one path known before the start, what lies in it, and whether a run may start or resume there."""
 
 from __future__ import annotations
 
@@ -31,19 +31,23 @@ class Start:
     summary: dict[str, Any] | None = None  # of the finished run
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Everything a run leaves, under one path."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.csv"
+        self.checkpoints = path / "checkpoints"
+        self.plots = path / "plots"
+        self.sample = path / "sample.txt"
+        self.summary = path / "summary.json"
+        self.identity = path / "run_id"  # made on the first rank when the directory is
+        self.sent = path / ".sent"  # the step up to which loggers beside metrics.csv have all rows
 
     @classmethod
     def of(cls, config: Config) -> RunDirectory:
         return cls(Path(config.runs_dir) / config.name)
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -57,38 +61,9 @@ class RunDirectory:
         return {str(key): value for key, value in stored.items()}
 
     @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.csv"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def plots(self) -> Path:
-        return self.path / "plots"
-
-    @property
-    def sample(self) -> Path:
-        return self.path / "sample.txt"
-
-    @property
-    def identity(self) -> Path:
-        return self.path / "run_id"
-
-    @property
     def run_id(self) -> str:
-        """What loggers call this run, the same at every start: made on the first rank when the directory is."""
+        """What loggers call this run, the same at every start."""
         return self.identity.read_text(encoding="utf-8").strip()
-
-    @property
-    def sent(self) -> Path:
-        """The step up to which loggers beside metrics.csv have all rows."""
-        return self.path / ".sent"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
 
     def newest(self) -> tuple[int, Path] | None:
         """Step and path of the newest whole checkpoint, or None."""
@@ -175,20 +150,20 @@ class RunDirectory:
 
     def _summary(self) -> dict[str, Any] | None:
         try:
-            found = json.loads(self.summary.read_text(encoding="utf-8"))
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
             raise ConfigError(_damaged(self.summary, error)) from error
-        if not isinstance(found, dict) or not {"finished", "steps"} <= found.keys():
+        if not isinstance(summary, dict) or not {"finished", "steps"} <= summary.keys():
             raise ConfigError(_damaged(self.summary, "has no finished and steps"))
-        return found
+        return summary
 
 
 def _damaged(path: Path, reason: object) -> str:
     """A sentence for a file that this package would not have written."""
     reason = str(reason).split("\n")[0]
-    return f"{path} is not as a run leaves it ({reason}); restore it, or remove it and the run makes it anew"
+    return f"{path} is damaged ({reason}); restore it, or remove it and the run writes it again"
 
 
 def is_finished(summary: Mapping[str, Any], config: Config) -> bool:

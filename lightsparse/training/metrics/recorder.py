@@ -162,7 +162,7 @@ class Recorder(Callback):
             "dense_flops_per_s": dense * tokens_per_s,
             "mfu": actual * tokens_per_s / (self.peak * trainer.world_size),
             "skipped_steps": module.health.skipped,
-            **result.watched,
+            **result.attention,
         }
         return {name: value for name, value in values.items() if not math.isnan(value)}
 

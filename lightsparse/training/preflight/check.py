@@ -101,8 +101,11 @@ def fixed_layout(config: Config) -> BlockLayout | None:
         return None
 
 
-def check_disk(config: Config, model: nn.Module) -> None:
-    """Refuse a run whose checkpoints do not fit beside each other: weights, and two optimizer states at most."""
+def check_disk(config: Config, model: nn.Module) -> tuple[Path, int]:
+    """Refuse a run whose checkpoints do not fit beside each other: weights, and two optimizer states at most.
+
+    Returns the folder above them that is there, and the bytes free in it.
+    """
     bytes_each = 2 if config.precision == "bf16-true" else 4
     size = 3 * bytes_each * sum(parameter.numel() for parameter in model.parameters())
     run = Path(config.runs_dir, config.name).absolute()
@@ -120,6 +123,7 @@ def check_disk(config: Config, model: nn.Module) -> None:
             f"{size / 2**30:.1f} GiB with checkpoint.keep={config.checkpoint.keep} take {needed / 2**30:.1f} GiB more; "
             "keep fewer, free space or set runs_dir=<another disk>"
         )
+    return folder, free
 
 
 def check_resumable(data: DataModule, module: LanguageModel, checkpoint: Path) -> None:
@@ -134,18 +138,17 @@ def check_resumable(data: DataModule, module: LanguageModel, checkpoint: Path) -
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ConfigError(
-                f"{checkpoint} has {name} {_shape_text(theirs.get(name))}, the model of this run has "
-                f"{_shape_text(ours.get(name))}: another vocabulary or version; restore it or start afresh with "
-                "name=<another>"
+                f"{checkpoint} is of another vocabulary or version: {name} is {_shape_text(theirs.get(name))} there "
+                f"and {_shape_text(ours.get(name))} in this run's model; restore it or start again with name=<another>"
             )
 
 
 def _shape_text(shape: tuple[int, ...] | None) -> str:
-    return "not at all" if shape is None else f"of shape {list(shape)}"
+    return "absent" if shape is None else f"of shape {list(shape)}"
 
 
 def set_machine(config: Config) -> None:
-    """Threads, matmul precision and kernels of this process. Raises ConfigError for a kernel that it does not have."""
+    """Set what is global to a process: threads, matmul precision, kernels. Raises ConfigError for an absent kernel."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
         os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning chooses for the ranks it starts

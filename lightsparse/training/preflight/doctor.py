@@ -7,12 +7,10 @@ is one of this process's own. Exit code 2 where there is a problem, else 0.
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -133,22 +131,14 @@ def _directory(config: Config) -> Iterator[Line]:
 
 def _disk(config: Config) -> Iterator[Line]:
     model = meta_model(config)
-    check_disk(config, model)
+    folder, free = check_disk(config, model)
     needed = estimate(config)
     shards = config.ranks if config.strategy.sharded else 1
     parameters = sum(parameter.numel() for parameter in model.parameters())
     one = parameters * (2 if config.precision == "bf16-true" else 4) + needed.optimizer * shards
-    run = Path(config.runs_dir, config.name).absolute()
-    folder = next(folder for folder in (run, *run.parents) if folder.exists())
-    free = shutil.disk_usage(folder).free
     most = config.checkpoint.keep + config.checkpoint.keep_best + 1  # a new one is whole before the oldest goes
-    kept = most * one
-    level: Literal["ok", "warning"] = "warning" if kept > _SPARE * free else "ok"
-    yield Line(
-        level,
-        "disk",
-        f"checkpoints of {size(one)}, at most {most} at a time, {size(free)} free at {folder}",
-    )
+    level: Literal["ok", "warning"] = "warning" if most * one > _SPARE * free else "ok"
+    yield Line(level, "disk", f"checkpoints of {size(one)}, at most {most} at a time, {size(free)} free at {folder}")
 
 
 def _ranks(config: Config) -> Iterator[Line]:
@@ -198,9 +188,9 @@ def _machine(config: Config) -> Iterator[Line]:
 
 
 def _text(config: Config, data: DataModule) -> Iterator[Line]:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     data.setup()
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     start = RunDirectory.of(config).newest()
     if start is not None:
         check_resumable(data, language_model(config, data.tokenizer), start[1])

@@ -23,7 +23,7 @@ class Pass:
     tokens: int
     context: int
     seconds: float
-    peak: int  # bytes above what was there before
+    peak: int  # bytes beyond what the process had before
 
 
 def timed(config: Config, module: LanguageModel, batch: Mapping[str, Tensor], samples: int, context: int) -> Pass:
@@ -35,7 +35,7 @@ def timed(config: Config, module: LanguageModel, batch: Mapping[str, Tensor], sa
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     autocast = config.precision == "bf16-mixed"
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         module.model.set_step(0, config.trainer.max_steps)
         labels_BN, _, output = module._forward(part, module.objective.training_key(0))
@@ -44,7 +44,7 @@ def timed(config: Config, module: LanguageModel, batch: Mapping[str, Tensor], sa
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     module.zero_grad()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else max(peak_rss() - before, 0)
     return Pass(samples * context, context, seconds, peak)

@@ -29,8 +29,11 @@ def test_a_second_writer_is_refused_until_the_first_has_ended_however_it_ended(t
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match=rf"is being written by process {other.pid} on .*; wait until it has"):
             lock(tmp_path)
+        assert str(holder(tmp_path)).startswith(f"process {other.pid} on ")
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
+    before = (tmp_path / ".lock").read_text()
+    assert holder(tmp_path) is None and (tmp_path / ".lock").read_text() == before
     assert lock(tmp_path)
     assert not lock(tmp_path) and holder(tmp_path) is None  # one's own is no other
     unlock(tmp_path)
