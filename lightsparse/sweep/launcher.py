@@ -3,6 +3,9 @@
 A trial that crashes, is killed for memory or loses a rank is recorded, and the next one starts. Hydra's own launcher
 runs trials inside this process, where the first of these ends them all, and where ranks that Lightning starts would
 run the whole sweep again.
+
+Hidden state: Hydra's list of plugins and `sys.path` (`register_launcher`), and `_begun`, the sweeps of this process,
+for `ending`: Hydra hands on nothing of what its launcher did.
 """
 
 from __future__ import annotations
@@ -206,7 +209,7 @@ class TrialLauncher(Launcher):
             sys.exit(EXIT_CODE)
 
 
-_begun: list[SweepRecord] = []  # sweeps of this process, for `ending`: Hydra returns nothing of a launcher
+_begun: list[SweepRecord] = []
 
 
 def register_launcher() -> None:

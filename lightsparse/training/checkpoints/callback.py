@@ -36,16 +36,9 @@ class StepCheckpoint(Checkpoint):
     it and end with code 75.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        writer: CheckpointWriter,
-        saved: Callable[[int], None],
-    ) -> None:
+    def __init__(self, config: Config, folder: Path, writer: CheckpointWriter, saved: Callable[[int], None]) -> None:
         self.config, self.folder, self.writer, self.saved = config, folder, writer, saved
         self.best_step, self.best_loss = 0, math.inf  # 0: none yet
-        self._last_step = 0  # of the last checkpoint that was started, or loaded
         self._on_disk = self._reported = 0  # of the newest that is written, and of the newest that `saved` knows
         self._done_step = 0  # the last step that went through `_save_if_due`
         self._random_states: list[dict[str, Any]] = []  # of the ranks, from the checkpoint that was loaded
@@ -57,7 +50,7 @@ class StepCheckpoint(Checkpoint):
         self._preemption.listen()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = self._done_step = self._on_disk = self._reported = trainer.global_step
+        self._done_step = self._on_disk = self._reported = trainer.global_step
         if len(self._random_states) == trainer.world_size:  # else the ranks are others: none continues one of them
             set_random_state(self._random_states[trainer.global_rank])
         self._preemption.listen()
@@ -147,7 +140,6 @@ class StepCheckpoint(Checkpoint):
             self._on_disk = step
 
         trainer.save_checkpoint(checkpoint_path(self.folder, step), storage_options=on_disk)
-        self._last_step = step
         if not is_first:
             self._on_disk = step
 
