@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from lightsparse.attention.core import AttentionShape
@@ -102,7 +101,7 @@ def export(run: str, out: str, *, step: str | None = None, dtype: str | None = N
         if not files and isinstance(trained.tokenizer, ByteTokenizer):
             save_byte_tokenizer(partial, bos=bos, mask=trained.tokenizer.mask)
         reason = refusal(*_attention_of(trained)) or "" if "S" in config.model.layers else ""
-        _write_attention(partial / ATTENTION_FILE, directory, config)
+        _write_attention(partial / ATTENTION_FILE, config)
         card = model_card(trained, architecture, summary=_summary(directory), without=reason, left_out=len(left_out))
         (partial / "README.md").write_text(card, encoding="utf-8")
         if target.is_dir():
@@ -139,10 +138,9 @@ def _said(
     return lines
 
 
-def _write_attention(path: Path, directory: RunDirectory, config: Config) -> None:
+def _write_attention(path: Path, config: Config) -> None:
     """The run's node `attention`, from which `hf.register_exported` builds it. The dropout is in config.json."""
-    raw: Any = OmegaConf.to_container(OmegaConf.load(directory.config))
-    attention, layers = raw["attention"], config.model.layer_pattern
+    attention, layers = config.composed["attention"], config.model.layer_pattern
     if "S" not in config.model.layers:  # what no layer uses needs no parameters
         attention = {"_target_": f"{DenseAttention.__module__}.{DenseAttention.__qualname__}"}
     stored = {"attention": attention | {"dropout": 0.0}, "context": config.data.context, "layer_pattern": layers}

@@ -80,7 +80,7 @@ def separated(tree: Any, owner: Callable[[tuple[Any, ...]], str | None]) -> tupl
 def start_writing(folder: Path, shards: Shards, group: dist.ProcessGroup, *, background: bool) -> Future[None]:
     """Write the shards of all ranks into a new folder; every rank calls this. Done, they are on disk.
 
-    group       of all ranks, on the CPU; used by nothing else while this goes on
+    group       of all ranks, on the CPU; used by nothing else until this is done
     background  copy the shards to main memory, return, and write from there
     """
     writer = _SummedWriter(folder)
@@ -114,10 +114,10 @@ def read(folder: Path, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
     own  this rank's parameters by name, to which shards come back split alike, every rank calling this; None: as whole
          tensors on the CPU, each process by itself
     """
-    content, found = _with_room(folder, own, "cpu")
+    content, tensors = _with_room(folder, own, "cpu")
     with _named_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it is meant here
-        dcp.load(found, storage_reader=_SafeReader(folder), no_dist=own is None)
+        dcp.load(tensors, storage_reader=_SafeReader(folder), no_dist=own is None)
     return content
 
 
@@ -129,7 +129,7 @@ def described(folder: Path) -> dict[str, Any]:
 def _with_room(folder: Path, own: Mapping[str, Any] | None, device: str) -> tuple[Any, dict[str, Tensor]]:
     """The content with empty tensors where the shards belong, and those by name."""
     sizes = _SafeReader(folder).read_metadata().state_dict_metadata
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def filled(node: Any) -> Any:
         if isinstance(node, Mapping):
@@ -139,15 +139,15 @@ def _with_room(folder: Path, own: Mapping[str, Any] | None, device: str) -> tupl
             assert isinstance(kind, TensorStorageMetadata)  # as `separated` puts no others there
             like = None if own is None else own.get(node[_OWNER])
             if isinstance(like, DTensor) and like.shape == kind.size:
-                found[name] = torch.empty_like(like, dtype=kind.properties.dtype)
+                tensors[name] = torch.empty_like(like, dtype=kind.properties.dtype)
             else:
-                found[name] = torch.empty(kind.size, dtype=kind.properties.dtype, device=device)
-            return found[name]
+                tensors[name] = torch.empty(kind.size, dtype=kind.properties.dtype, device=device)
+            return tensors[name]
         if isinstance(node, list | tuple):
             return type(node)(filled(value) for value in node)
         return node
 
-    return filled(torch.load(folder / REST, map_location="cpu", weights_only=True)), found
+    return filled(torch.load(folder / REST, map_location="cpu", weights_only=True)), tensors
 
 
 @contextmanager

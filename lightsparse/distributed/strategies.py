@@ -142,7 +142,7 @@ class ShardedStrategy(GridStrategy, ModelParallelStrategy):
     """Every rank holds a shard of each parameter, of its gradient and of its optimizer state (FSDP2).
 
     A checkpoint is a folder into which each rank writes its shards (sharded_files.py). Its content is that of every
-    other strategy, so that any number of ranks under any strategy goes on from it, and this one from a plain file.
+    other strategy, so that any number of ranks under any strategy resumes from it, and this one from a plain file.
     Lightning's own would number the optimizer's state by another order of parameters than the optimizer's.
     """
 

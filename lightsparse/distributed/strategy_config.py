@@ -58,7 +58,7 @@ class SeveralRanks(StrategyConfig):
 class Replicas(SeveralRanks):
     """A replica of the parameters on each rank; gradients are averaged, whole or shortened by a hook."""
 
-    comm_hook: HookName  # how gradients travel; see parallel/comm_hooks.py
+    comm_hook: HookName  # how gradients travel; see comm_hooks.py
     powersgd_rank: int | None  # rank of the two factors of a gradient; null: 4
     powersgd_start: int | None  # optimizer steps averaged in full before the first factored one; null: 100
     topk_share: float | None  # share of a gradient's entries that is sent; null: 0.01

@@ -1,8 +1,11 @@
 """Hydra's launcher for `-m`: one trial after the other, each as a program of its own, what became of it in sweep.json.
 
-A trial that crashes, is killed for memory or loses a rank is recorded, and the sweep goes on. Hydra's own launcher
+A trial that crashes, is killed for memory or loses a rank is recorded, and the next one starts. Hydra's own launcher
 runs trials inside this process, where the first of these ends them all, and where ranks that Lightning starts would
 run the whole sweep again.
+
+Hidden state: Hydra's list of plugins and `sys.path` (`register_launcher`), and `_begun`, the sweeps of this process,
+for `ending`: Hydra hands on nothing of what its launcher did.
 """
 
 from __future__ import annotations
@@ -15,9 +18,8 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -47,12 +49,11 @@ class _Plan:
     """A trial before it starts."""
 
     overrides: list[str]
-    raw: dict[str, Any]  # the composed config
     config: Config
 
     @property
     def directory(self) -> RunDirectory:
-        return RunDirectory(Path(self.config.runs_dir) / self.config.name)
+        return RunDirectory.of(self.config)
 
 
 class TrialLauncher(Launcher):
@@ -66,18 +67,18 @@ class TrialLauncher(Launcher):
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by the sweeper before it chooses trials. Raises ConfigError where the sweep cannot run or go on."""
+        """Called by the sweeper before it chooses trials. Raises ConfigError for a sweep that cannot run or resume."""
         self.hydra_context, self.config = hydra_context, config
         if launched_ranks() is not None:
             raise ConfigError(
                 "-m was started by torchrun or SLURM, where every rank would run the sweep; start it without: "
-                "trials with trainer.devices above 1 get a torchrun each"
+                "a trial with trainer.devices above 1 starts its ranks by itself"
             )
         sampler = OmegaConf.select(config, "hydra.sweeper.sampler")
         if sampler is not None and "seed" in sampler and sampler.seed is None and config.hydra.sweeper.storage is None:
             raise ConfigError(
-                "hydra.sweeper.sampler.seed is null, with which a killed sweep could not go on with the same trials; "
-                "set hydra.sweeper.sampler.seed=<a number>"
+                "hydra.sweeper.sampler.seed is null, and a killed sweep could not be resumed with the same trials; set "
+                "hydra.sweeper.sampler.seed=<a number>"
             )
         command = [str(word) for word in config.hydra.overrides.task]
         params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
@@ -109,8 +110,7 @@ class TrialLauncher(Launcher):
         composed = copy.deepcopy(self.hydra_context.config_loader.load_sweep_config(self.config, overrides))
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
-        raw = on_this_machine(plain(composed))
-        config = parse(raw)
+        config = parse(on_this_machine(plain(composed)))
         if config.doctor:
             raise ConfigError("doctor is true, which examines one run; leave out -m and the values beside the first")
         if config.trainer.num_nodes > 1:
@@ -118,9 +118,9 @@ class TrialLauncher(Launcher):
                 f"trainer.num_nodes is {config.trainer.num_nodes}, and trials of this launcher stay on this machine; "
                 "use hydra/launcher=submitit_slurm"
             )
-        plan = _Plan(overrides, raw, config)
+        plan = _Plan(overrides, config)
         other = self._plans.setdefault(plan.directory.path, plan)
-        if other.raw != raw:
+        if other.config.composed != config.composed:
             raise ConfigError(
                 f"trials {' '.join(other.overrides)} and {' '.join(overrides)} would share {plan.directory.path}, as "
                 "they differ only in keys that do not change what is trained, or name is given; put the key into the "
@@ -171,7 +171,7 @@ class TrialLauncher(Launcher):
         trial.error, trial.exit_code = None, None
         self.sweep.save()
         started = time.perf_counter()
-        command = trial_command(plan.overrides, plan.config.ranks)
+        command = trial_command(plan.overrides)
         trial.exit_code = run_trial(command, trial_environment(self.sweep.directory.name), log, preemption)
         trial.seconds = round(trial.seconds + time.perf_counter() - started, 3)
         if trial.exit_code or not self._note_finished(trial, plan):
@@ -184,13 +184,13 @@ class TrialLauncher(Launcher):
     def _note_finished(self, trial: TrialRecord, plan: _Plan) -> bool:
         """Whether the run directory holds what the trial would give; then the record says so."""
         try:
-            found = plan.directory.look("auto", plan.raw, plan.config.trainer.max_steps).summary
+            summary = plan.directory.look(replace(plan.config, resume="auto")).summary
         except ConfigError:  # a directory that the trial refuses, with its sentence
             return False
-        if found is None:
+        if summary is None:
             return False
-        trial.status, trial.sweep_metric, trial.error = "finished", sweep_metric(found), None
-        trial.minimised = found.get("minimised", "val_bits_per_byte")
+        trial.status, trial.sweep_metric, trial.error = "finished", sweep_metric(summary), None
+        trial.minimised = summary.get("minimised", "val_bits_per_byte")
         self.sweep.save()
         return True
 
@@ -205,11 +205,11 @@ class TrialLauncher(Launcher):
 
     def _leave_if(self, preemption: Preemption) -> None:
         if preemption.asked:
-            sys.stderr.write(f"{self.sweep.directory} is stopped; the same command goes on\n")
+            sys.stderr.write(f"{self.sweep.directory} is stopped; the same command resumes it\n")
             sys.exit(EXIT_CODE)
 
 
-_begun: list[SweepRecord] = []  # sweeps of this process
+_begun: list[SweepRecord] = []
 
 
 def register_launcher() -> None:
@@ -234,12 +234,12 @@ def ending() -> tuple[int, str]:
             return 1, f"{len(failed)} of {len(sweep.trials)} trials failed, {sweep.path} says why: {names}"
         if stopped:
             names = "; ".join(trial.title for trial in stopped)
-            return EXIT_CODE, f"{sweep.directory} has stopped trials, with which the same command goes on: {names}"
+            return EXIT_CODE, f"{sweep.directory} has stopped trials, which the same command resumes: {names}"
     return 0, ""
 
 
 def _digest(command: Sequence[str], hydra: Sequence[str]) -> str:
     """Of all that says which trials there are; where the results go does not."""
-    said = sorted(word for word in command if not word.startswith("runs_dir="))
+    words = sorted(word for word in command if not word.startswith("runs_dir="))
     chosen = sorted(str(word) for word in hydra if str(word).startswith(("hydra/sweeper", "hydra.sweeper")))
-    return hashlib.sha256(json.dumps([said, chosen]).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps([words, chosen]).encode()).hexdigest()[:8]

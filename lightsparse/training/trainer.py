@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
@@ -18,7 +16,7 @@ from lightsparse.evaluation.callback import TaskEvaluation
 from lightsparse.training.checkpoints.background_writer import CheckpointWriter
 from lightsparse.training.checkpoints.callback import StepCheckpoint
 from lightsparse.training.checkpoints.run_directory import RunDirectory
-from lightsparse.training.metrics import attention_stats
+from lightsparse.training.measures import attention_stats
 from lightsparse.training.metrics.metrics_file import MetricsFile
 from lightsparse.training.metrics.progress import TrainingProgress
 from lightsparse.training.metrics.recorder import Recorder
@@ -26,12 +24,7 @@ from lightsparse.training.same_config_check import SameConfig
 
 
 def build_trainer(
-    config: Config,
-    raw: Mapping[str, Any],
-    start_step: int,
-    directory: RunDirectory,
-    recorder: Recorder,
-    console: Console,
+    config: Config, start_step: int, directory: RunDirectory, recorder: Recorder, console: Console
 ) -> Trainer:
     """Lightning's trainer with our files and clocks; validation before the first step and after the last one."""
     loggers: list[Logger] = [MetricsFile(directory.metrics, attention_stats.columns(config))]
@@ -44,7 +37,7 @@ def build_trainer(
             takes = inspect.signature(target).parameters
             given = {key: value for key, value in ours.items() if key in takes and key not in node}
             loggers.append(build(node, f"logger.{name}", kind=Logger, allow=config.allow_targets, **given))
-    callbacks: list[Callback] = [SameConfig(raw, start_step), recorder]
+    callbacks: list[Callback] = [SameConfig(config.composed, start_step), recorder]
     if config.trainer.progress:
         callbacks.append(TrainingProgress(recorder, console))
     if config.eval.tasks.names:
@@ -53,20 +46,7 @@ def build_trainer(
         if node is not None:
             callbacks.append(build(node, f"callbacks.{name}", kind=Callback, allow=config.allow_targets))
     writer = CheckpointWriter(config.checkpoint.background, config.checkpoint.timeout)
-    callbacks.append(
-        StepCheckpoint(
-            directory.checkpoints,
-            writer,
-            every_n_steps=config.checkpoint.every_n_steps,
-            keep=config.checkpoint.keep,
-            keep_best=config.checkpoint.keep_best,
-            max_steps=config.trainer.max_steps,
-            validation_every=config.eval.every_n_steps,
-            max_time=config.trainer.max_time,
-            raw=raw,
-            saved=recorder.release,
-        )
-    )
+    callbacks.append(StepCheckpoint(config, directory.checkpoints, writer, saved=recorder.release))
     return Trainer(
         strategy=strategy_for(config.strategy, config.ranks),
         devices=config.trainer.devices,

@@ -14,7 +14,7 @@ _SUFFIX = ".partial"  # no reader of a run directory looks at names that end so
 
 
 class DiskFullError(RuntimeError):
-    """A file of the run could not be written for want of space; what was there before is whole."""
+    """A file of the run could not be written for want of space; what it would have replaced is whole."""
 
 
 @contextmanager

@@ -1,28 +1,28 @@
-"""What goes wrong between ranks, as errors with a name, and the codes with which a process ends.
+"""What goes wrong between ranks, as errors with a name: libraries raise a plain RuntimeError for all of it.
 
-Libraries raise a plain RuntimeError for all that goes wrong between ranks. The exit codes of `train.py`, on every rank:
-
-0    the run is finished
-1    an error of the program, or a second Ctrl-C, which waits for no step; after -m, trials have failed
-2    the config, its data, the loss or the memory cannot be used; one sentence on stderr says why
-75   not done, and the same command goes on: asked to stop (SIGTERM, SIGUSR1, Ctrl-C, trainer.max_time), with the step
-     saved; asked before the first step or after the last one, with nothing to save; or another rank was lost or late, a
-     disk was full, a checkpoint not written in time
--15  (143 in a shell, SIGTERM) asked while Python still imported
-
-torchrun's own code is 1 whenever a rank's is not 0, or when it was asked to stop itself: it hands SIGTERM and Ctrl-C on
-to its ranks, which save their step, and kills them after 30 seconds. With `--max-restarts` it starts all ranks again
-after a 75, too.
+And the one ending that every floor needs: at once, with a sentence and a code (training/endings.py has them all).
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch.distributed as dist
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, and worth another try
+
+
+def leave(code: int, sentence: str = "") -> NoReturn:
+    """End this process here and now, whatever its threads are doing, with the sentence on stderr."""
+    try:
+        sys.stderr.write(f"{sentence}\n" if sentence else "")
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 class RankError(RuntimeError):

@@ -230,8 +230,8 @@ BAD = {
     "must without run": Row(r".*new holds no checkpoint and resume is must; use resume=auto", ("resume=must",)),
     "never with run": Row(r".*earlier already holds a run at step 4; use resume=auto", (*EARLIER, "resume=never")),
     "two writers": Row(r".*earlier is being written by process 77 on elsewhere; wait", two_writers),
-    "summary damaged": Row(r".*summary\.json is not as a run leaves it \(", damaged("summary.json", b"{")),
-    "config damaged": Row(r".*config\.yaml is not as a run leaves it \(", damaged("config.yaml", b"a: [1\n\xff")),
+    "summary damaged": Row(r".*summary\.json is damaged \(", damaged("summary.json", b"{")),
+    "config damaged": Row(r".*config\.yaml is damaged \(", damaged("config.yaml", b"a: [1\n\xff")),
     # the disk
     "runs_dir is a file": Row(r"runs_dir is .*notes, but .*notes is no folder; set runs_dir=", runs_dir_is_a_file),
     "read-only": Row(r"runs_dir is .* cannot be written to; set runs_dir=", read_only),
@@ -344,7 +344,7 @@ BAD = {
     ),
     # memory and numbers
     "context beyond memory": Row(
-        r"data\.context is 1000000000000; .* at the very least .*; lower data\.context",
+        r"data\.context is 1000000000000; .* takes at least .*; lower data\.context",
         ("data.context=1000000000000", "eval.tokens=1000000000000"),
     ),
     "out of memory": Row(

@@ -32,8 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(training_run, "draw_plots", lambda *given: None)
         patch.setattr(training_run, "matmul_peak", lambda *given: 1e11)
         for name, words in (("text", text), ("task", (*task, "model.positions=learned"))):
-            raw = compose_raw([*TINY, *words, f"name={name}", f"runs_dir={folder}"])
-            fit(parse(raw), raw)
+            fit(parse(compose_raw([*TINY, *words, f"name={name}", f"runs_dir={folder}"])))
     return folder
 
 

@@ -16,14 +16,14 @@ from lightsparse.training import run
 from lightsparse.training.health import NonFiniteError
 from lightsparse.training.module import LanguageModel
 
-Tiny = Callable[..., tuple[Config, dict[str, Any]]]
+Tiny = Callable[..., Config]
 
 
 @pytest.fixture
 def ended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The replay file of a run whose second norm's weight became infinite before step 6."""
     monkeypatch.setattr(run, "matmul_peak", lambda *given: 1e11)
-    config, raw = tiny("health.skip_steps=1", "trainer.accumulate_grad_batches=2")
+    config = tiny("health.skip_steps=1", "trainer.accumulate_grad_batches=2")
     training_step = LanguageModel.training_step
 
     def breaking(self: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -34,7 +34,7 @@ def ended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(LanguageModel, "training_step", breaking)
     with pytest.raises(NonFiniteError) as stop:
-        run.fit(config, raw)
+        run.fit(config)
     path = Path(config.runs_dir) / config.name / "replay" / "step-7-rank-0.pt"
     assert f"file={path}" in str(stop.value)
     return path

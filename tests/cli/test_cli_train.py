@@ -21,8 +21,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     seen = []
 
-    def fit(config, raw):
-        assert raw["name"] in (None, config.name)
+    def fit(config):
+        assert config.composed["name"] in (None, config.name)
         seen.append(config)
         return {"val_bits_per_byte": 0.25 * config.seed}
 
@@ -76,7 +76,7 @@ def test_a_wrong_command_line_prints_one_sentence_alone_and_ends_with_code_2(run
 
 
 def test_an_error_of_ours_inside_training_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr(command, "fit", lambda config, raw: 1 / 0)
+    monkeypatch.setattr(command, "fit", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("experiment=smoke")
 

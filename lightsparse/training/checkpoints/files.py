@@ -53,7 +53,7 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every part of either kind has a checksum. Reads all of it.
 
-    A whole file is damaged, too, where weights or optimizer states are no numbers; folders are not looked at for that,
+    A whole file is damaged, too, where weights or optimizer states are NaN or infinite; folders are not read for that,
     because their tensors may be larger than the memory of a rank.
     """
     if path.is_dir():

@@ -36,7 +36,7 @@ COLUMNS = (
     "flops_per_s",  # what was computed
     "dense_flops_per_s",  # what dense attention would have had to compute at these tokens per second
     "mfu",  # flops_per_s over the measured matmul peak of all devices
-    "skipped_steps",  # of all up to here, those not taken as their loss or gradient would have done harm
+    "skipped_steps",  # of all up to here, those skipped for their loss or gradient
 )
 
 

@@ -1,6 +1,12 @@
-"""What a finished run leaves beside its numbers: three plots and a sample of what the model writes."""
+"""What a finished run leaves beside its numbers: plots, also in its loggers, and a sample of what the model writes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from matplotlib.image import imread
 
 from lightsparse.analysis import curves, pattern_picture
 from lightsparse.config.schema import Config
@@ -40,6 +46,19 @@ def draw_plots(
     curves.save_loss_by_position(buckets, directory.plots / "loss_by_position.png", config.name, unit)
     if layout is not None:
         pattern_picture.save(layout, directory.plots / "attention.png", config.name)
+
+
+def send_pictures(loggers: Sequence[Logger], plots: Path, step: int) -> None:
+    """Every PNG of the folder, under its name, to Weights & Biases and TensorBoard; other loggers take none."""
+    pictures = sorted(plots.glob("*.png"))
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            for picture in pictures:
+                logger.log_image(picture.stem, [str(picture)], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            for picture in pictures:
+                logger.experiment.add_image(picture.stem, imread(picture), step, dataformats="HWC")
+            logger.experiment.close()  # Lightning has closed it once, at the end of the training
 
 
 def write_sample(config: Config, module: LanguageModel, data: DataModule, directory: RunDirectory) -> None:

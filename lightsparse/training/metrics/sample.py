@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def infilling(
     assert tokenizer.mask is not None  # as training has checked
     read = tokens.masked_fill(hidden, tokenizer.mask)
     guesses = model.logits(model(read, context_for(read)).hidden).argmax(-1)
-    with_gaps = "▒".join(tokenizer.decode(part) for part in _split(read[0].tolist(), tokenizer.mask))
+    runs = ((masked, list(run)) for masked, run in groupby(read[0].tolist(), tokenizer.mask.__eq__))
+    with_gaps = "".join("▒" * len(run) if masked else tokenizer.decode(run) for masked, run in runs)
     return _sections(
         ("validation text with hidden tokens", with_gaps.replace(tokenizer.decode([tokenizer.bos]), "")),
         ("filled in by the model", _text(tokenizer, torch.where(hidden, guesses, tokens)[0])),
@@ -86,13 +88,3 @@ def _sections(*parts: tuple[str, str]) -> str:
 def _text(tokenizer: Tokenizer, tokens: Tensor) -> str:
     """The text without the marks of document starts."""
     return tokenizer.decode(tokens[tokens != tokenizer.bos].cpu())
-
-
-def _split(tokens: list[int], at: int) -> list[list[int]]:
-    parts: list[list[int]] = [[]]
-    for token in tokens:
-        if token == at:
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    return parts

@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a config without computing: shapes, density, targets, disk.
+"""Everything that can be found wrong without computing: shapes, density, targets, disk, the checkpoint to resume from.
 
 Everything wrong is a ConfigError of one sentence.
 """
@@ -20,11 +20,14 @@ from lightsparse.config.build import check_buildable
 from lightsparse.config.context_split import context_split
 from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
+from lightsparse.data.module import DataModule
+from lightsparse.kernels import flash, set_backend
 from lightsparse.models.transformer import Transformer
 from lightsparse.optim.optimizers import parameter_groups
 from lightsparse.patterns import BlockLayout
-from lightsparse.training.checkpoints.files import checkpoint_steps
+from lightsparse.training.checkpoints.files import checkpoint_steps, described_checkpoint
 from lightsparse.training.init_from import check_start
+from lightsparse.training.module import LanguageModel
 
 
 def check(config: Config) -> None:
@@ -88,8 +91,21 @@ def layout_of(config: Config) -> BlockLayout:
         raise ConfigError(str(error)) from error
 
 
-def check_disk(config: Config, model: nn.Module) -> None:
-    """Refuse a run whose checkpoints do not fit beside each other: weights, and two optimizer states at most."""
+def fixed_layout(config: Config) -> BlockLayout | None:
+    """`layout_of` where it is known before there is an input; None where it depends on that, or no layer uses it."""
+    if "S" not in config.model.layers:
+        return None
+    try:
+        return layout_of(config)
+    except NotImplementedError:
+        return None
+
+
+def check_disk(config: Config, model: nn.Module) -> tuple[Path, int]:
+    """Refuse a run whose checkpoints do not fit beside each other: weights, and two optimizer states at most.
+
+    Returns the folder above them that is there, and the bytes free in it.
+    """
     bytes_each = 2 if config.precision == "bf16-true" else 4
     size = 3 * bytes_each * sum(parameter.numel() for parameter in model.parameters())
     run = Path(config.runs_dir, config.name).absolute()
@@ -107,3 +123,38 @@ def check_disk(config: Config, model: nn.Module) -> None:
             f"{size / 2**30:.1f} GiB with checkpoint.keep={config.checkpoint.keep} take {needed / 2**30:.1f} GiB more; "
             "keep fewer, free space or set runs_dir=<another disk>"
         )
+    return folder, free
+
+
+def check_resumable(data: DataModule, module: LanguageModel, checkpoint: Path) -> None:
+    """Refuse a checkpoint of other data or another model now: Lightning would when the directory has been written.
+
+    Raises DataError in the data module's words, and ConfigError for weights of another shape.
+    """
+    saved = described_checkpoint(checkpoint)
+    data.load_state_dict(saved[type(data).__qualname__])
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in saved["state_dict"].items()}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"{checkpoint} is of another vocabulary or version: {name} is {_shape_text(theirs.get(name))} there "
+                f"and {_shape_text(ours.get(name))} in this run's model; restore it or start again with name=<another>"
+            )
+
+
+def _shape_text(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"
+
+
+def set_machine(config: Config) -> None:
+    """Set what is global to a process: threads, matmul precision, kernels. Raises ConfigError for an absent kernel."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning chooses for the ranks it starts
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    try:
+        set_backend(config.kernels.backend)
+        flash.activate(config.kernels.flash)
+    except ValueError as error:  # what only this machine knows; the names were checked with the schema
+        raise ConfigError(f"kernels.{str(error).removeprefix('kernels.')}") from error

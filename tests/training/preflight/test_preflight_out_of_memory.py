@@ -71,7 +71,7 @@ def test_other_errors_pass_unchanged() -> None:
 
 
 def test_a_context_that_cannot_fit_is_refused_before_its_layout_is_made() -> None:
-    with pytest.raises(ConfigError, match=r"^data\.context is 10000000000000; .* at the very least .*; lower data\."):
+    with pytest.raises(ConfigError, match=r"^data\.context is 10000000000000; .* takes at least .*; lower data\."):
         check_memory(compose([*WORDS, "data.context=10000000000000", "eval.tokens=10000000000000"]))
     check_memory(compose(WORDS))
 
@@ -87,7 +87,7 @@ def test_an_estimate_far_above_the_memory_is_a_warning_and_no_refusal(
         assert caplog.text == ""
         monkeypatch.setattr(out_of_memory, "memory_per_rank", lambda config: (int(needed.total / 2.1), 0))
         warn_of_memory(config, needed)
-    assert "THIS WILL HARDLY FIT" in caplog.text and "(about " in caplog.text
+    assert "THIS WILL PROBABLY NOT FIT" in caplog.text and "(about " in caplog.text
 
 
 def test_ranks_of_one_machine_share_its_memory() -> None:

@@ -32,9 +32,9 @@ class Totals:
 class StepResult:
     """One optimizer step over all its micro-batches and ranks."""
 
-    taken: bool  # False where it would have done harm (health.py)
+    taken: bool  # False where it was skipped (health.py)
     totals: Totals
     density: float  # achieved by attention, mean over layers and micro-batches
     grad_norm: float  # before clipping
     learning_rate: float
-    watched: dict[str, float]  # what a learned attention reports, by column (watched.step_columns)
+    attention: dict[str, float]  # what it reports of itself, by column (attention_stats.step_columns)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightsparse.context_parallel.shard import ContextShard, sum_over
+from lightsparse.data.source import IGNORED
 from lightsparse.models.transformer import Transformer
-from lightsparse.training.objectives import IGNORED
 
 COLUMNS = ("val_accuracy", "val_exact_match")  # of metrics.csv
 

@@ -8,7 +8,7 @@ import torch
 from lightsparse.attention.adaptive import AdaptiveConfig, BlockSparseAdaptive
 from lightsparse.attention.core import AttentionCore, AttentionShape, SequenceContext
 from lightsparse.attention.moba import MobaAttention, MobaConfig
-from lightsparse.training.metrics.router_grad_check import STEPS, RouterWatch
+from lightsparse.training.measures.router_grad_check import STEPS, RouterWatch
 
 
 def adaptive(layer: int, **fields) -> BlockSparseAdaptive:

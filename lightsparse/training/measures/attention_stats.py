@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightsparse.attention.selection.router import index_churn
 from lightsparse.config.schema import Config
-from lightsparse.training.metrics.scores import COLUMNS as SCORES
+from lightsparse.training.measures.scores import COLUMNS as SCORES
 
 CHURN = "choice_churn"  # share of the chosen blocks that changed since the last validation, on the same text
 
