@@ -25,7 +25,7 @@ from lightsparse.bench.choice import KINDS, pattern_at
 from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import alternate, runtime
 from lightsparse.bench.verify import Attend, Inputs, check, inputs, ours, sampled_rows
-from lightsparse.kernels.native_op import available
+from lightsparse.kernels.native.call import available
 from lightsparse.patterns import BlockLayout
 from lightsparse.utils.allocator import keep_freed
 

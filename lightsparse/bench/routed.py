@@ -19,7 +19,7 @@ from lightsparse.bench import options
 from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import alternate, median_ms, runtime
 from lightsparse.bench.verify import check, inputs, ours, sampled_rows
-from lightsparse.kernels.native_op import available
+from lightsparse.kernels.native.call import available
 from lightsparse.patterns import BlockLayout, LocalWindow
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightsparse.kernels import blocked_op, flex, native_op, reference, routed_op, sdpa
+from lightsparse.kernels import blocked_op, flex, reference, routed_op, sdpa
 from lightsparse.kernels.dropout import Dropout
+from lightsparse.kernels.native import call as native_call
 from lightsparse.patterns.layout import BlockLayout
 from lightsparse.patterns.mask import ElementMask
 
@@ -73,9 +74,9 @@ class Backend:
 def _native_refusal(ask: Request) -> str | None:
     if ask.q.device.type != "cpu":
         return f"runs on CPU only, and the tensors are on {ask.q.device.type}"
-    if ask.q.dtype not in native_op.DTYPES:
+    if ask.q.dtype not in native_call.DTYPES:
         return f"takes torch.float32 and torch.bfloat16, not {ask.q.dtype}"
-    return None if native_op.available() else "could not be built here (the log says why)"
+    return None if native_call.available() else "could not be built here (the log says why)"
 
 
 BACKENDS = {
@@ -168,7 +169,7 @@ def block_sparse_attention(
         with torch.autocast(q.device.type, enabled=False):  # or the truth would round its products to bf16
             out, lse = reference.attention(q, k, v, layout, scale, block_bias, dropout)
     elif chosen == "native":
-        out, lse = native_op.attention(q, k, v, layout, scale, block_bias, dropout)
+        out, lse = native_call.attention(q, k, v, layout, scale, block_bias, dropout)
     elif chosen == "routed":
         out, lse = routed_op.attention(q, k, v, layout, scale, block_bias, dropout)
     else:

@@ -13,13 +13,13 @@ from lightsparse.kernels import (
     block_sparse_attention,
     blocked_op,
     dispatch,
-    native_op,
     reference,
     routed_op,
     sample_keys,
     sdpa,
     use_backend,
 )
+from lightsparse.kernels.native import call as native_call
 from lightsparse.patterns import BlockLayout, GlobalTokens, LocalWindow, Strided, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 
@@ -33,7 +33,7 @@ EVERYTHING = GlobalTokens(63).layout(63, block=16, causal=False)
 def served(monkeypatch):
     """The backends called, in order."""
     calls: list[str] = []
-    modules = {"blocked": blocked_op, "native": native_op, "routed": routed_op, "reference": reference, "sdpa": sdpa}
+    modules = {"blocked": blocked_op, "native": native_call, "routed": routed_op, "reference": reference, "sdpa": sdpa}
     for name, module in modules.items():
         original = module.attention
 
@@ -74,7 +74,7 @@ def test_auto_takes_blocked_where_the_compiled_kernel_cannot_serve(served, monke
     for dtype in (torch.float64, torch.float16):
         block_sparse_attention(*inputs(SIZES, dtype), SPARSE)
     block_sparse_attention(*inputs(SIZES), masked)
-    monkeypatch.setattr(native_op, "available", lambda: False)
+    monkeypatch.setattr(native_call, "available", lambda: False)
     block_sparse_attention(*inputs(SIZES), SPARSE)
     assert served == ["blocked"] * 4
     block_sparse_attention(*inputs(SIZES), SPARSE.per_token(0, 63))

@@ -8,23 +8,26 @@ computed again.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightsparse.kernels import layout_arguments, native_build
+from lightsparse.kernels import layout_arguments
 from lightsparse.kernels.dropout import Dropout, drop_below
+from lightsparse.kernels.native import build
 from lightsparse.kernels.workspace import workspace
 from lightsparse.patterns.layout import BlockLayout
 
+_NO_MEMORY = -1  # native.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 @torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the kernel can be had here; builds it on the first call."""
-    return native_build.library() is not None
+    return build.library() is not None
 
 
 def attention(
@@ -146,7 +149,7 @@ class _Call:
                 f"kv_indices names key block {int(layout.kv_indices.max())} and the keys have {layout.num_kv_blocks} "
                 f"blocks of {layout.kv_block}; ids count from 0"
             )
-        self.of = native_build.Arguments()
+        self.of = build.Arguments()
         self.held: list[Tensor] = []
         of, mask, table = self.of, layout.mask, layout.kv_indices
         of.B, of.H, of.Nq, of.D = q.shape
@@ -189,13 +192,23 @@ class _Call:
         setattr(self.of, strides, (ctypes.c_int64 * 3)(*x.stride()[:3]))
 
     def run(self, of_backward: bool) -> None:
-        library = native_build.library()
+        library = build.library()
         assert library is not None  # the dispatcher has asked
-        size = library.native_workspace(ctypes.byref(self.of), of_backward)
+        size = _checked(library.native_workspace, self.of, of_backward)
         work = workspace().take("native", size // 4 + 16, torch.float32, torch.device("cpu"))
         self.of.work = -(-work.data_ptr() // 64) * 64
-        if library.native_run(ctypes.byref(self.of), of_backward):
-            raise MemoryError("the attention kernel found no memory for its bookkeeping")
+        _checked(library.native_run, self.of, of_backward)
+
+
+def _checked(function: Callable[..., int], arguments: build.Arguments, of_backward: bool) -> int:
+    """What a function of the library returns. An exception in it comes as MemoryError or RuntimeError."""
+    why = ctypes.create_string_buffer(256)
+    result = function(ctypes.byref(arguments), of_backward, why, len(why))
+    if result == _NO_MEMORY:
+        raise MemoryError("the attention kernel found no memory for its bookkeeping")
+    if result < 0:
+        raise RuntimeError(f"the attention kernel failed: {why.value.decode(errors='replace')}")
+    return result
 
 
 _MASK = {  # and the field of its stride

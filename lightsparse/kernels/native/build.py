@@ -1,7 +1,8 @@
 """The compiled kernel: built on first use with the C++ compiler at hand, kept in the user's cache, loaded by ctypes.
 
-The file's name is a hash of the source, the compiler's version and the flags, among them the instruction set, so a
+The file's name is a hash of the sources, the compiler's version and the flags, among them the instruction set, so a
 cache that several machines share never hands one machine the code of another.
+$LIGHTSPARSE_CXXFLAGS adds flags, as .ci/sanitize does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,7 +24,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).with_name("native.cpp")  # it includes the headers beside it
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _INSTRUCTIONS = {  # by what PyTorch says the CPU can do; anything else gets the compiler's default
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
@@ -41,7 +43,7 @@ _REST = (
 
 
 class Arguments(ctypes.Structure):
-    """`Args` of native.cpp, field by field: sizes, then addresses (0 = none) and strides in elements."""
+    """`Args` of arguments.h, field by field: sizes, then addresses (0 = none) and strides in elements."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _WHOLE.split()),
@@ -78,8 +80,9 @@ def build(compiler: str | None = None) -> Path:
     if program is None or shutil.which(program) is None:
         raise BuildError(f"no C++ compiler ({program or 'g++, c++, clang++'}) is on the path")
     version = _output(program, "--version")
-    flags = (*_FLAGS, *_instructions(program))
-    named = hashlib.sha256("\n".join((SOURCE.read_text(), version, *flags)).encode()).hexdigest()[:24]
+    flags = (*_FLAGS, *_instructions(program), *shlex.split(os.environ.get("LIGHTSPARSE_CXXFLAGS", "")))
+    sources = (part for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))) for part in (path.name, path.read_text()))
+    named = hashlib.sha256("\0".join((version, *flags, *sources)).encode()).hexdigest()[:24]
     for folder in _folders():
         built = folder / f"native-{named}.so"
         if built.exists():
@@ -119,11 +122,18 @@ def load(path: Path) -> ctypes.CDLL:
     """Raises BuildError."""
     try:
         loaded = ctypes.CDLL(str(path))
-    except OSError as error:
+        functions = loaded.native_run, loaded.native_workspace, loaded.native_argument_bytes
+    except (OSError, AttributeError) as error:
         raise BuildError(f"{path} does not load: {error}") from error
-    for function in (loaded.native_run, loaded.native_workspace):
+    for function in functions:
         function.restype = ctypes.c_int64
-        function.argtypes = (ctypes.POINTER(Arguments), ctypes.c_int64)
+    for function in functions[:2]:  # the text of an error goes to the third argument, which has so many bytes
+        function.argtypes = (ctypes.POINTER(Arguments), ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
+    if (size := loaded.native_argument_bytes()) != ctypes.sizeof(Arguments):
+        raise BuildError(
+            f"the kernel's arguments have {size} bytes and build.Arguments {ctypes.sizeof(Arguments)}; "
+            "arguments.h and build.py must list the same fields"
+        )
     return loaded
 
 
