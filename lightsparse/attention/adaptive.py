@@ -18,7 +18,7 @@ from lightsparse.context_parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 
-_CHUNK = 1 << 20  # scores of block pairs held at once
+_CHUNK = 1 << 20  # scores of block pairs in memory at once
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,7 @@ class BlockSparseAdaptive(AttentionCore):
             self.k_max = max(1, math.ceil(2 * config.density * -(-shape.context // config.block)))
         else:
             raise ValueError(
-                "attention.k_max is null, a share of the context, but AttentionShape.context is None; "
-                "give attention.k_max"
+                "attention.k_max is null, a share of the context, which is not given; give context, or attention.k_max"
             )
         share = 0.5 if config.density is None else min(max(config.density, 0.01), 0.99)
         heads = 1 if config.shared else shape.kv_heads
@@ -138,11 +137,9 @@ class BlockSparseAdaptive(AttentionCore):
         start, end = self.options.tau_start, self.options.tau_end
         self.schedule.fill_(start * (end / start) ** done)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         chosen = self.select(q, k, x, ctx)
-        dropout = ctx.dropout(
-            self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
-        )
+        dropout = self.dropout(q, ctx)
         out, _ = sharded_attention(q, k, v, chosen.layout, ctx, block_bias=chosen.bias, dropout=dropout)
         if ctx.states is not None and chosen.state is not None:
             ctx.states[self.shape.layer].update(chosen.state)
@@ -157,9 +154,9 @@ class BlockSparseAdaptive(AttentionCore):
         block, causal, n = self.options.block, self.shape.causal, sequence_length(k, ctx)
         row = ctx.q_start // block
         with torch.autocast(q.device.type, enabled=False):
-            found, state = summarise(q, k, ctx, block=block, causal=causal, layer=self.shape.layer)
-            tau_H = self.router.temperature(self.schedule, found.query.dtype)
-            choice = self._choice(self.router.projected(found), tau_H, ctx)
+            means, state = summarise(q, k, ctx, block=block, causal=causal, layer=self.shape.layer)
+            tau_H = self.router.temperature(self.schedule, means.query.dtype)
+            choice = self._choice(self.router.projected(means), tau_H, ctx)
             aux_loss = self._budget_loss(choice.gates, choice.pairs)
 
         mask = interval_mask(n, causal=causal, documents=ctx.documents, device=q.device)
@@ -200,16 +197,16 @@ class BlockSparseAdaptive(AttentionCore):
         parts = []
         for first, last in runs:
             for start in range(first, last, at_once):
-                given = (of, tau_H, start, min(start + at_once, last))
+                arguments = (of, tau_H, start, min(start + at_once, last))
                 if torch.is_grad_enabled() and at_once < total:
-                    parts.append(checkpoint(rows, *given, use_reentrant=False, preserve_rng_state=False))
+                    parts.append(checkpoint(rows, *arguments, use_reentrant=False, preserve_rng_state=False))
                 else:
-                    parts.append(rows(*given))
+                    parts.append(rows(*arguments))
         table, bias, *sums = zip(*parts, strict=True)
-        found = [torch.stack(each).sum(0) for each in sums]
+        totals = [torch.stack(each).sum(0) for each in sums]
         if shard is not None:
-            found = [sum_over(each, shard) for each in found]
-        return Choice(torch.cat(table, 2), torch.cat(bias, 2), *found)
+            totals = [sum_over(each, shard) for each in totals]
+        return Choice(torch.cat(table, 2), torch.cat(bias, 2), *totals)
 
     def _budget_loss(self, gates_B: Tensor, pairs_B: Tensor) -> Tensor:
         """Weighted; every parameter is in it, whatever the samples hold, or DDP would wait for its gradient."""

@@ -24,7 +24,8 @@ class BlockSparseConfig(AttentionConfig):
     block: int = 64  # tokens per block, of queries and keys
     segment_lengths: tuple[int, ...] = (1024, 4096)  # tokens, multiples of the block; empty: only `pattern`
     dilation_rates: tuple[int, ...] = (1, 4)  # blocks, one per segment length
-    pattern: dict[str, Pattern | None] = field(default_factory=dict)  # further patterns by name; null switches one off
+    # Further patterns: one, or several by name, of which null switches one off.
+    pattern: Pattern | dict[str, Pattern | None] = field(default_factory=dict)
     solve: str = "window"  # the integer field of the patterns that `density` solves
 
     def __post_init__(self) -> None:
@@ -41,7 +42,8 @@ class BlockSparseConfig(AttentionConfig):
     def parts(self) -> tuple[Pattern, ...]:
         """The patterns whose union is read."""
         dilated = [BlockDilated(self.segment_lengths, self.dilation_rates)] if self.segment_lengths else []
-        return (*dilated, *(part for part in self.pattern.values() if part is not None))
+        further = self.pattern.values() if isinstance(self.pattern, dict) else (self.pattern,)
+        return (*dilated, *(part for part in further if part is not None))
 
     def small(self) -> Self:
         return replace(

@@ -52,10 +52,10 @@ class DenseAttention(FixedPatternAttention):
         if config.pattern is not None:
             refuse_unfit(config.pattern, shape, config.block)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         dropout, several = self.training and self.config.dropout, ctx.q_start and q.shape[2] > 1
         if self.config.pattern is not None or several or dropout or ctx.shard is not None:
-            return super().forward(q, k, v, x=x, ctx=ctx)
+            return super().attend(q, k, v, x=x, ctx=ctx)
         if ctx.q_start:
             return AttentionResult(self._of_last_token(q, k, v, ctx.documents))
         if ctx.documents is None:

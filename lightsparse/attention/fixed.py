@@ -37,12 +37,10 @@ class FixedPatternAttention(AttentionCore):
         """The pattern over a sequence of `num_keys` tokens."""
         raise NotImplementedError(f"{type(self).__name__} has no pattern_at()")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
-        length = sequence_length(k, ctx) if ctx.cached_block_ids is None else ctx.q_start + q.shape[2]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+        length = sequence_length(k, ctx)
         layout = self.layout(length, ctx, q.device)
-        dropout = ctx.dropout(
-            self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
-        )
+        dropout = self.dropout(q, ctx)
         rows, with_lse = of_cached_keys(own_rows(layout, ctx), ctx), self.sink is not None
         out, lse = sharded_attention(q, k, v, rows, ctx, ring=True, dropout=dropout, return_lse=with_lse)
         if self.sink is not None and lse is not None:
@@ -78,7 +76,7 @@ class FixedPatternAttention(AttentionCore):
         return ctx.layouts[of_pass]
 
     def key_expiry(self, until: int, documents: Tensor | None = None) -> KeyExpiry | None:
-        """From the rows of all blocks to come: O(until / block · K) time, and no more than _ROWS rows held at once."""
+        """From the rows of all blocks to come: O(until / block · K) time, and at most _ROWS rows in memory at once."""
         shape, block, pattern = self.shape, self.block, self.pattern_at(until)
         blocks = -(-until // block)
         last_row = torch.full((blocks,), -1)

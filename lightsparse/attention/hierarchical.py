@@ -117,9 +117,7 @@ class BlockSparseHierarchical(FixedPatternAttention):
         """The pattern with its near window such that the density is reached at the training context."""
         shape = self.shape
         if shape.context is None:
-            raise ValueError(
-                f"attention.density is {density}; it needs AttentionShape.context, the length it refers to"
-            )
+            raise ValueError(f"attention.density is {density}; give context, the length it refers to")
         wanted = AtDensity(self.pattern, density, "window", at=shape.context, uniform=uniform)
         sparser, _, _ = wanted.solved(
             shape.context, block=self.block, heads=shape.heads, kv_heads=shape.kv_heads, causal=shape.causal
@@ -133,10 +131,10 @@ class BlockSparseHierarchical(FixedPatternAttention):
         coarsest = max(stride for _, stride in self.pattern.coarser) if isinstance(self.pattern, PooledHierarchy) else 1
         return math.lcm(self.block, coarsest)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         if not isinstance(self.pattern, PooledHierarchy):
-            return super().forward(q, k, v, x=x, ctx=ctx)
-        length = sequence_length(k, ctx) if ctx.cached_block_ids is None else ctx.q_start + q.shape[2]
+            return super().attend(q, k, v, x=x, ctx=ctx)
+        length = sequence_length(k, ctx)
         layout = self.layout(length, ctx, q.device)
         stats = {} if ctx.q_start else {"density": torch.tensor(layout.density(), device=q.device)}
         layout = own_rows(layout, ctx)
@@ -151,9 +149,7 @@ class BlockSparseHierarchical(FixedPatternAttention):
                 sources = self._sources(segments, ctx, q.device)
             keys, values = (with_summaries(t, here, self.block) for t in (k, v))
         bias = log_counts(layout, segments, q.dtype) if self.log_count and len(segments) > 1 else None
-        dropout = ctx.dropout(
-            self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
-        )
+        dropout = self.dropout(q, ctx)
         layout = of_cached_keys(layout, ctx)
         out, _ = sharded_attention(q, keys, values, layout, ctx, sources=sources, block_bias=bias, dropout=dropout)
         return AttentionResult(out, stats=stats)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
@@ -20,15 +21,15 @@ from lightsparse.attention.pooling.nsa_keys import KeysValues, SummaryKeys, Wind
 from lightsparse.attention.pooling.nsa_picture import together
 from lightsparse.attention.selection.dense_warning import warn_if_dense
 from lightsparse.attention.selection.kept_mass import kept_mass, queries_at, sampled_queries
-from lightsparse.attention.selection.nsa_gates import BRANCHES, Gates, mean_gates
 from lightsparse.attention.selection.nsa_select import Selector
 from lightsparse.attention.selection.row_parts import BlockSelection, RowPart, attend_in_parts, row_layout
 from lightsparse.attention.sharded_call import sequence_length
 from lightsparse.attention.sliding_window import SlidingWindowAttention, SlidingWindowConfig
 from lightsparse.context_parallel.shard import sum_over
-from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.kernels import block_sparse_attention
 from lightsparse.patterns import BlockLayout
 
+BRANCHES = ("compressed", "selected", "window")
 _APART = 1 << 20  # between the layer numbers under which the branches draw their dropout
 
 
@@ -85,6 +86,32 @@ class NsaConfig(AttentionConfig):
     def full(self) -> Self:
         """Everything in the selected branch and in the window; the gates remain."""
         return replace(self, top_n=1 << 24, window=1 << 24)
+
+
+class Gates(nn.Module):
+    """How much of each branch a token takes (eq. 5): σ(W x + b) per branch and query head; ½ at the start."""
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__()
+        rows = len(BRANCHES) * shape.heads
+        self.weight = nn.Parameter(torch.randn(rows, shape.embed_dim) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(rows))
+
+    def forward(self, x_BNE: Tensor) -> tuple[Tensor, ...]:
+        """Of each branch, in the order of BRANCHES: [B, H, N], at least fp32."""
+        dtype = torch.promote_types(x_BNE.dtype, torch.float32)
+        with torch.autocast(x_BNE.device.type, enabled=False):
+            logits = F.linear(x_BNE.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return logits.sigmoid().unflatten(-1, (len(BRANCHES), -1)).permute(2, 0, 3, 1).unbind(0)
+
+
+@torch.no_grad()
+def mean_gates(gates: tuple[Tensor, ...], length: int, ctx: SequenceContext) -> dict[str, Tensor]:
+    """Scalars for the log, over all `length` tokens of the sequence."""
+    sums = torch.stack([gate.mean((0, 1)).sum() for gate in gates])
+    if ctx.shard is not None:
+        sums = sum_over(sums, ctx.shard)
+    return {f"gate_{branch}": mean.float() for branch, mean in zip(BRANCHES, sums / length, strict=True)}
 
 
 class NsaAttention(AttentionCore):
@@ -144,7 +171,7 @@ class NsaAttention(AttentionCore):
         read = t // of.compress_stride + chosen + t.clamp(max=of.window)
         return [float(keys.sum()) for keys in read.split(unit)]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         n = sequence_length(k, ctx)
         of_summaries = self.summaries(k, v, x, n, ctx)
         compressed, area = self._compressed(q, of_summaries, n, ctx)
@@ -170,7 +197,7 @@ class NsaAttention(AttentionCore):
         if not of.k.shape[2]:  # nothing to read yet; the parameters are in the graph all the same
             return q * 0 + (of.k.sum() + of.v.sum()).to(q.dtype), q.new_zeros(1, 1, dtype=torch.float64)
         layout = self._summary_layout(n, self._tokens(q, ctx), ctx)
-        k, v, dropout = of.k.to(q.dtype), of.v.to(q.dtype), self._dropout(q, ctx, branch=0)
+        k, v, dropout = of.k.to(q.dtype), of.v.to(q.dtype), self.dropout(q, ctx)
         out = block_sparse_attention(q, k, v, layout, dropout=dropout)
         assert isinstance(out, Tensor)  # no lse
         return out, layout.areas()[0]
@@ -197,10 +224,6 @@ class NsaAttention(AttentionCore):
             return ctx.shard.tokens.to(q.device)
         return torch.arange(ctx.q_start, ctx.q_start + q.shape[2], device=q.device)
 
-    def _dropout(self, q: Tensor, ctx: SequenceContext, branch: int) -> Dropout | None:
-        layer = self.shape.layer + branch * _APART
-        return ctx.dropout(self.options.dropout, layer=layer, training=self.training, batch=len(q), device=q.device)
-
     def _selected(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, n: int, ctx: SequenceContext) -> RowPart:
         block, keys = self.options.select_block, keys.detach()
 
@@ -208,7 +231,7 @@ class NsaAttention(AttentionCore):
             return self._layout(q[:, :, part], keys, ctx.q_start + part.start, n, ctx)
 
         entries = q.shape[0] * self.shape.kv_heads * min(self.options.top_n, -(-n // block))
-        dropout = self._dropout(q, ctx, branch=1)
+        dropout = self.dropout(q, ctx, _APART)
         return attend_in_parts(layout_of, q, k, v, entries, block, n, ctx, dropout)
 
     def _layout(

@@ -63,10 +63,12 @@ def sharded_attention(
 
 
 def sequence_length(k: Tensor, ctx: SequenceContext) -> int:
-    """Keys of the whole sequence, of which k [B, Hkv, n, D] may hold this rank's only.
+    """Keys of the whole sequence, of which k [B, Hkv, n, D] may hold this rank's only, or those still in the cache.
 
     Raises ValueError where they are not this rank's.
     """
+    if ctx.cached_block_ids is not None:
+        return ctx.q_start + ctx.positions.shape[1]
     if ctx.shard is None:
         return k.shape[2]
     own = len(ctx.shard.tokens)

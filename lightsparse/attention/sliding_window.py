@@ -72,9 +72,7 @@ class SlidingWindowAttention(FixedPatternAttention):
         self.pattern: Pattern = _Covering(config.window, config.sinks)
         if config.density is not None:
             if shape.context is None:
-                raise ValueError(
-                    f"attention.density is {config.density}; it needs AttentionShape.context, the length it refers to"
-                )
+                raise ValueError(f"attention.density is {config.density}; give context, the length it refers to")
             wanted = AtDensity(self.pattern, config.density, "window", uniform=True)
             self.pattern, _, _ = wanted.solved(
                 shape.context, block=self.block, heads=shape.heads, kv_heads=shape.kv_heads, causal=shape.causal

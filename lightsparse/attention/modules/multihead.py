@@ -88,7 +88,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             block=block,
             segment_lengths=tuple(segment_lengths),
             dilation_rates=tuple(dilation_rates),
-            pattern={"pattern": pattern},
+            pattern={} if pattern is None else pattern,
             solve=solve,
         )
         shape = AttentionShape(num_heads, num_heads, self.head_dim, embed_dim, causal=causal, context=context)

@@ -58,17 +58,17 @@ class BlockRouter(nn.Module):
         self.offset = nn.Parameter(torch.full((heads,), math.log(share / (1 - share))))
         self.theta = nn.Parameter(torch.zeros(heads))
 
-    def projected(self, found: Summaries) -> Summaries:
+    def projected(self, means: Summaries) -> Summaries:
         """The same with features [B, H, R|C, F] in place of means; the product of two is their score, without b."""
-        late = found.query_late is not None and found.key_late is not None
+        late = means.query_late is not None and means.key_late is not None
         return Summaries(
-            self._features(found.query, self.query),
-            self._features(found.key, self.key),
-            self._features(found.query_late, self.query) if late else None,
-            self._features(found.key_late, self.key) if late else None,
-            found.first,
-            found.last,
-            found.first_row,
+            self._features(means.query, self.query),
+            self._features(means.key, self.key),
+            self._features(means.query_late, self.query) if late else None,
+            self._features(means.key_late, self.key) if late else None,
+            means.first,
+            means.last,
+            means.first_row,
         )
 
     def _features(self, means_BHRD: Tensor | None, weight_HEF: Tensor) -> Tensor:

@@ -7,15 +7,15 @@ Shapes: B batch, H query heads, R queries (rows), C key blocks (columns), D head
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightsparse.attention.selection.router import best, listed
+from lightsparse.attention.selection.row_parts import slices
 
-_SCORES = 1 << 17  # held at once
+_SCORES = 1 << 17  # in memory at once
 _ONE_BY_ONE = 4  # up to so many maxima are faster one after the other than by topk (measured: 64 … 512 blocks)
 
 
@@ -49,13 +49,8 @@ def top_blocks(
     """
     batch, heads, rows, _ = q.shape
     at_once = max(_SCORES // (batch * heads * max(of_blocks.shape[2], 1)), 1)
-    parts = [_chosen(q, of_blocks, own_R, top_k, width, documents, rule, part) for part in _parts(rows, at_once)]
+    parts = [_chosen(q, of_blocks, own_R, top_k, width, documents, rule, part) for part in slices(rows, at_once)]
     return torch.cat(parts, 2) if parts else own_R.new_empty(batch, heads, 0, width, dtype=torch.int32)
-
-
-def _parts(rows: int, at_once: int) -> Iterator[slice]:
-    for start in range(0, rows, at_once):
-        yield slice(start, min(start + at_once, rows))
 
 
 def _chosen(
@@ -107,12 +102,12 @@ def _by_rule(scores: Tensor, before: Tensor, rule: Rule) -> tuple[Tensor, Tensor
 def _highest(scores: Tensor, most: int) -> Tensor | None:
     """Indices of the `most` highest, −1 for scores of −inf: [.., most]; None where equal ones make that ambiguous."""
     if most <= _ONE_BY_ONE:
-        scores, found = scores.clone(), []
+        scores, ids = scores.clone(), []
         for _ in range(most):
             value, index = scores.max(-1, keepdim=True)  # of equal ones the first
-            found.append(torch.where(value == -math.inf, -1, index))
+            ids.append(torch.where(value == -math.inf, -1, index))
             scores.scatter_(-1, index, -math.inf)
-        return torch.cat(found, -1)
+        return torch.cat(ids, -1)
     value, index = scores.topk(most, -1)
     lowest = value[..., -1:]
     if bool(((scores >= lowest).sum(-1, keepdim=True) > most).logical_and(lowest > -math.inf).any()):
