@@ -55,7 +55,11 @@ class BlockSparseConfig(AttentionConfig):
 
 
 class BlockSparseRingDilatedAttention(FixedPatternAttention):
-    """Union of BlockDilated(segment_lengths, dilation_rates) and any patterns; O(N · K) time, O(N) memory."""
+    """Union of BlockDilated(segment_lengths, dilation_rates) and any patterns; O(N · K) time, O(N) memory.
+
+    A row of queries has one softmax over the tokens of all blocks that it reads, causal or not. Shapes of a call:
+    AttentionCore.forward. Raises ValueError for a density that cannot be reached at `context`.
+    """
 
     Config = BlockSparseConfig
 
@@ -80,8 +84,8 @@ class BlockSparseRingDilatedAttention(FixedPatternAttention):
         """The weights of this pass, before dropout, and the layout whose table says which key block each belongs to.
 
         q [B, H, Nq, D], k [B, Hkv, Nkv, D] → [B, H, NQ, K, block, block] fp32 (fp64 for fp64), differentiable. Those of
-        a query sum to 1 over (K, block); all is 0 where it has nothing to read. O(N · K) numbers, but K is every block
-        where some row reads everything (bidirectional global tokens).
+        a query sum to 1 over (K, block), or are all 0 if it has nothing to read. O(N · K) numbers; K counts all blocks
+        if some row reads everything (bidirectional global tokens).
         """
         layout = list_dense_rows(self.layout(k.shape[2], ctx, q.device))
         return attention_weights(q, k, layout), layout

@@ -57,7 +57,7 @@ class SequenceContext:
     sample_ids int64 [B] or None: global ids of the samples, so that randomness does not depend on the batch's split
     states     per layer, what a core keeps between decoding steps beside keys and values; None = no decoding
     cached_block_ids  int64 [n] or None: ids, ascending, of the key blocks that k and v consist of where the layer's
-               cache has forgotten others (AttentionCore.key_expiry); all are whole but the last. None = all keys
+               cache has dropped others (AttentionCore.key_expiry); all are whole but the last. None = all keys
     layouts    what the cores built for this pass, keyed by their own config: built once, read by every layer
     shard      this rank's part of a sequence that several ranks hold: q, k, v, x and positions are those of its tokens
                then, `documents` still those of the whole sequence, [B, shard.length]; None = all of it is here
@@ -92,7 +92,7 @@ class SequenceContext:
         rotary: Rotary | None = None,
         device: torch.device | None = None,
     ) -> Self:
-        """Of queries that stand at q_start, q_start + 1, … among the keys, all of them on this rank.
+        """The context of queries at q_start, q_start + 1, … among the keys, with the whole sequence on this rank.
 
         positions  None = counted from the start of each document
         Raises ValueError for documents of another length, and ids that decrease along the sequence.
@@ -120,7 +120,7 @@ class KeyExpiry(NamedTuple):
 class AttentionResult:
     out: Tensor  # [B, H, Nq, D]
     aux_loss: Tensor | None = None  # scalar, added to the loss by the training module
-    # For the log, without gradient: `density` (but while decoding), and what the core names in `logged` and
+    # For the log, without gradient: `density` (except while decoding), and what the core names in `logged` and
     # `logged_per_head`.
     stats: dict[str, Tensor] = field(default_factory=dict)
     choice: Tensor | None = None  # the table of a selection made from the input (BlockLayout.kv_indices)
@@ -157,10 +157,10 @@ class AttentionConfig:
 
 
 class AttentionCore(nn.Module):
-    """Base of all variants. Subclasses set `Config`, the capabilities, and `attend`.
+    """Base of all variants. Subclasses set `Config` and the capabilities, and implement `attend`.
 
-    Called as any module, on whole sequences, it returns what is read; called with a SequenceContext, as a transformer's
-    layer does, all it has to say:
+    Called like any module, on whole sequences, it returns the output. Called with a SequenceContext, as the layers of
+    the transformer call it, it returns an AttentionResult:
 
         out = core(q, k, v, documents=documents)
         result = core(q, k, v, x=x, ctx=ctx)
@@ -174,8 +174,8 @@ class AttentionCore(nn.Module):
     supports_documents: ClassVar[bool] = True
     supports_gqa: ClassVar[bool] = True
     exact_at_full_budget: ClassVar[bool] = True  # with budget = everything it equals dense attention
-    # Whether `attend` reads x. Where it does not, x may be left out, and with model.activation_checkpointing it comes
-    # without its norm. A class with an `attend` of its own says so itself: what it inherits was said of another one.
+    # Whether `attend` reads x. If not, x may be left out, and with model.activation_checkpointing it comes without its
+    # norm. Not inherited by a class with an `attend` of its own, which has to state it again.
     needs_hidden_states: ClassVar[bool] = True
     selects_from_input: ClassVar[bool] = False  # what is read depends on the input; then `choice` holds the table
     logged: ClassVar[tuple[str, ...]] = ()  # its scalars in `stats` beside density: columns of metrics.csv
@@ -207,9 +207,9 @@ class AttentionCore(nn.Module):
         return [1.0] * -(-length // unit)
 
     def selector_parameters(self) -> list[nn.Parameter]:
-        """Those that only choose what is read (an indexer, a gate, a router), and that can be trained alone.
+        """Parameters that only choose what is read (an indexer, a gate, a router) and can be trained alone.
 
-        Here all of a core that chooses and none of another; a core that has others, too, says which.
+        By default all of a core that selects from its input, none of any other; a core that has both overrides this.
         """
         return list(self.parameters()) if self.selects_from_input else []
 
@@ -220,7 +220,7 @@ class AttentionCore(nn.Module):
         """How long each key of a causal sequence is read while its first `until` tokens are decoded; None = to the end.
 
         documents  int32 [B, until] or None
-        A core that tells this must take k and v without the keys that are not read any more: `ctx.cached_block_ids`.
+        A core that answers this must accept k and v without the keys that are no longer read: `ctx.cached_block_ids`.
         """
         return None
 
@@ -236,19 +236,20 @@ class AttentionCore(nn.Module):
         positions: Tensor | None = None,
         rotary: Rotary | None = None,
     ) -> Tensor | AttentionResult:
-        """q [B, H, N, D], k/v [B, Hkv, N, D] after RoPE → out [B, H, N, D]; with ctx, all of the AttentionResult.
+        """Attention of whole sequences: q [B, H, N, D], k/v [B, Hkv, N, D] after RoPE → out [B, H, N, D].
 
-        x          [B, N, E], the input of the layer; only variants that read it (needs_hidden_states) ask for it
-        documents  int [B, N], non-decreasing: which packed document each token belongs to; None = one document
-        positions  int64 [B|1, N], counted from the document's start; None = one after the other. Read by `rotary` alone
-        rotary     the RoPE of q and k, for variants that rotate keys of their own (`rotated` of a RotaryEmbedding of
-                   lightsparse.models.rope); None = none
-        ctx        in place of these three, such as `context` makes; for the loss, statistics, decoding, ranks
+        x          [B, N, E], the input of the layer; required by variants that read it, others ignore it
+        documents  int [B, N], non-decreasing: the packed document that each token belongs to; None = one document
+        positions  int64 [B|1, N], counted from the document's start; None = 0, 1, 2, … Only `rotary` uses them
+        rotary     the RoPE that q and k went through, for variants that rotate keys of their own: the method `rotated`
+                   of a lightsparse.models.rope.RotaryEmbedding; None = no rotation
+        ctx        replaces these three and makes the call return the AttentionResult: auxiliary loss, statistics.
+                   `context` makes one for whole sequences; decoding and sequences split over ranks need one
 
-        Without ctx, a variant's own loss (aux_loss) is not lost in training: its gradient joins that of `out`, as if it
-        were added to the loss. What dropout and routing draw then follows torch.manual_seed, and a schedule over a run
-        stands where `set_step` has put it, at first before step 1.
-        Raises ValueError for shapes that do not fit, and without x where it is read.
+        Without ctx, training includes the variant's own loss (aux_loss): the backward pass of `out` adds its gradient,
+        as if it had been added to the loss. Dropout and routing noise then follow torch.manual_seed. A schedule over a
+        run (dense_steps, tau_start …) stays at the first step unless `set_step` moves it.
+        Raises ValueError for shapes that do not fit, and for a missing x.
         """
         if x is None and self.needs_hidden_states:
             raise ValueError(
@@ -286,21 +287,21 @@ class AttentionCore(nn.Module):
         positions: Tensor | None = None,
         rotary: Rotary | None = None,
     ) -> SequenceContext:
-        """Of whole sequences, for queries q [B, H, N, D]: what a call without ctx works with; see forward."""
+        """The context of whole sequences with queries q [B, H, N, D], as a call without ctx uses it; see forward."""
         seed = int(torch.randint(1 << 62, ())) if self.training else 0
         return SequenceContext.plain(q.shape[2], documents, positions, seed=seed, rotary=rotary, device=q.device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         """q [B, H, Nq, D], k/v [B, Hkv, Nkv, D] after RoPE, x [B, Nq, E] the layer's input → AttentionResult.
 
-        For subclasses to write and for `forward` to call: hooks on a module see calls of the module only.
+        Implemented by subclasses. Call the module instead, so that hooks run.
         """
         raise NotImplementedError(f"{type(self).__name__} has no attend()")
 
     def dropout(self, q: Tensor, ctx: SequenceContext, apart: int = 0) -> Dropout | None:
-        """That of the attention weights in this pass, or None where it is off.
+        """Dropout of the attention weights in this pass, or None if it is off.
 
-        apart  added to the layer's number, for a draw of its own
+        apart  added to the layer's number, for an independent draw
         """
         if self.config.dropout == 0.0 or not self.training:
             return None
@@ -313,7 +314,7 @@ class AttentionCore(nn.Module):
 
 
 class _JoinedByLoss(torch.autograd.Function):
-    """The output, whose backward also starts that of a scalar loss with gradient 1 (as DeepSeek's models do it)."""
+    """out, whose backward pass also runs that of a scalar loss with gradient 1, as in DeepSeek's models."""
 
     @staticmethod
     def forward(ctx, out: Tensor, loss: Tensor) -> Tensor:

@@ -135,9 +135,9 @@ class CsaAttention(CompressedAttention):
         return {"index_kl": x.new_zeros((), dtype=torch.float32)}
 
     def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> EntrySelection:
-        """What forward reads, for pictures: tokens and, behind them, entries, a row per query and a key per block.
+        """What attend reads, for pictures: tokens and, behind them, entries, a row per query and a key per block.
 
-        The tokens are those of the window's tiles; k plays no part. The table of all queries at once.
+        The tokens are those of the window's tiles; k is not used. The table of all queries at once.
         """
         n, tokens = sequence_length(k, ctx), tokens_of(q, ctx)
         window = self.window_layout(n, ctx, q.device)
@@ -148,7 +148,7 @@ class CsaAttention(CompressedAttention):
         near = replace(tiles, kv_indices=table, kv_block=1)
         return EntrySelection(beside(near, self._layout(self.indexer(x, ctx, {}), tokens, ctx)))
 
-    @torch.compiler.disable  # rows are worked on in parts, by values
+    @torch.compiler.disable  # the number of parts depends on values
     def far(
         self, q: Tensor, x: Tensor, near_lse: Tensor, entries: Entries, ctx: SequenceContext, dropout: Dropout | None
     ) -> tuple[Far, AttentionResult]:

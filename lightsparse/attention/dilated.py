@@ -80,7 +80,9 @@ class DilatedConfig(AttentionConfig):
 class DilatedAttention(AttentionCore):
     """Mixture of dilated segments; O(N · Σ w/r²) time over the heads of a branch, O(N) memory.
 
-    A position that a branch does not keep has weight 0 in it; one that no branch keeps gives 0.
+    LongNet (Ding et al. 2023, arXiv 2307.02486, eq. 9–10). A position that a branch does not keep has weight 0 in it;
+    one that no branch keeps gives 0. Shapes of a call: AttentionCore.forward. Raises ValueError for branches=partition
+    with fewer key/value heads than branches.
     """
 
     Config = DilatedConfig
@@ -210,7 +212,7 @@ def _attend(
     if ctx.shard is None:
         layout, sources = gather.layout, None
         of_queries = gather.positions[:, :, -layout.num_queries :] - ctx.q_start
-        forgotten = ctx.q_start + q.shape[2] - nkv  # tokens before those of k, which nobody reads
+        forgotten = ctx.q_start + q.shape[2] - nkv  # tokens before those of k, no longer read
         kv_rows = _rows(gather.positions - forgotten, gather.kv_heads, k)
         k, v = _taken(k, kv_rows), _taken(v, kv_rows)
     else:
@@ -241,7 +243,7 @@ def _flat_lse(out: Tensor, lse: Tensor | None) -> Tensor:
 def _rows(positions: Tensor, heads: Tensor, of: Tensor) -> Tensor:
     """Rows of `of` [B, H, N, D], flattened to [B · H · N, D], for positions [B|1, h, S] of heads [h]: int64 [B, h, S].
 
-    Where there is no position (below 0) the head's first row stands in; nobody reads it there.
+    Where there is no position (below 0) the head's first row stands in, and is not read.
     """
     batch, num_heads, n, _ = of.shape
     sample = torch.arange(batch, device=of.device)[:, None, None]

@@ -29,7 +29,7 @@ from lightsparse.kernels import Dropout
 from lightsparse.patterns import BlockLayout, ElementMask, interval_mask
 
 _TABLE = 1 << 24  # entries of the table in memory at once; more are worked on in parts, chosen again for the backward
-_UNIT = 16  # tokens that ranks do not cut, and of which the last one's choice is reported
+_UNIT = 16  # tokens that ranks do not cut; the choice of the last of them is reported
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class TokenSelection(NamedTuple):
 
 
 class DsaAttention(StagedAttention):
-    """Each token reads the top_k tokens of its document, that the indexer scores highest, up to itself.
+    """Each token reads the top_k tokens of its document up to itself that the indexer scores highest.
 
     Equal scores go to the earlier token: zeros are common, as every index head may find nothing. Nothing is forced in,
     not even the token itself.
-    With ranks that share a sequence the index keys are gathered on all of them, for the loss the keys, too; the
-    exchange of keys and values brings what is chosen.
+    Ranks that share a sequence gather the index keys, and for the loss the keys, too; of keys and values they exchange
+    only what is chosen.
 
     Stats: density; kept_mass, the share of dense attention's weight on what is chosen, or would be in the dense stage,
     on a few sampled queries; selection_kl, the indexer's loss in nats per query; uniform_kl, the same for equal weights
@@ -127,7 +127,7 @@ class DsaAttention(StagedAttention):
         return replace(result, aux_loss=self.options.kl_weight * loss)
 
     def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> TokenSelection:
-        """What forward reads in the sparse stage, for pictures: the table of all queries at once."""
+        """What attend reads in the sparse stage, for pictures: the table of all queries at once."""
         mask = self._mask(slice(0, q.shape[2]), k, ctx)
         return TokenSelection(single_rows(choose(self._index(x, ctx), mask, self.options.top_k), mask))
 

@@ -18,11 +18,11 @@ from lightsparse.patterns import BlockLayout, LayoutKey, Pattern, PersistentPatt
 from lightsparse.patterns.parts import of_keys
 
 LAYOUTS = PersistentPatternCache()  # of the whole process: layers, steps and evaluations share it
-_ROWS = 1024  # rows of a pattern looked at at once
+_ROWS = 1024  # rows of a pattern in memory at once
 
 
 class FixedPatternAttention(AttentionCore):
-    """Base of the variants whose blocks do not depend on the data. Subclasses set `block` and say `pattern_at`."""
+    """Base of the variants whose blocks do not depend on the data. Subclasses set `block`, write `pattern_at`."""
 
     block: int  # tokens
     needs_hidden_states = False
@@ -87,7 +87,7 @@ class FixedPatternAttention(AttentionCore):
             )
             table = layout.kv_indices
             reader = torch.arange(rows.start, rows.stop)[:, None].expand_as(table)
-            of_tokens = (table >= 0) & (table < blocks)  # what follows the tokens is no matter of the cache
+            of_tokens = (table >= 0) & (table < blocks)  # what stands behind the tokens is not in the cache
             last_row.scatter_reduce_(0, table[of_tokens].long(), reader[of_tokens], "amax")
             if len(layout.dense_rows):
                 dense = rows.start + int(layout.dense_rows.max())
@@ -102,8 +102,7 @@ class FixedPatternAttention(AttentionCore):
 
 @torch.compiler.disable
 def of_cached_keys(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
-    """The layout over the keys that the cache still has: those of ctx.cached_block_ids, and what the layout has behind
-    its tokens.
+    """The layout over the keys still in the cache: those of ctx.cached_block_ids, and what stands behind the tokens.
 
     Layers of the same pass share it.
     """

@@ -90,8 +90,8 @@ class BlockSparseHierarchical(FixedPatternAttention):
     cancel, and what is left of them tells less about position the longer the stride. Its value is the plain mean. The
     summaries are functions of k and v and carry gradients to every token they stand for.
 
-    Causal only: without causality a summary would be read from far before and from far behind its tokens, two
-    intervals, where a key has one. Decoding keeps every summary, and tokens as long as they are read one by one.
+    Causal only: otherwise a summary would be read from far before its tokens and from far behind them, two intervals
+    of query positions, where a key has one. Decoding keeps every summary, and each token as long as it is read itself.
     """
 
     Config = HierarchicalConfig
@@ -155,7 +155,7 @@ class BlockSparseHierarchical(FixedPatternAttention):
         return AttentionResult(out, stats=stats)
 
     def _sources(self, segments: tuple[Segment, ...], ctx: SequenceContext, device: torch.device) -> Sources:
-        """Made once for a split: the same object each time, by which plans are found again."""
+        """Made once for a split: plans are cached by this object."""
         shard = ctx.shard
         assert shard is not None
         make = partial(summary_sources, shard.split, segments, self.block, device)

@@ -43,7 +43,7 @@ class NsaConfig(AttentionConfig):
     compress_hidden: int | None = None  # width of the MLP; null: head_dim. Not given in the paper
     select_block: int = 64  # l': tokens per block that is chosen, and the tile of the computation
     top_n: int = 16  # n: blocks that a query reads, those of `first` and `local` included
-    first: int = 1  # blocks at the document's start that everyone reads
+    first: int = 1  # blocks at the document's start that every query reads
     local: int = 2  # the own block and those right before it
     window: int = 512  # w: tokens
     branch_kv: Literal["shared", "own"] = "shared"  # the layer's keys and values for all branches, or its own for each
@@ -119,7 +119,7 @@ class NsaAttention(AttentionCore):
 
     A block is chosen per token and key/value head, by fp32 scores with autocast off; equal ones go to the lower block.
     With documents, first blocks and summaries are those of the query's document; a summary that would cross a border
-    is read by nobody, and a query that sees no summary gets 0 from that branch.
+    is never read, and a query that sees no summary gets 0 from that branch.
     With branch_kv=own the layer's keys and values are the selected branch's, and the other two project their own.
 
     Stats: density, of all three branches; kept_mass, the share of dense attention's weight on the chosen blocks, on a
@@ -194,7 +194,7 @@ class NsaAttention(AttentionCore):
 
     def _compressed(self, q: Tensor, of: KeysValues, n: int, ctx: SequenceContext) -> tuple[Tensor, Tensor]:
         """[B, H, Nq, D] and the query–key area of its tiles, fp64 [B|1, 1]. Every rank has all summaries."""
-        if not of.k.shape[2]:  # nothing to read yet; the parameters are in the graph all the same
+        if not of.k.shape[2]:  # nothing to read yet, but the parameters stay in the graph
             return q * 0 + (of.k.sum() + of.v.sum()).to(q.dtype), q.new_zeros(1, 1, dtype=torch.float64)
         layout = self._summary_layout(n, self._tokens(q, ctx), ctx)
         k, v, dropout = of.k.to(q.dtype), of.v.to(q.dtype), self.dropout(q, ctx)
@@ -247,7 +247,7 @@ class NsaAttention(AttentionCore):
             ctx,
         )
 
-    @torch.compiler.disable  # it goes by values
+    @torch.compiler.disable  # depends on values
     @torch.no_grad()
     def choose(self, q: Tensor, keys: Tensor, tokens: Tensor, length: int, ctx: SequenceContext) -> Tensor:
         """The blocks of some queries [B, H, R, D] at `tokens` [R], ascending: int32 [B, Hkv, R, K].
@@ -259,7 +259,7 @@ class NsaAttention(AttentionCore):
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> BlockSelection:
-        """What forward reads in all three branches, for pictures: summaries behind the tokens, repeats kept."""
+        """What attend reads in all three branches, for pictures: summaries behind the tokens, repeats kept."""
         n = sequence_length(k, ctx)
         keys = self.summaries(k, k, x, n, ctx).k
         chosen, tokens = self._layout(q, keys, ctx.q_start, n, ctx)

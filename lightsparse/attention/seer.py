@@ -6,7 +6,7 @@ The gate is block_gate.py, the loss block_kl.py. The loss trains the gate alone,
 it reads of the model, q, k and the target, is detached, and a choice has no gradient.
 The paper's recipe freezes a trained model and distils its gates under dense attention:
 init_from=… trainer.selector_only_steps=-1 attention.dense_steps=<all steps but the last>. A checkpoint is evaluated in
-the stage of its last step: so it is with the gates at work.
+the stage of its last step, here with the gates at work.
 """
 
 from __future__ import annotations

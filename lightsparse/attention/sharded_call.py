@@ -13,7 +13,7 @@ from lightsparse.patterns import BlockLayout
 from lightsparse.patterns.parts import of_rows
 
 
-@torch.compiler.disable  # a table is cut by values: nothing to compile
+@torch.compiler.disable  # cuts a table by its values: nothing to compile
 def own_rows(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
     """The rows of this rank's queries; all of them where no rank shares the sequence."""
     if ctx.shard is None:

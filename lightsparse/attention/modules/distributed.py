@@ -19,13 +19,13 @@ from lightsparse.context_parallel.split import SplitKind, imbalance, split
 class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention):
     """One sequence of `length` tokens over the ranks of `group`; out and gradients are those of one rank.
 
-    length    tokens of the whole sequence; a rank gives and gets those of `shard.tokens` (shard.take cuts them out)
+    length    tokens of the whole sequence; a call takes and returns those of `shard.tokens` (shard.take cuts them out)
     group     None: all ranks of the job
     kind      of the split: contiguous, head_tail, or balanced (the ranks compute about equally many tiles)
     exchange  sparse, ring, gather, or auto (see ContextShard)
     timeout   seconds of the group's timeout, for its error messages
 
-    All ranks call it together, forward and backward. A rank that ends or stays away raises LostRankError or
+    All ranks call it together, forward and backward. A rank that has ended or does not call raises LostRankError or
     RankTimeoutError on the others, after the group's timeout at the latest.
     Raises ValueError without a process group, and where the sequence has fewer blocks than ranks.
     """

@@ -146,13 +146,13 @@ class CompressedAttention(FixedPatternAttention):
     def far(
         self, q: Tensor, x: Tensor, near_lse: Tensor, entries: Entries, ctx: SequenceContext, dropout: Dropout | None
     ) -> tuple[Far, AttentionResult]:
-        """Attention of q [B, H, Nq, D] over its entries, and what else the core has to say: aux_loss, stats, choice.
+        """Attention of q [B, H, Nq, D] over its entries, and the aux_loss, stats and choice of that.
 
         near_lse  [B, H, Nq], of the window; there is at least one entry
         """
         raise NotImplementedError(f"{type(self).__name__} has no far")
 
-    @torch.compiler.disable  # tables are made of values
+    @torch.compiler.disable  # tables depend on values
     def all_entries(self, count: int, tokens: Tensor, q_block: int, ctx: SequenceContext) -> BlockLayout:
         """Queries at `tokens` [R] over all of `count` entries that they may read. Layers of the same pass share it."""
         key = ("all entries", count, self.stride, int(tokens[0]), len(tokens), q_block, self.block)

@@ -67,7 +67,7 @@ class SummaryKeys(nn.Module):
 
         self.of_keys, self.of_values = compressor(), compressor()
 
-    @torch.compiler.disable  # how many there are goes by values
+    @torch.compiler.disable  # how many there are depends on values
     def forward(self, k: Tensor, v: Tensor, x: Tensor, n: int, ctx: SequenceContext) -> KeysValues:
         """k, v [B, Hkv, ·, D] of all tokens so far, or of this rank's, and x of the new ones; n tokens so far."""
         raw = KeysValues(k, v) if self.own is None else self.own.exactly(x)

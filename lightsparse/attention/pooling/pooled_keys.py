@@ -21,7 +21,7 @@ def with_summaries(x: Tensor, segments: Sequence[Segment], block: int) -> Tensor
     """Keys or values [B, H, N, D] → [B, H, keys of the layout, D]: tokens, then each level's means, zeros in between.
 
     A mean is taken in fp32 (fp64 for fp64), of the finer level's means, which stand for equally many tokens each.
-    Differentiable. Without a level of summaries x comes back as it is.
+    Differentiable. Without a level of summaries x is returned as it is.
     """
     if len(segments) < 2:
         return x
@@ -39,7 +39,7 @@ def with_kept_summaries(
     """`with_summaries` of k and v [B, Hkv, n, D] while decoding: means of tokens that may be gone come from `state`.
 
     length   tokens read so far; k and v end with the last of them
-    strides  of all levels of summaries, finest first: a level is kept before anyone reads it
+    strides  of all levels of summaries, finest first: a level is kept before it is read
     state    what the passes before left there; takes in the means that have become complete
     Raises ValueError where tokens of a new mean are gone, because `state` is not that of the tokens before.
     """

@@ -1,4 +1,4 @@
-"""A rank's share of a gather of dilated segments (segments.py), where several ranks hold the sequence."""
+"""A rank's share of a gather of dilated segments (gather.py), where several ranks hold the sequence."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class _BlockKL(torch.autograd.Function):
 def _log_target(keys: _Keys, part: slice, columns: int) -> tuple[Tensor, Tensor]:
     """Logarithm of the target [B, Hkv, R, C] of some rows, and which blocks each can choose, bool [B|1, 1, R, C].
 
-    Of a block that cannot be chosen the logarithm means nothing.
+    The entries of blocks that cannot be chosen are meaningless.
     """
     tokens, block = keys.tokens[part], keys.block
     reach = (int(tokens[-1]) // block + 1) * block

@@ -49,7 +49,7 @@ class Keys(NamedTuple):
 class IndexerResult(NamedTuple):
     table: Tensor  # int32 [B, R, K]
     divergence: Tensor  # sum over rows of KL(p ‖ softmax I), in nats, differentiable in the index
-    uniform: Tensor  # the same for equal weights in place of softmax I: what knowing nothing costs
+    uniform: Tensor  # the same for equal weights in place of softmax I: the loss of an indexer that knows nothing
     rows: Tensor  # how many rows of all samples see any key; the others have no divergence
 
 
@@ -79,7 +79,7 @@ def _learnt(index: Index, walked: _Walked) -> IndexerResult:
     return IndexerResult(walked.table, _Known.apply(divergence, *index, *walked.gradients), uniform, rows)
 
 
-@torch.compiler.disable  # it goes by values
+@torch.compiler.disable  # depends on values
 @torch.no_grad()
 def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *, dense: bool) -> _Walked:
     """Rows in chunks; mask has the rows of the queries and all columns, and is causal."""
@@ -197,5 +197,5 @@ class _Known(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        gradients = ctx.saved_tensors  # only once: recomputation hands them out once
+        gradients = ctx.saved_tensors  # read once: under recomputation they can be unpacked only once
         return None, *(grad * of for of in gradients), *(None for _ in gradients)

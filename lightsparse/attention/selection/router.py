@@ -138,7 +138,7 @@ class BlockRouter(nn.Module):
 
 
 def candidates(of: Summaries, row_R: Tensor, column_C: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Blocks before the row, and after it, that hold tokens of a document the row goes on with: bool [B|1, 1, R, C]."""
+    """Blocks before the row with tokens of its first document, and after it of its last one: bool [B|1, 1, R, C]."""
     earlier = (column_C < row_R[:, None])[None, None]
     later = (column_C > row_R[:, None])[None, None] & (not causal)
     if of.first is not None and of.last is not None:

@@ -1,6 +1,6 @@
 """Base of the variants in which every token reads a few key blocks of its own choice, by a score per block.
 
-A subclass says what is multiplied to a score (`scored`) and, if it learns to choose, by which loss (`learned`).
+A subclass says which product is the score (`scored`) and, if it learns to choose, by which loss (`learned`).
 Shapes: B batch, H query heads, S heads that choose (all query heads, or one per key/value head), n queries of a pass,
 C key blocks, F width of what is multiplied, K entries of a query's table.
 """
@@ -74,7 +74,7 @@ class TokenBlocksAttention(StagedAttention):
         warn_if_dense("attention.top_k × attention.block", config.top_k * config.block, shape.context)
 
     def scored(self, q: Tensor, k: Tensor, ctx: SequenceContext) -> Scored:
-        """What the choice is made by, from q [B, H, n, D] and k [B, Hkv, Nkv, D]; changes nothing, not even ctx."""
+        """What the choice is made by, from q [B, H, n, D] and k [B, Hkv, Nkv, D]; changes no state, not even ctx."""
         raise NotImplementedError(f"{type(self).__name__} has no scored()")
 
     def keep(self, scored: Scored, length: int, state: dict[str, Tensor]) -> None:
@@ -86,7 +86,7 @@ class TokenBlocksAttention(StagedAttention):
         return None, {}
 
     def rule(self) -> Rule:
-        """What else a choice has to keep to."""
+        """Further constraints on the choice."""
         return Rule()
 
     def split_granularity(self) -> int:
@@ -151,9 +151,9 @@ class TokenBlocksAttention(StagedAttention):
             ctx,
         )
 
-    @torch.compiler.disable  # places of this rank's tokens: it goes by values
+    @torch.compiler.disable  # depends on the places of this rank's tokens
     def _choice_at(self, scored: Scored, at: Tensor, n: int, ctx: SequenceContext) -> Tensor:
-        """What the queries at some places of the sequence chose, of those that are here."""
+        """The choice of the queries at some places of the sequence, of those on this rank."""
         if ctx.shard is not None:
             tokens = ctx.shard.tokens.to(at.device)
             at = at[torch.isin(at, tokens)]
@@ -161,10 +161,10 @@ class TokenBlocksAttention(StagedAttention):
         return self.choose(scored.queries[:, :, at], scored.blocks, at, ctx)
 
     def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> BlockSelection:
-        """What forward reads outside of a dense stage; x plays no part. The table of all queries at once."""
+        """What attend reads outside of a dense stage, the table of all queries at once; x is not used."""
         return BlockSelection(self._layout(self.scored(q, k, ctx), ctx.q_start, sequence_length(k, ctx), ctx)[0])
 
-    @torch.compiler.disable  # it goes by values
+    @torch.compiler.disable  # depends on values
     @torch.no_grad()
     def choose(self, queries: Tensor, blocks: Tensor, tokens: Tensor, ctx: SequenceContext) -> Tensor:
         """The table of some queries [B, S, R, F] at `tokens` [R], ascending: int32 [B, S, R, K].

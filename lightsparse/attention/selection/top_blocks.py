@@ -25,8 +25,8 @@ class Documents(NamedTuple):
 
 
 class Rule(NamedTuple):
-    threshold: float = 0.0  # a block comes only with at least this share in the softmax over all that could be chosen
-    first: bool = False  # the first block that could be chosen (the document's) always comes, and counts
+    threshold: float = 0.0  # a block is read only with at least this share in the softmax over all that could be chosen
+    first: bool = False  # the first block that could be chosen (the document's) is always read, and counted in top_k
 
 
 PLAIN = Rule()
@@ -44,7 +44,7 @@ def top_blocks(
     """Own block and the top_k − 1 best before it, ascending, −1 padded: int32 [B, H, R, width].
 
     q          [B, H, R, D]; of_blocks [B, Hkv, C, D]: the score of a pair is their product
-    own_R      int64 [R]: the block that a query stands in, ascending; it always comes, and counts
+    own_R      int64 [R]: the block that a query stands in, ascending; always read, and counted in top_k
     width      entries of a row: at least min(top_k, C)
     """
     batch, heads, rows, _ = q.shape
@@ -79,7 +79,7 @@ def _chosen(
     scores.masked_fill_(~before, -math.inf)
     scores, before = _by_rule(scores, before, rule)
     ids = _highest(scores, most)
-    if ids is None:  # equal scores at the border of the choice: the exact way
+    if ids is None:  # equal scores at the border of the choice need the exact way
         ids = listed(best(scores, before.expand(scores.shape), most), most).long()
     ids = torch.where(ids < 0, own[:, None] + 1, ids)  # of a row with fewer candidates; behind the own block
     ids = torch.cat([ids, own[:, None].expand(*ids.shape[:3], 1)], -1).sort(-1).values
@@ -104,7 +104,7 @@ def _highest(scores: Tensor, most: int) -> Tensor | None:
     if most <= _ONE_BY_ONE:
         scores, ids = scores.clone(), []
         for _ in range(most):
-            value, index = scores.max(-1, keepdim=True)  # of equal ones the first
+            value, index = scores.max(-1, keepdim=True)  # the first of equal ones
             ids.append(torch.where(value == -math.inf, -1, index))
             scores.scatter_(-1, index, -math.inf)
         return torch.cat(ids, -1)
