@@ -13,7 +13,7 @@ from lightsparse.patterns import BlockLayout
 from lightsparse.patterns.parts import of_rows
 
 
-@torch.compiler.disable  # a table is cut by values: nothing to compile
+@torch.compiler.disable  # cuts a table by its values: nothing to compile
 def own_rows(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
     """The rows of this rank's queries; all of them where no rank shares the sequence."""
     if ctx.shard is None:
@@ -63,10 +63,12 @@ def sharded_attention(
 
 
 def sequence_length(k: Tensor, ctx: SequenceContext) -> int:
-    """Keys of the whole sequence, of which k [B, Hkv, n, D] may hold this rank's only.
+    """Keys of the whole sequence, of which k [B, Hkv, n, D] may hold this rank's only, or those still in the cache.
 
     Raises ValueError where they are not this rank's.
     """
+    if ctx.cached_block_ids is not None:
+        return ctx.q_start + ctx.positions.shape[1]
     if ctx.shard is None:
         return k.shape[2]
     own = len(ctx.shard.tokens)

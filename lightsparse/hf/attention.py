@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lightsparse.attention.core import AttentionCore, AttentionResult, AttentionShape
+from lightsparse.attention.core import AttentionCore, AttentionShape
 from lightsparse.config.build import AttentionChoice
 from lightsparse.hf.key_mask import Part, parts_of
 from lightsparse.models.layer_pattern import common_core
@@ -113,8 +113,7 @@ class Variant:
         """Queries, already without those skipped, over the part's keys: [S, H, Nq, D]."""
         ctx = replace(part.ctx, seed=seed, sample_ids=part.samples)
         k, v = k[:, :, part.first : part.stop], v[:, :, part.first : part.stop]
-        nothing = q.new_empty(len(q), q.shape[2], 0)  # the layer's input, which a core without parameters does not read
-        result: AttentionResult = core(q, k, v, x=nothing, ctx=ctx)
+        result = core(q, k, v, ctx=ctx)
         if result.aux_loss is not None:
             raise ValueError(f"{self.name} has a loss of its own, which a transformers model would lose")
         return result.out

@@ -23,7 +23,6 @@ from lightsparse.models.dropout import dropped
 from lightsparse.models.layer_pattern import check_layers, common_core
 from lightsparse.models.layers import INIT_STD, MLPS, Layer, RMSNorm, SelfAttention, matrix
 from lightsparse.models.rope import RopeConfig, RotaryEmbedding
-from lightsparse.patterns.mask import document_starts
 
 
 class Widths(NamedTuple):
@@ -130,11 +129,9 @@ def context_for(
     documents  int32 [B, q_start + N] or None: document of every key token
     positions  int64 [B|1, N] or None: counted from the document's start
     """
-    if positions is None:
-        positions = torch.arange(q_start, q_start + tokens_BN.shape[1], device=tokens_BN.device)[None]
-        if documents is not None:
-            positions = positions - document_starts(documents)[:, q_start:]
-    return SequenceContext(positions=positions, documents=documents, q_start=q_start, seed=seed)
+    return SequenceContext.plain(
+        tokens_BN.shape[1], documents, positions, q_start=q_start, seed=seed, device=tokens_BN.device
+    )
 
 
 class Transformer(nn.Module):

@@ -88,7 +88,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             block=block,
             segment_lengths=tuple(segment_lengths),
             dilation_rates=tuple(dilation_rates),
-            pattern={"pattern": pattern},
+            pattern={} if pattern is None else pattern,
             solve=solve,
         )
         shape = AttentionShape(num_heads, num_heads, self.head_dim, embed_dim, causal=causal, context=context)
@@ -104,7 +104,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
     def merge_masks(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor):
         """Only the fused dense path of PyTorch's encoder layer asks for this, so it must never be reached.
 
-        Raises RuntimeError: a loud end is better than attention that is silently dense.
+        Raises RuntimeError, rather than be silently dense.
         """
         raise RuntimeError(
             f"torch {torch.__version__} took its fused dense path around {type(self).__name__}; "
@@ -125,7 +125,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         """Attention outputs in the shape of query, and with need_weights the weights.
 
         query, key, value     [L, B, E], [S, B, kdim], [S, B, vdim]; batch_first: [B, L, E] …; unbatched: [L, E] …
-        key_padding_mask      [B, S] (unbatched [S]): True hides the key from everyone; float is added to its scores.
+        key_padding_mask      [B, S] (unbatched [S]): True hides the key from all queries; float is added to its scores.
                               Bool, and float of only 0 and −inf, cost nothing
         attn_mask             [L, S] or [B·H, L, S]: True hides the pair; float is added to the score, differentiable.
                               A causal one is recognised and costs nothing more than being read
