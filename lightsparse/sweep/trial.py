@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -11,13 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightsparse.training.preemption import Preemption
+from lightsparse.utils.compat.torch import REPORT, REPORT_FIRST, REPORTED_CODE, REPORTED_RANK
 from lightsparse.utils.rank_errors import EXIT_CODE
 
 _PROGRAM = ("-m", "lightsparse", "train")
 _POLL = 0.2  # seconds between looks
-_RANK_CODE = re.compile(r"^\s*exitcode\s*:\s*(-?\d+)", re.MULTILINE)  # torchrun's report of each rank that failed
-_RANK = re.compile(r"^\s*rank\s*:\s*(\d+)", re.MULTILINE)
-_OF_TORCHRUN = re.compile(r"torch[./]distributed[./](elastic|run)")
 
 
 def trial_command(overrides: Sequence[str], ranks: int) -> list[str]:
@@ -61,20 +58,20 @@ def run_trial(command: Sequence[str], environment: dict[str, str], log: Path, pr
                 process.kill()
                 process.wait()
     code = process.returncode
-    ranks = {int(found) for found in _RANK_CODE.findall(_written(log, start))}
+    ranks = {int(found) for found in REPORTED_CODE.findall(_written(log, start))}
     return EXIT_CODE if code and EXIT_CODE in ranks else code  # torchrun's own code is 1 whatever its ranks' is
 
 
 def last_words(log: Path) -> str:
     """The last line that a trial wrote about itself; where only torchrun has written, which rank ended how."""
     written = _written(log, 0)
-    root = written.rpartition("Root Cause")[2]
+    root = written.rpartition(REPORT_FIRST)[2]
     lines = [line.strip() for line in written.splitlines()]
-    report = next((number for number, line in enumerate(lines) if _OF_TORCHRUN.search(line)), len(lines))
+    report = next((number for number, line in enumerate(lines) if REPORT.search(line)), len(lines))
     said = [line for line in lines[:report] if line]
     if said:
         return said[-1]
-    rank, code = _RANK.search(root), _RANK_CODE.search(root)
+    rank, code = REPORTED_RANK.search(root), REPORTED_CODE.search(root)
     return f"rank {rank[1]} ended with code {code[1]}" if rank and code else "it wrote nothing"
 
 

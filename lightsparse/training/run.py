@@ -41,6 +41,7 @@ from lightsparse.training.preflight.check import layout_of
 from lightsparse.training.preflight.flops import matmul_error, matmul_peak
 from lightsparse.training.trainer import build_trainer
 from lightsparse.utils.atomic_files import write_text
+from lightsparse.utils.compat.lightning import datamodule_state
 from lightsparse.utils.machine import current_rss, peak_rss
 from lightsparse.utils.rank_errors import RankError, RankTimeoutError, ranks_named
 from lightsparse.utils.text import count_text
@@ -154,7 +155,7 @@ def check_resumable(data: DataModule, module: LanguageModel, checkpoint: Path) -
     Raises DataError in the data module's words, and ConfigError for weights of another shape.
     """
     saved = described_checkpoint(checkpoint)
-    data.load_state_dict(saved[type(data).__qualname__])
+    data.load_state_dict(datamodule_state(saved, data))
     own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     there = {name: tuple(value.shape) for name, value in saved["state_dict"].items()}
     for name in sorted(own.keys() | there.keys()):
