@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightsparse.bench import options
 from lightsparse.bench.contenders import Contender, Setup
@@ -25,6 +24,7 @@ from lightsparse.bench.timing import alternate, runtime
 from lightsparse.bench.verify import VerificationError
 from lightsparse.training.checkpoints.background_writer import CheckpointWriter
 from lightsparse.training.checkpoints.files import read_checkpoint
+from lightsparse.utils.compat.torch import tree_leaves
 from lightsparse.utils.machine import MIB
 
 EXAMPLE = "lightsparse bench checkpoint --context 2048 --threads 1"

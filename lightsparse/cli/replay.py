@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightsparse.config.targets import ConfigError
 from lightsparse.data import DataError
@@ -24,6 +23,7 @@ from lightsparse.data.run_tokenizer import tokenizer_of
 from lightsparse.training.checkpoints.load_run import stored_config
 from lightsparse.training.health import replay_file
 from lightsparse.training.module import LanguageModel, language_model
+from lightsparse.utils.compat.torch import tree_leaves
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,11 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lightsparse.config.compose import HYDRA_VERSION, conf_dir, plain, raised_by_hydra
+from lightsparse.config.compose import HYDRA_VERSION, conf_dir, plain
 from lightsparse.config.parse import explain, on_this_machine, parse
 from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
@@ -38,6 +36,7 @@ from lightsparse.training.preflight.out_of_memory import (
     warn_of_memory,
 )
 from lightsparse.training.run import fit
+from lightsparse.utils.compat.hydra import is_from_hydra, is_sweep
 
 
 @hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name="config")
@@ -75,8 +74,7 @@ def main() -> None:
 
 def _refuse_ranks_inside_a_sweep(config: Config) -> None:
     """Lightning starts ranks as this command line once more: each would run the whole sweep."""
-    inside = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if inside and config.ranks > 1 and launched_ranks() is None:
+    if is_sweep() and config.ranks > 1 and launched_ranks() is None:
         raise ConfigError(
             f"the trial has {config.ranks} ranks (trainer.devices × trainer.num_nodes) and runs inside the sweep's "
             "process; use hydra/launcher=trials (the default), which starts each trial as a program of its own"
@@ -90,7 +88,7 @@ def refusals_as_one_sentence() -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if not raised_by_hydra(error):
+            if not is_from_hydra(error):
                 raise
             words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
             raise ConfigError(explain(error, words)) from error

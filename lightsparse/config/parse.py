@@ -12,7 +12,7 @@ from typing import Any
 from hydra.errors import HydraException
 
 from lightsparse.config.build import AttentionChoice, OptimizerChoice, chosen, typed
-from lightsparse.config.compose import compose_raw, raised_by_hydra, sentence, unknown_key, with_added
+from lightsparse.config.compose import compose_raw, sentence
 from lightsparse.config.run_identity import config_hash, precision_here
 from lightsparse.config.schema import Config, TrainerConfig
 from lightsparse.config.targets import ConfigError
@@ -20,6 +20,7 @@ from lightsparse.data import DataConfig, TokenizerConfig
 from lightsparse.distributed.environment import launched_ranks
 from lightsparse.distributed.strategy_config import KINDS, StrategyConfig
 from lightsparse.optim.schedules import Schedule
+from lightsparse.utils.compat.hydra import is_from_hydra, unknown_key, with_added
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -27,7 +28,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     try:
         raw = compose_raw(overrides)
     except Exception as error:
-        if not raised_by_hydra(error):
+        if not is_from_hydra(error):
             raise
         raise ConfigError(explain(error, overrides)) from error
     return parse(on_this_machine(raw))

@@ -21,8 +21,9 @@ from datasets.exceptions import DatasetsError
 from lightsparse.data.documents import Document, TextFile, column_text
 from lightsparse.data.source import DataError
 from lightsparse.data.text import TextConfig
+from lightsparse.utils.compat.datasets import READERS_LOGGER
 
-logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # at ERROR it says what it raises, too
+logging.getLogger(READERS_LOGGER).setLevel(logging.CRITICAL)
 
 TABLE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # by suffix; every other file is text
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import config as datasets_config
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
@@ -22,6 +21,7 @@ from lightsparse.data.documents import Document, column_text
 from lightsparse.data.files import files_digest
 from lightsparse.data.source import DataError
 from lightsparse.data.text import TextConfig
+from lightsparse.utils.compat.datasets import is_offline
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def check_reachable(name: str, revision: str | None) -> str | None:
 
     DataError within seconds if the hub, or this data set on it, cannot be read.
     """
-    if datasets_config.HF_HUB_OFFLINE:
+    if is_offline():
         return None
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=CONNECT_SECONDS).sha

@@ -24,36 +24,28 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    FileSystemReader,
+    FileSystemWriter,
+    Metadata,
+    SavePlan,
+    SavePlanner,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
+
+from lightsparse.utils.compat.torch import DCP_INDEX, DCP_INDEX_CLASSES, READS_ALONE
 
 Shards = Mapping[str, DTensor]
 
 _PLACE, _OWNER = "__shard__", "__parameter__"  # keys of what stands in rest.pt for a shard
 REST = "rest.pt"
-_METADATA, _LAST = ".metadata", "checksums.json"
+_LAST = "checksums.json"
 _PIECE = 1 << 24  # bytes read at a time
-# What DCP's .metadata, a pickle, may name; anything else in it is not ours.
-_HARMLESS = {
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
-            *("BytesStorageMetadata", "StorageMeta"),
-        )
-    ),
-}
 
 
 def separated(tree: Any, owner: Callable[[tuple[Any, ...]], str | None]) -> tuple[Any, dict[str, DTensor]]:
@@ -105,7 +97,7 @@ def finish_writing(folder: Path, rest: Any) -> None:
         torch.save(rest, file)
         file.flush()
         os.fsync(file.fileno())
-    _write_sums(folder / _LAST, [folder / _METADATA, folder / REST])
+    _write_sums(folder / _LAST, [folder / DCP_INDEX, folder / REST])
 
 
 def read(folder: Path, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -116,7 +108,7 @@ def read(folder: Path, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """
     content, tensors = _with_room(folder, own, "cpu")
     with _named_errors(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it is meant here
+        warnings.filterwarnings("ignore", READS_ALONE, UserWarning)
         dcp.load(tensors, storage_reader=_SafeReader(folder), no_dist=own is None)
     return content
 
@@ -197,7 +189,7 @@ class _SafeReader(FileSystemReader):
     """DCP's reader, for which .metadata may hold data only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / _METADATA).open("rb") as file:
+        with (Path(self.path) / DCP_INDEX).open("rb") as file:
             metadata = _Unpickler(file).load()
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
@@ -208,8 +200,8 @@ class _SafeReader(FileSystemReader):
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(f"{_METADATA} names {module}.{name}, which has no place there")
+        if not is_dtype and (module, name) not in DCP_INDEX_CLASSES:
+            raise pickle.UnpicklingError(f"{DCP_INDEX} names {module}.{name}, which has no place there")
         return super().find_class(module, name)
 
 

@@ -14,11 +14,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from lightsparse.attention.core import AttentionShape
 from lightsparse.config.build import AttentionChoice
-from lightsparse.config.compose import compose_raw, conf_dir, raised_by_hydra, sentence, unknown_key, with_added
+from lightsparse.config.compose import compose_raw, conf_dir, sentence
 from lightsparse.config.targets import ConfigError
 from lightsparse.hf.attention import Variant
 from lightsparse.hf.key_mask import key_mask
 from lightsparse.models.layer_pattern import check_layers
+from lightsparse.utils.compat.hydra import is_from_hydra, unknown_key, with_added
+from lightsparse.utils.compat.transformers import KERNEL_WORD
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ def refusal(choice: AttentionChoice, shape: AttentionShape) -> str | None:
 def register_as(variant: Variant) -> str:
     """Makes a variant known under its name; see `register_variant`."""
     name = variant.name
-    if not re.fullmatch(r"lightsparse_\w+", name) or "flash" in name:
+    if not re.fullmatch(r"lightsparse_\w+", name) or KERNEL_WORD in name:
         raise ConfigError(
             f"name is {name}; write lightsparse_<letters, digits, _> without the word flash: transformers looks for "
             "other names on the hub"
@@ -129,7 +131,7 @@ def _choice(overrides: tuple[str, ...]) -> AttentionChoice:
     try:
         return AttentionChoice.of(compose_raw(overrides)["attention"])
     except Exception as error:
-        if not raised_by_hydra(error):
+        if not is_from_hydra(error):
             raise
         key = unknown_key(error)
         if key is not None:  # the schema knows the right ones

@@ -35,7 +35,7 @@ def refusal(q: Tensor, layout: BlockLayout, *, gradients: bool, lse: bool) -> st
         return "has no backward on CPU"
     if on == "cpu" and lse:
         return "returns no lse on CPU"
-    if on == "cpu" and not torch.cpu._is_avx2_supported():
+    if on == "cpu" and not torch.cpu.get_capabilities().get("avx2"):
         return "compiles for CPUs with AVX2 only"
     if layout.mask.dense is not None:
         return "takes no mask.dense"

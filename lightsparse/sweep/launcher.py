@@ -21,8 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -40,6 +39,7 @@ from lightsparse.training.checkpoints.run_directory import RunDirectory
 from lightsparse.training.metrics.summary import sweep_metric
 from lightsparse.training.preemption import Preemption
 from lightsparse.training.preflight.check import check
+from lightsparse.utils.compat.hydra import add_launcher, config_of_trial, result_of_trial
 from lightsparse.utils.rank_errors import EXIT_CODE
 from lightsparse.utils.text import duration
 
@@ -100,14 +100,14 @@ class TrialLauncher(Launcher):
             for number, plan in enumerate(plans, start=initial_job_idx + 1):
                 trial = self._trial(plan, preemption, f"trial {number}")
                 value = math.inf if trial.sweep_metric is None else trial.sweep_metric
-                returns.append(JobReturn(overrides=plan.overrides, status=JobStatus.COMPLETED, _return_value=value))
+                returns.append(result_of_trial(plan.overrides, value))
         finally:
             preemption.stop_listening()
         return returns
 
     def _plan(self, overrides: list[str]) -> _Plan:
         """Compose and parse; raises ConfigError for a wrong config, and for two trials that share a run directory."""
-        composed = copy.deepcopy(self.hydra_context.config_loader.load_sweep_config(self.config, overrides))
+        composed = copy.deepcopy(config_of_trial(self.hydra_context, self.config, overrides))
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
         config = parse(on_this_machine(plain(composed)))
@@ -222,7 +222,7 @@ def register_launcher() -> None:
     if folder not in sys.path:
         sys.path.append(folder)
     importlib.invalidate_caches()
-    Plugins.instance().register(TrialLauncher)  # Hydra may have looked around before
+    add_launcher(TrialLauncher)
 
 
 def ending() -> tuple[int, str]:

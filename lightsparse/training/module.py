@@ -37,6 +37,7 @@ from lightsparse.training.measures.router_grad_check import RouterWatch
 from lightsparse.training.measures.scores import Scores, score_sums
 from lightsparse.training.objectives import Objective
 from lightsparse.utils.allocator import release_freed
+from lightsparse.utils.compat.torch import scale_
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class LanguageModel(LightningModule):
         if self.config.trainer.trains_only_selection(self.global_step):
             self._freeze_all_but_selection()
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, micro_batches / max(targets, 1.0))
+        scale_(gradients, micro_batches / max(targets, 1.0))
         total = torch.nn.utils.get_total_norm(gradients)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)  # of shards: over all ranks
         totals = Totals(nats, targets, text_bytes)

@@ -13,6 +13,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from lightsparse.utils.compat.torch import GONE, LATE, SPEAKERS
+
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, and worth another try
 
 
@@ -37,20 +39,6 @@ class RankTimeoutError(RankError):
     """Another rank has not come to a joint step within the timeout."""
 
 
-# What gloo, NCCL and the store say; there are no types for it (torch 2.13).
-_LATE = ("timed out", "timeout", "timed_out")
-_GONE = (
-    "connection closed by peer",
-    "connection was likely closed",
-    "connection reset",
-    "connection refused",
-    "broken pipe",
-    "remote process exited",
-)
-# Whose words they must be: gloo names its file, except for what is tried after a timeout.
-_SPEAKERS = ("gloo", "nccl", "pair closure")
-
-
 @contextmanager
 def ranks_named(seconds: float | None = None) -> Iterator[None]:
     """Turn the errors of collectives within into LostRankError or RankTimeoutError; other errors pass unchanged."""
@@ -68,12 +56,12 @@ def ranks_named(seconds: float | None = None) -> Iterator[None]:
 def named_error(error: BaseException, seconds: float | None = None) -> RankError | None:
     """The RankError behind an error of a collective, or None when it is about something else."""
     text = str(error).lower()
-    if not isinstance(error, dist.DistError) and not any(word in text for word in _SPEAKERS):
+    if not isinstance(error, dist.DistError) and not any(word in text for word in SPEAKERS):
         return None
     who = f"rank {dist.get_rank()} of {dist.get_world_size()}" if dist.is_initialized() else "this rank"
-    if any(word in text for word in _GONE):
+    if any(word in text for word in GONE):
         return LostRankError(f"{who} has lost another rank, which ended or cannot be reached")
-    if any(word in text for word in _LATE):
+    if any(word in text for word in LATE):
         within = f" within {seconds:g} s (strategy.timeout)" if seconds is not None else ""
         return RankTimeoutError(f"{who} has waited for another rank, which did not come to the same step{within}")
     return None

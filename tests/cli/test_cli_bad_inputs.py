@@ -108,7 +108,7 @@ def unreachable_hub(place: Place) -> tuple[str, ...]:
     def refuse(*given: Any, **named: Any) -> None:
         raise ConnectionError("no route to host")
 
-    place.patch.setattr("lightsparse.data.hub.datasets_config.HF_HUB_OFFLINE", False)
+    place.patch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     place.patch.setattr(HfApi, "dataset_info", refuse)
     return ("data=hub", "data.context=64", "data.name=some/text")
 

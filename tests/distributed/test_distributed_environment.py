@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightsparse.distributed.environment import is_first_rank
+from lightsparse.distributed.environment import _RANKS, is_first_rank
 
 FIRST = [
     {},
@@ -24,7 +24,7 @@ OTHERS = [
 def test_exactly_one_process_of_every_launcher_is_the_first(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in environment._RANKS:
+    for name in _RANKS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -14,7 +14,7 @@ Differences from `nn.MultiheadAttention`, all deliberate:
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightsparse.attention.block_sparse import BlockSparseConfig, BlockSparseRingDilatedAttention
@@ -24,11 +24,12 @@ from lightsparse.kernels import Dropout, block_sparse_attention
 from lightsparse.kernels.dropout import keep_scale
 from lightsparse.kernels.weights import attention_weights, list_dense_rows, to_dense_weights
 from lightsparse.patterns import BlockLayout, GlobalTokens, LocalWindow, Pattern
+from lightsparse.utils.compat.torch import UnfusedMultiheadAttention
 
 _NEARBY = LocalWindow(256) | GlobalTokens(4)  # tokens, as in conf/attention/block_sparse.yaml
 
 
-class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
+class BlockSparseRingMultiheadDilatedAttention(UnfusedMultiheadAttention):
     """`nn.MultiheadAttention` over the union of dilated segments and `pattern`.
 
     embed_dim … dtype  as in nn.MultiheadAttention; dropout must be below 1
@@ -93,23 +94,6 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         )
         shape = AttentionShape(num_heads, num_heads, self.head_dim, embed_dim, causal=causal, context=context)
         self.core = BlockSparseRingDilatedAttention(config, shape)  # has no parameters: chooses the blocks
-
-    def _reset_parameters(self) -> None:
-        self._qkv_same_embed_dim = self.in_proj_weight is not None
-        super()._reset_parameters()
-        # nn.TransformerEncoderLayer takes its fused dense path, and nn.TransformerEncoder nested tensors, only for an
-        # attention whose _qkv_same_embed_dim is True. Nothing here reads it; False keeps both on the ordinary path.
-        self._qkv_same_embed_dim = False
-
-    def merge_masks(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor):
-        """Only the fused dense path of PyTorch's encoder layer asks for this, so it must never be reached.
-
-        Raises RuntimeError, rather than be silently dense.
-        """
-        raise RuntimeError(
-            f"torch {torch.__version__} took its fused dense path around {type(self).__name__}; "
-            "call torch.backends.mha.set_fastpath_enabled(False)"
-        )
 
     def forward(
         self,

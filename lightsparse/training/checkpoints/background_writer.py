@@ -22,6 +22,7 @@ from lightsparse.distributed import sharded_files
 from lightsparse.distributed.sharded_files import Shards
 from lightsparse.training.checkpoints.files import read_checkpoint
 from lightsparse.utils.atomic_files import atomic_write, partial_name, sync_folder
+from lightsparse.utils.compat.torch import REFUSED_OBJECT
 
 Then = Callable[[], None]
 _THREAD = "checkpoint"
@@ -136,7 +137,7 @@ class CheckpointWriter(CheckpointIO):
         except pickle.UnpicklingError as error:
             raise TypeError(
                 f"{file} holds a value of a callback's state that weights_only does not read back; use numbers, text, "
-                f"tensors, lists and dicts there ({str(error).partition('WeightsUnpickler error: ')[2][:120]})"
+                f"tensors, lists and dicts there ({str(error).partition(REFUSED_OBJECT)[2][:120]})"
             ) from error
         self._is_readable = True
 

@@ -19,6 +19,7 @@ from lightsparse.training.checkpoints.files import checkpoint_path, checkpoint_s
 from lightsparse.training.checkpoints.random_state import random_state, set_random_state
 from lightsparse.training.preemption import Preemption, end_run
 from lightsparse.utils.atomic_files import write_text
+from lightsparse.utils.compat.lightning import batch_counts
 from lightsparse.utils.version import code_version
 
 log = logging.getLogger(__name__)
@@ -163,9 +164,8 @@ def _count_batches_anew(checkpoint: dict[str, Any], accumulate: int) -> None:
 
     Another number of ranks that read different samples makes other micro-batches of the same steps.
     """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     batches = checkpoint["global_step"] * accumulate
-    for counts in (progress["total"], progress["current"]):
+    for counts in batch_counts(checkpoint):
         under_way = counts["ready"] - counts["completed"]  # the last one, during whose end the checkpoint was made
         counts |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - under_way}
 

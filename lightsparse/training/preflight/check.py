@@ -28,6 +28,7 @@ from lightsparse.patterns import BlockLayout
 from lightsparse.training.checkpoints.files import checkpoint_steps, described_checkpoint
 from lightsparse.training.init_from import check_start
 from lightsparse.training.module import LanguageModel
+from lightsparse.utils.compat.lightning import datamodule_state
 
 
 def check(config: Config) -> None:
@@ -132,7 +133,7 @@ def check_resumable(data: DataModule, module: LanguageModel, checkpoint: Path) -
     Raises DataError in the data module's words, and ConfigError for weights of another shape.
     """
     saved = described_checkpoint(checkpoint)
-    data.load_state_dict(saved[type(data).__qualname__])
+    data.load_state_dict(datamodule_state(saved, data))
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in saved["state_dict"].items()}
     for name in sorted(ours.keys() | theirs.keys()):

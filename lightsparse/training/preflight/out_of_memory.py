@@ -16,6 +16,7 @@ from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.training.preflight.estimate import Estimate, remedies
 from lightsparse.utils.allocator import keep_freed
+from lightsparse.utils.compat.torch import OUT_OF_MEMORY
 from lightsparse.utils.text import size
 
 log = logging.getLogger(__name__)
@@ -109,13 +110,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
         text = str(error)
-        if isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY):
+        if isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY):
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc", "Cannot allocate memory")
 
 
 def ways_out(config: Config, budget: float) -> str:
