@@ -117,7 +117,7 @@ def typed(cls: type[T], node: object, path: str, allow: Sequence[str] = ()) -> T
     if not dataclasses.is_dataclass(cls):
         raise ConfigError(f"{where} names {cls.__name__}, which has no typed fields and cannot stand here")
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.metadata.get("key", True)}
     values = {}
     for key, value in node.items():
         if key not in fields:

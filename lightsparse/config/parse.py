@@ -74,7 +74,7 @@ def on_this_machine(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
-    """The typed config from the composed one (`overrides.plain`). Raises ConfigError."""
+    """The typed config from the composed one (`compose.plain`), which it keeps as `composed`. Raises ConfigError."""
     node = dict(raw)
     allow = typed_allow(node.get("allow_targets"))
     node["attention"] = AttentionChoice.of(node.get("attention"), allow)
@@ -88,7 +88,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
         node["precision"] = precision_here(node["precision"])
     if node.get("name") is None:
         node["name"] = f"{node['attention'].name}-{node['data'].context}-{config_hash(raw)}"
-    return typed(Config, node, "", allow)
+    return dataclasses.replace(typed(Config, node, "", allow), composed=dict(raw))
 
 
 def _data(node: object, tokenizer: TokenizerConfig, allow: Sequence[str]) -> DataConfig:

@@ -7,7 +7,8 @@ file adds what belongs to the run as a whole. Defaults stand in conf/ and nowher
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightsparse.config.build import AttentionChoice, OptimizerChoice
@@ -147,6 +148,8 @@ class Config:
     checkpoint: CheckpointConfig
     health: HealthConfig
     eval: EvalConfig
+    # What it was made from, plain values; no key itself. The run directory, checkpoints and loggers keep it.
+    composed: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata={"key": False})
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.,=+-]*", self.name):

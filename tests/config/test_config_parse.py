@@ -283,6 +283,13 @@ def test_a_stored_config_parses_to_the_same_run():
     assert parse(yaml.safe_load(yaml.safe_dump(raw))) == parse(raw)
 
 
+def test_a_config_keeps_what_it_was_made_from_beside_its_keys():
+    raw = compose_raw(["seed=3"])
+    assert parse(raw).composed == raw
+    with pytest.raises(ConfigError, match=r"^composed is not a key"):
+        parse(raw | {"composed": raw})
+
+
 def test_sweeps_do_not_hide_a_misspelt_key():
     error = ConfigCompositionException("Could not override 'sed'.\nTo append to your config use +sed=1,2")
     assert explain(error, ["attention=dense,sliding_window", "sed=1,2"]) == "sed is not a key; did you mean seed?"
