@@ -57,8 +57,8 @@ def tiny(overrides: list[str]) -> Callable[..., tuple[Config, dict[str, Any]]]:
     """tiny(*more) → the config of such a run, parsed and raw."""
 
     def composed(*more: str) -> tuple[Config, dict[str, Any]]:
-        raw = compose_raw([*overrides, *more])
-        return parse(raw), raw
+        config = parse(compose_raw([*overrides, *more]))
+        return config, dict(config.composed)
 
     return composed
 

@@ -53,11 +53,10 @@ from lightsparse.utils.rank_errors import EXIT_CODE, RankError
 def train(composed: DictConfig) -> float:
     """One run; returns what sweepers minimise: bits per byte, or the share of wrong answers where the data asks."""
     with refusals_as_one_sentence():
-        raw = on_this_machine(plain(composed))
-        config = parse(raw)
+        config = parse(on_this_machine(plain(composed)))
         _refuse_ranks_inside_a_sweep(config)
         if config.doctor:
-            return examine(config, raw)
+            return examine(config, config.composed)
         check_memory(config)
         check(config)
         needed = estimate(config)
@@ -65,7 +64,7 @@ def train(composed: DictConfig) -> float:
             warn_of_memory(config, needed)
         keep_freed_where_there_is_room(config, needed)
         with memory_named(config, needed), _disk_named(config):
-            return sweep_metric(fit(config, raw))
+            return sweep_metric(fit(config, config.composed))
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -47,7 +46,6 @@ class _Plan:
     """A trial before it starts."""
 
     overrides: list[str]
-    raw: dict[str, Any]  # the composed config
     config: Config
 
     @property
@@ -109,8 +107,7 @@ class TrialLauncher(Launcher):
         composed = copy.deepcopy(self.hydra_context.config_loader.load_sweep_config(self.config, overrides))
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
-        raw = on_this_machine(plain(composed))
-        config = parse(raw)
+        config = parse(on_this_machine(plain(composed)))
         if config.doctor:
             raise ConfigError("doctor is true, which examines one run; leave out -m and the values beside the first")
         if config.trainer.num_nodes > 1:
@@ -118,9 +115,9 @@ class TrialLauncher(Launcher):
                 f"trainer.num_nodes is {config.trainer.num_nodes}, and trials of this launcher stay on this machine; "
                 "use hydra/launcher=submitit_slurm"
             )
-        plan = _Plan(overrides, raw, config)
+        plan = _Plan(overrides, config)
         other = self._plans.setdefault(plan.directory.path, plan)
-        if other.raw != raw:
+        if other.config.composed != config.composed:
             raise ConfigError(
                 f"trials {' '.join(other.overrides)} and {' '.join(overrides)} would share {plan.directory.path}, as "
                 "they differ only in keys that do not change what is trained, or name is given; put the key into the "
@@ -184,7 +181,7 @@ class TrialLauncher(Launcher):
     def _note_finished(self, trial: TrialRecord, plan: _Plan) -> bool:
         """Whether the run directory holds what the trial would give; then the record says so."""
         try:
-            found = plan.directory.look("auto", plan.raw, plan.config.trainer.max_steps).summary
+            found = plan.directory.look("auto", plan.config.composed, plan.config.trainer.max_steps).summary
         except ConfigError:  # a directory that the trial refuses, with its sentence
             return False
         if found is None:
