@@ -1,7 +1,7 @@
 """The typed schema of conf/config.yaml: every key, its type, its unit, its rule.
 
 The schema of a group lives with the code it configures (attention cores, ModelConfig, the DataConfigs, schedules); this
-file adds what belongs to the run as a whole. Defaults stand in conf/ and nowhere else.
+file adds what belongs to the run as a whole, whose defaults stand in conf/config.yaml alone.
 """
 
 from __future__ import annotations

@@ -336,7 +336,7 @@ def test_dropout_leaves_the_mean_and_drops_each_repeat_of_a_pair_by_itself():
 
 def model_of(checkpoint: bool = False, **fields) -> Transformer:
     torch.manual_seed(0)
-    config = ModelConfig(depth=2, embed_dim=32, heads=4, kv_heads=2, mlp_dim=48, checkpoint=checkpoint)
+    config = ModelConfig(depth=2, embed_dim=32, heads=4, kv_heads=2, mlp_dim=48, activation_checkpointing=checkpoint)
     return Transformer(
         config, lambda shape: DilatedAttention(replace(SMALL, **fields), shape), vocab_size=31, context=80
     )
