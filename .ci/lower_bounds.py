@@ -21,7 +21,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 AS_INSTALLED, ALONE = {"torch"}, {"lightning"}
 TESTS = (
-    *("tests/config/test_config_parse.py", "tests/config/test_config_build.py"),  # Hydra, pydantic
+    *("tests/config/test_config_parse.py", "tests/config/test_config_build.py"),  # Hydra
     *("tests/utils", "tests/training/metrics"),  # filelock, Lightning, psutil, rich, wandb
     *("tests/data/test_data_files.py", "tests/analysis"),  # datasets, matplotlib, numpy
 )

@@ -14,18 +14,19 @@ from torch import Tensor
 from lightsparse.attention.core import AttentionConfig, AttentionShape, SequenceContext
 from lightsparse.attention.fixed import FixedPatternAttention
 from lightsparse.kernels.weights import attention_weights, list_dense_rows
-from lightsparse.patterns import AtDensity, BlockDilated, BlockLayout, LocalWindow, Pattern, Union
+from lightsparse.patterns import AtDensity, BlockDilated, BlockLayout, GlobalTokens, LocalWindow, Pattern, Union
 
 _EVERYTHING = LocalWindow(1 << 24)  # tokens; wider than any sequence
 
 
 @dataclass(frozen=True)
 class BlockSparseConfig(AttentionConfig):
-    block: int = 64  # tokens per block, of queries and keys
-    segment_lengths: tuple[int, ...] = (1024, 4096)  # tokens, multiples of the block; empty: only `pattern`
-    dilation_rates: tuple[int, ...] = (1, 4)  # blocks, one per segment length
-    # Further patterns: one, or several by name, of which null switches one off.
-    pattern: Pattern | dict[str, Pattern | None] = field(default_factory=dict)
+    block: int = 128  # tokens per block, of queries and keys
+    segment_lengths: tuple[int, ...] = (2048, 8192)  # tokens, multiples of the block; empty: only `pattern`
+    dilation_rates: tuple[int, ...] = (4, 16)  # blocks, one per segment length
+    pattern: Pattern | dict[str, Pattern | None] = field(  # one more, or several by name; null switches one off
+        default_factory=lambda: {"local": LocalWindow(256), "sinks": GlobalTokens(4)}
+    )
     solve: str = "window"  # the integer field of the patterns that `density` solves
 
     def __post_init__(self) -> None:

@@ -42,9 +42,9 @@ _TABLE = 1 << 22  # entries in memory at once; a longer sequence is worked on in
 
 @dataclass(frozen=True)
 class CsaConfig(CompressedConfig, StagedConfig):
-    top_k: int = 512  # compressed entries that a query reads at most
-    index_heads: int = 64  # heads of the indexer
-    index_dim: int = 128  # width of one
+    top_k: int = 128  # compressed entries that a query reads at most
+    index_heads: int = 4  # heads of the indexer
+    index_dim: int = 32  # width of one
     index_weight: float = 1.0  # of the indexer's loss; only the indexer learns from it
     dense_steps: int = 0  # optimizer steps at the start in which a query reads every entry; −1 = all of them
     dense_from: int | None = None  # finished optimizer steps from which on it does so again; null = never

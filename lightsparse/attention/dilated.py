@@ -40,7 +40,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DilatedConfig(AttentionConfig):
-    segment_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)  # tokens, the paper's for a context of 32k
+    segment_lengths: tuple[int, ...] = (
+        256,
+        512,
+        1024,
+        2048,
+        4096,
+    )  # tokens, the paper's 2048 … 32768 for a context of 4096
     dilation_rates: tuple[int, ...] = (1, 2, 4, 6, 12)  # tokens, one per segment length
     branches: Literal["all", "partition"] = "all"  # every head takes every (w, r), or each group of heads one of them
     pattern: Pattern | None = None  # only pairs that this pattern reads, too; null: all

@@ -34,9 +34,9 @@ _UNIT = 16  # tokens that ranks do not cut; the choice of the last of them is re
 
 @dataclass(frozen=True)
 class DsaConfig(StagedConfig):
-    top_k: int = 2048  # tokens that a query reads
-    index_heads: int = 64  # of the indexer
-    index_dim: int = 128  # width of an index head and of the one index key, even
+    top_k: int = 512  # tokens that a query reads
+    index_heads: int = 4  # of the indexer
+    index_dim: int = 32  # width of an index head and of the one index key, even
     kl_weight: float = 1.0  # of the indexer's loss
 
     def __post_init__(self) -> None:

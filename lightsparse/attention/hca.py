@@ -28,7 +28,7 @@ from lightsparse.patterns import BlockLayout
 
 @dataclass(frozen=True)
 class HcaConfig(CompressedConfig):
-    stride: int = 128  # tokens per compressed entry
+    stride: int = 32  # tokens per compressed entry; the paper: 128
 
     def small(self) -> Self:
         return replace(self, window=21, stride=16, block=16)

@@ -22,8 +22,8 @@ from lightsparse.attention.selection.token_blocks import Scored, TokenBlocksAtte
 
 @dataclass(frozen=True)
 class MobaConfig(TokenBlocksConfig):
-    block: int = 512  # tokens per key block; the paper's for a context of 8k, 4096 for one of 1M
-    top_k: int = 3  # blocks that a query reads, its own included; 12 for the 1M context
+    block: int = 128  # tokens per key block; the paper: 512 for a context of 8k, 4096 for one of 1M
+    top_k: int = 6  # blocks that a query reads, its own included; the paper: 3 of 16 blocks, 12 of 256
 
     def small(self) -> Self:
         return replace(self, block=16, top_k=3)

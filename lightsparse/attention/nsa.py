@@ -35,17 +35,15 @@ _APART = 1 << 20  # between the layer numbers under which the branches draw thei
 
 @dataclass(frozen=True)
 class NsaConfig(AttentionConfig):
-    """The defaults are the paper's (section 4.1); conf/attention/nsa.yaml has smaller ones."""
-
     compress_block: int = 32  # l: tokens that a summary stands for
     compress_stride: int = 16  # d: tokens from one summary to the next; divides compress_block and select_block
     compress: Literal["mlp", "mean"] = "mlp"
     compress_hidden: int | None = None  # width of the MLP; null: head_dim. Not given in the paper
     select_block: int = 64  # l': tokens per block that is chosen, and the tile of the computation
-    top_n: int = 16  # n: blocks that a query reads, those of `first` and `local` included
+    top_n: int = 8  # n: blocks that a query reads, those of `first` and `local` included; the paper: 16
     first: int = 1  # blocks at the document's start that every query reads
     local: int = 2  # the own block and those right before it
-    window: int = 512  # w: tokens
+    window: int = 256  # w: tokens; the paper: 512
     branch_kv: Literal["shared", "own"] = "shared"  # the layer's keys and values for all branches, or its own for each
 
     def __post_init__(self) -> None:

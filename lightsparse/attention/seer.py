@@ -31,10 +31,10 @@ from lightsparse.patterns.mask import document_starts
 @dataclass(frozen=True)
 class SeerConfig(TokenBlocksConfig):
     block: int = 64  # tokens per key block
-    top_k: int = 64  # blocks that a query reads at most, its own included
+    top_k: int = 12  # blocks that a query reads at most, its own included
     threshold: float = 0.0  # share of the gate from which a block is read; 0 = always top_k
     first_block: bool = False  # always read the first block of the document, too; it counts in top_k
-    gate_dim: int = 128  # width of the gate's product
+    gate_dim: int = 64  # width of the gate's product
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lightsparse.cli.evaluate_sweep import save_side_by_side, shown, side_by_side
-from lightsparse.config.build import typed
 from lightsparse.config.eval_plan import EvalPlan
 from lightsparse.config.targets import ConfigError
+from lightsparse.config.typed import typed
 from lightsparse.data import DataError
 from lightsparse.data.source import SampleSet
 from lightsparse.data.tokenizer import HuggingFace

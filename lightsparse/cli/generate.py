@@ -29,8 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
-from lightsparse.config.build import typed
 from lightsparse.config.targets import ConfigError
+from lightsparse.config.typed import typed
 from lightsparse.models.sampling import Sampling
 from lightsparse.models.text_stream import document_of, stream_texts
 from lightsparse.training.checkpoints.load_run import TrainedRun, load_run

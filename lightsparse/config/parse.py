@@ -1,4 +1,4 @@
-"""The config of a run: `compose` overrides, `parse` what Hydra composed, `check` it before any compute, name it.
+"""The config of a run: `compose` takes overrides, `parse` what Hydra composed, and names the run.
 
 Everything wrong with a config is a ConfigError of one sentence.
 """
@@ -10,15 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.errors import HydraException
+from torch.optim import Optimizer
 
-from lightsparse.config.build import AttentionChoice, OptimizerChoice, chosen, typed
+from lightsparse.config.build import AttentionChoice, ClassChoice
 from lightsparse.config.compose import compose_raw, sentence
-from lightsparse.config.run_identity import config_hash, precision_here
-from lightsparse.config.schema import Config, TrainerConfig
+from lightsparse.config.run_identity import config_hash
+from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
+from lightsparse.config.typed import chosen, keys_of, target_of, typed, value_of
 from lightsparse.data import DataConfig, TokenizerConfig
 from lightsparse.distributed.environment import launched_ranks
 from lightsparse.distributed.strategy_config import KINDS, StrategyConfig
+from lightsparse.kernels.compute_dtype import default_precision
 from lightsparse.optim.schedules import Schedule
 from lightsparse.utils.compat.hydra import is_from_hydra, unknown_key, with_added
 
@@ -53,14 +56,11 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
 
 
 def on_this_machine(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The composed config with what null leaves to the machine, and the ranks that torchrun or SLURM has started.
+    """The composed config with the ranks that torchrun or SLURM has started.
 
-    A run keeps these values: where it is continued on another kind of machine, a difference is named.
     Raises ConfigError where trainer.devices or trainer.num_nodes was given another value than the launcher's.
     """
     node, launched = dict(raw), launched_ranks()
-    if "precision" in node:
-        node["precision"] = precision_here(node["precision"])
     if launched is None or not isinstance(node.get("trainer"), Mapping):
         return node
     here = dict(zip(("devices", "num_nodes"), launched, strict=True))
@@ -75,52 +75,46 @@ def on_this_machine(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
-    """The typed config from the composed one (`compose.plain`), which it keeps as `composed`. Raises ConfigError."""
-    node = dict(raw)
-    allow = typed_allow(node.get("allow_targets"))
-    node["attention"] = AttentionChoice.of(node.get("attention"), allow)
-    node["optimizer"] = OptimizerChoice.of(node.get("optimizer"), allow)
-    node["tokenizer"] = chosen(TokenizerConfig, node.get("tokenizer"), "tokenizer", allow)
-    node["data"] = _data(node.get("data"), node["tokenizer"], allow)
-    node["schedule"] = chosen(Schedule, node.get("schedule"), "schedule", allow)
-    node["strategy"] = _strategy(node.get("strategy"), allow)
-    node["trainer"] = typed(TrainerConfig, node.get("trainer"), "trainer", allow)
-    if "precision" in node:
-        node["precision"] = precision_here(node["precision"])
-    if node.get("name") is None:
-        node["name"] = f"{node['attention'].name}-{node['data'].context}-{config_hash(raw)}"
-    return dataclasses.replace(typed(Config, node, "", allow), composed=dict(raw))
+    """The typed config from the composed one (`compose.plain`). Raises ConfigError.
 
-
-def _data(node: object, tokenizer: TokenizerConfig, allow: Sequence[str]) -> DataConfig:
+    It keeps the composed one as `composed`, with the precision that null leaves to this machine: a run that is resumed
+    on another kind of machine is then told of the difference.
+    """
+    composed = dict(raw)
+    if "precision" in composed:
+        composed["precision"] = _precision(composed["precision"])
+    allow = value_of(tuple[str, ...], composed.get("allow_targets"), "allow_targets")
+    node = composed | {
+        "attention": AttentionChoice.of(composed.get("attention"), allow),
+        "optimizer": ClassChoice.of(composed.get("optimizer"), "optimizer", Optimizer, allow),
+        "tokenizer": chosen(TokenizerConfig, composed.get("tokenizer"), "tokenizer", allow),
+        "data": chosen(DataConfig, composed.get("data"), "data", allow),
+        "schedule": chosen(Schedule, composed.get("schedule"), "schedule", allow),
+        "strategy": _strategy(composed.get("strategy"), allow),
+    }
     try:
-        return chosen(DataConfig, node, "data", allow).choose_tokenizer(tokenizer)
-    except ConfigError:
-        raise
+        node["data"] = node["data"].choose_tokenizer(node["tokenizer"])
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    is_named = composed.get("name") is not None
+    config = typed(Config, node if is_named else node | {"name": "unnamed"}, "", allow)
+    name = config.name if is_named else f"{config.attention.name}-{config.data.context}-{config_hash(composed)}"
+    return dataclasses.replace(config, name=name, composed=composed)
+
+
+def _precision(given: object) -> object:
+    """null as this machine has it; a number, as YAML reads `precision=32`, as the schema has it."""
+    return default_precision() if given is None else str(given) if type(given) is int else given
 
 
 def _strategy(node: object, allow: Sequence[str]) -> StrategyConfig:
     """The strategy's node as the kind it names; a key that only other kinds read is refused with their names."""
-    try:
-        return chosen(StrategyConfig, node, "strategy", allow)
-    except ConfigError as error:
-        if not isinstance(node, Mapping):
-            raise
-        own = [kind for kind in KINDS if f"{kind.__module__}.{kind.__qualname__}" == node.get("_target_")]
-        for key, value in node.items():
-            readers = [kind.kind for kind in KINDS if key in {field.name for field in dataclasses.fields(kind)}]
-            if own and readers and own[0].kind not in readers:
-                raise ConfigError(
-                    f"strategy.{key} is {value}, which strategy={own[0].kind} does not read; "
-                    f"use strategy={' or '.join(readers)}"
-                ) from error
-        raise
-
-
-def typed_allow(value: object) -> tuple[str, ...]:
-    """`allow_targets`, needed before anything else is read."""
-    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-        raise ConfigError(f"allow_targets is {value!r}; it must be a list of dotted names")
-    return tuple(value)
+    kind, fields = target_of(node, "strategy", StrategyConfig, allow)
+    for key, value in fields.items():
+        readers = [other.kind for other in KINDS if key in keys_of(other)]
+        if readers and key not in keys_of(kind):
+            raise ConfigError(
+                f"strategy.{key} is {value}, which strategy={kind.kind} does not read; "
+                f"use strategy={' or '.join(readers)}"
+            )
+    return typed(kind, fields, "strategy", allow)

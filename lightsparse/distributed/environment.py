@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 # What torchrun, Lightning's launcher, SLURM and jsrun say about a process; Lightning by itself sets no RANK, and on
 # every node but the first only NODE_RANK tells that the node's first process is not the run's.
@@ -23,10 +22,17 @@ def launched_ranks() -> tuple[int, int] | None:
     if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:  # by torchrun; Lightning sets the first alone
         ranks, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return here, ranks // here
-    if SLURMEnvironment.detect():
+    if "SLURM_NTASKS" in os.environ and _of_srun():
         machines = int(os.environ.get("SLURM_NNODES", 1))
         return int(os.environ["SLURM_NTASKS"]) // machines, machines
     return None
+
+
+def _of_srun() -> bool:
+    """Whether SLURM has started this process as one of its tasks, and not the shell that it runs in."""
+    from lightning.pytorch.plugins.environments import SLURMEnvironment  # takes seconds, and only SLURM needs it
+
+    return SLURMEnvironment.detect()
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -37,7 +37,7 @@ class Widths(NamedTuple):
 class ModelConfig:
     """Size and form of the model. Null widths follow from depth; `widths` has the numbers."""
 
-    depth: int  # layers
+    depth: int = 4  # layers
     embed_dim: int | None = None  # null: 64 · depth
     heads: int | None = None  # query heads; null: embed_dim / head_dim
     kv_heads: int | None = None  # key/value heads, divides heads; null: heads
@@ -46,7 +46,7 @@ class ModelConfig:
     mlp: Literal["swiglu", "gelu", "none"] = "swiglu"
     positions: Literal["rope", "learned"] = "rope"  # learned: a vector per position of data.context, added once
     rope: RopeConfig = field(default_factory=RopeConfig)
-    qk_norm: bool = False  # RMSNorm on each head's query and key
+    qk_norm: bool = True  # RMSNorm on each head's query and key
     qkv_bias: bool = False  # biases on queries, keys and values, as in Qwen2
     tie_embeddings: bool = False  # the output matrix is the embedding
     dropout: float = 0.0  # share dropped in training of the embeddings and of what attention and MLP add

@@ -180,7 +180,7 @@ def opening_lines(run: Run, device: torch.device) -> list[str]:
 
 def _selector_only(config: Config, model: Transformer) -> str:
     """Which steps train what alone."""
-    only, last = config.trainer.selector_only_steps or 0, config.trainer.max_steps
+    only, last = config.trainer.selector_only_steps, config.trainer.max_steps
     steps = "all steps" if not 0 <= only < last else f"steps 1 to {only} of {last}"
     count = sum(parameter.numel() for parameter in model.selector_parameters())
     return f"stage    {steps} train only what selects: {count_text(count)} parameters"

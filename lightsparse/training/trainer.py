@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
-from lightsparse.config.build import build, check_buildable
+from lightsparse.config.build import ClassChoice
 from lightsparse.config.schema import Config
 from lightsparse.distributed.environment import is_first_rank
 from lightsparse.distributed.strategies import strategy_for
@@ -30,13 +30,13 @@ def build_trainer(
     loggers: list[Logger] = [MetricsFile(directory.metrics, attention_stats.columns(config))]
     for name, node in config.logger.items():
         if node is not None:
-            target = check_buildable(node, f"logger.{name}", kind=Logger, allow=config.allow_targets)
+            choice = ClassChoice.of(node, f"logger.{name}", Logger, config.allow_targets)
             ours = {"save_dir": str(directory.path)}
             if is_first_rank():  # the others may be here before it, and do not log
                 ours["id"] = directory.run_id
-            takes = inspect.signature(target).parameters
+            takes = inspect.signature(choice.target).parameters
             given = {key: value for key, value in ours.items() if key in takes and key not in node}
-            loggers.append(build(node, f"logger.{name}", kind=Logger, allow=config.allow_targets, **given))
+            loggers.append(choice.build(**given))
     callbacks: list[Callback] = [SameConfig(config.composed, start_step), recorder]
     if config.trainer.progress:
         callbacks.append(TrainingProgress(recorder, console))
@@ -44,7 +44,7 @@ def build_trainer(
         callbacks.append(TaskEvaluation(config, directory.path / "evaluation"))
     for name, node in config.callbacks.items():
         if node is not None:
-            callbacks.append(build(node, f"callbacks.{name}", kind=Callback, allow=config.allow_targets))
+            callbacks.append(ClassChoice.of(node, f"callbacks.{name}", Callback, config.allow_targets).build())
     writer = CheckpointWriter(config.checkpoint.background, config.checkpoint.timeout)
     callbacks.append(StepCheckpoint(config, directory.checkpoints, writer, saved=recorder.release))
     return Trainer(

@@ -315,7 +315,7 @@ BAD = {
         r"data\.context is 64, that is 4 units .* fewer ranks per sequence", ("strategy=context", "trainer.devices=64")
     ),
     "ranks do not divide": Row(
-        r"strategy\.context is 3, which does not divide the job's 4 ranks",
+        r"strategy\.context_parallel_size is 3, which does not divide the job's 4 ranks",
         ("strategy=context", "strategy.context_parallel_size=3", "trainer.devices=4"),
     ),
     "hook without its key": Row(

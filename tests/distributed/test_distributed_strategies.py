@@ -53,7 +53,7 @@ def test_a_wrong_combination_is_one_sentence_before_any_compute(words: str) -> N
 def test_an_exchange_that_some_layer_cannot_use_is_refused_with_those_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose([*SMALL, "strategy=context", "trainer.devices=2", "strategy.key_exchange=ring"])
     monkeypatch.setattr(config.attention.core, "context_parallel", ("sparse", "gather"))
-    with pytest.raises(ConfigError, match=r"^strategy\.exchange is ring, and .* by sparse or gather only; use"):
+    with pytest.raises(ConfigError, match=r"^strategy\.key_exchange is ring, and .* by sparse or gather only; use"):
         check(config)
     monkeypatch.setattr(config.attention.core, "context_parallel", ())
     with pytest.raises(ConfigError, match=r"can split a sequence over ranks by none; use strategy=ddp$"):

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightsparse.config.parse import parse
 from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.training import run
@@ -151,10 +150,3 @@ def test_wrong_values_are_refused_in_one_sentence(tiny: Tiny) -> None:
         check(config)
     with pytest.raises(ConfigError, match=r"strategy.comm_hook is topk, which would hand on the gradients"):
         tiny(*ROUTED, "strategy=ddp", "strategy.comm_hook=topk", "strategy.topk_share=0.1")
-
-
-def test_a_run_without_such_steps_is_the_run_it_was_before_there_were_any(tiny: Tiny) -> None:
-    names = {tiny("name=null", *more).name for more in ((), ("trainer.selector_only_steps=null",))}
-    raw = tiny("name=null").composed
-    del raw["trainer"]["selector_only_steps"]
-    assert names == {parse(raw).name}

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from lightsparse.attention.core import AttentionShape, SequenceContext
-from lightsparse.config.build import check_buildable
+from lightsparse.config.build import ClassChoice
 from lightsparse.config.context_split import context_split
 from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
@@ -41,7 +41,7 @@ def check_model(config: Config) -> Transformer:
     for group, kind in (("logger", Logger), ("callbacks", Callback)):
         for name, node in getattr(config, group).items():
             if node is not None:
-                check_buildable(node, f"{group}.{name}", kind=kind, allow=config.allow_targets)
+                ClassChoice.of(node, f"{group}.{name}", kind, config.allow_targets)
     if config.eval.tokens < config.data.context:
         raise ConfigError(
             f"eval.tokens is {config.eval.tokens}; it must hold one sample of data.context={config.data.context} tokens"

@@ -262,7 +262,7 @@ def _over_ranks(config: Config, field: str) -> Iterator[_Setting]:
         return  # a choice of the user's for the parameters
     strategy, words = config.strategy, ""
     if isinstance(strategy, Single):
-        strategy, words = _CONTEXT, "strategy=context "
+        strategy, words = Context(), "strategy=context "
     elif strategy.context_parallel_size is not None and config.trainer.global_batch is not None:
         return  # fewer ranks would read different samples
     elif strategy.context_parallel_size is not None:
@@ -271,18 +271,6 @@ def _over_ranks(config: Config, field: str) -> Iterator[_Setting]:
     for factor in (2, 4, 8, 16, 32, 64):
         trainer = replace(config.trainer, **{field: factor * ranks})
         yield f"{words}trainer.{field}={factor * ranks}", replace(config, strategy=strategy, trainer=trainer)
-
-
-_CONTEXT = Context(
-    timeout=300.0,
-    comm_hook="none",
-    powersgd_rank=None,
-    powersgd_start=None,
-    topk_share=None,
-    context_parallel_size=None,
-    split="balanced",
-    key_exchange="auto",
-)
 
 
 def _shorter(config: Config) -> Iterator[_Setting]:
