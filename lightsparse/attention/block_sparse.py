@@ -17,6 +17,7 @@ from lightsparse.kernels.weights import attention_weights, list_dense_rows
 from lightsparse.patterns import AtDensity, BlockDilated, BlockLayout, GlobalTokens, LocalWindow, Pattern, Union
 
 _EVERYTHING = LocalWindow(1 << 24)  # tokens; wider than any sequence
+_NEARBY: dict[str, Pattern | None] = {"local": LocalWindow(256), "sinks": GlobalTokens(4)}
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,8 @@ class BlockSparseConfig(AttentionConfig):
     block: int = 128  # tokens per block, of queries and keys
     segment_lengths: tuple[int, ...] = (2048, 8192)  # tokens, multiples of the block; empty: only `pattern`
     dilation_rates: tuple[int, ...] = (4, 16)  # blocks, one per segment length
-    pattern: Pattern | dict[str, Pattern | None] = field(  # one more, or several by name; null switches one off
-        default_factory=lambda: {"local": LocalWindow(256), "sinks": GlobalTokens(4)}
-    )
+    # One more pattern, or several by name, of which null switches one off.
+    pattern: Pattern | dict[str, Pattern | None] = field(default_factory=lambda: dict(_NEARBY))
     solve: str = "window"  # the integer field of the patterns that `density` solves
 
     def __post_init__(self) -> None:
