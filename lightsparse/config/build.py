@@ -21,7 +21,6 @@ from typing import Any, Literal, TypeVar
 
 import hydra.utils
 from hydra.errors import InstantiationException
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.optim import Optimizer
@@ -227,6 +226,8 @@ def _instantiate(target: type[T], kwargs: Mapping[str, Any], path: str, *args: A
     try:
         return hydra.utils.instantiate(node, *args, _convert_="all")
     except InstantiationException as error:
+        from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
         cause = error.__cause__
         if isinstance(cause, ValueError | TypeError | ImportError | MisconfigurationException):
             raise _as_config_error(cause, path) from error

@@ -125,6 +125,3 @@ class Context(ContextRanks, Replicas):
 class FSDPContext(ContextRanks):
     kind = "fsdp_context"
     sharded = True
-
-
-KINDS: tuple[type[StrategyConfig], ...] = (Single, DDP, FSDP, Context, FSDPContext)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from lightsparse.attention.core import AttentionShape
 from lightsparse.config.build import AttentionChoice
-from lightsparse.config.compose import compose_raw, conf_dir, raised_by_hydra, sentence, unknown_key, with_added
+from lightsparse.config.compose import composed, conf_dir
 from lightsparse.config.targets import ConfigError
 from lightsparse.hf.attention import Variant
 from lightsparse.hf.key_mask import key_mask
@@ -62,7 +62,8 @@ def register_variant(
     for word in overrides:
         if not re.match(r"\+{0,2}attention[.=]|~attention\.", word):
             raise ConfigError(f"{word} is given; only attention=… and attention.<key>=… can be chosen here")
-    return register_as(Variant(name, _choice(overrides), context, layer_pattern, local_window))
+    choice = AttentionChoice.of(composed(overrides)["attention"])
+    return register_as(Variant(name, choice, context, layer_pattern, local_window))
 
 
 def register_exported(folder: str | Path, name: str = "lightsparse_exported") -> str:
@@ -123,15 +124,3 @@ def register_as(variant: Variant) -> str:
     AttentionInterface.register(name, variant)
     AttentionMaskInterface.register(name, key_mask)
     return name
-
-
-def _choice(overrides: tuple[str, ...]) -> AttentionChoice:
-    try:
-        return AttentionChoice.of(compose_raw(overrides)["attention"])
-    except Exception as error:
-        if not raised_by_hydra(error):
-            raise
-        key = unknown_key(error)
-        if key is not None:  # the schema knows the right ones
-            AttentionChoice.of(compose_raw(with_added(overrides, key))["attention"])
-        raise ConfigError(sentence(error)) from error
