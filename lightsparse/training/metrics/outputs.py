@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lightsparse.analysis import curves, pattern_picture
 from lightsparse.config.schema import Config
 from lightsparse.data.module import DataModule
 from lightsparse.patterns import BlockLayout
@@ -25,6 +24,8 @@ def draw_plots(
 
     rows  of metrics.csv
     """
+    from lightsparse.analysis import curves, pattern_picture  # with matplotlib, at the end of a run
+
     in_bytes = module.validation is None or module.validation.bytes > 0
     unit: curves.Unit = "bits_per_byte" if in_bytes else "loss"
     curves.save_loss(rows, directory.plots / "loss.png", config.name, unit)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from matplotlib.image import imread
 
 
 def send_pictures(loggers: Sequence[Logger], plots: Path, step: int) -> None:
     """Every PNG of the folder, under its name, to Weights & Biases and TensorBoard; other loggers take none."""
+    from matplotlib.image import imread
+
     pictures = sorted(plots.glob("*.png"))
     for logger in loggers:
         if isinstance(logger, WandbLogger):
