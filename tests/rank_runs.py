@@ -19,7 +19,7 @@ import psutil
 multiprocessing.set_forkserver_preload(
     [
         *("torch", "torch.distributed.run", "torch.nn.parallel", "matplotlib.pyplot"),
-        *("lightsparse.cli.train", "lightsparse.data.files"),
+        *("lightsparse.cli.work.train", "lightsparse.data.files"),
     ]
 )
 

@@ -1,8 +1,13 @@
-"""From command-line overrides to the raw config: Hydra composes conf/, and its errors become one sentence each."""
+"""From words on a command line to the raw config: Hydra composes conf/, and its errors become one sentence each.
+
+Needs no torch: a wrong key or choice is refused before anything heavy is imported. What conf/ has for a group is all
+that its schema takes (a test holds that), so the composed config tells which key is wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightsparse.config.targets import ConfigError, did_you_mean
-from lightsparse.utils.compat.hydra import missing_choice, place_of, unreadable_word, word_with_several_values
+from lightsparse.config.unknown_key import about_unknown_key
+from lightsparse.utils.compat.hydra import (
+    is_from_hydra,
+    missing_choice,
+    place_of,
+    single_words,
+    unknown_key,
+    unreadable_word,
+    word_with_several_values,
+)
 
 HYDRA_VERSION = "1.3"  # the behaviour we ask for, whatever 1.x is installed
 
@@ -24,10 +38,16 @@ def conf_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
+def composed(overrides: Sequence[str], own: Sequence[str] = ()) -> dict[str, Any]:
+    """`compose_raw`; raises ConfigError for what Hydra refuses. own: see `refused_in_words`."""
+    with refused_in_words(overrides, own):
+        return compose_raw(overrides)
+
+
 def compose_raw(overrides: Sequence[str]) -> dict[str, Any]:
     """conf/config.yaml under these overrides, interpolations resolved, as plain dicts, lists and values.
 
-    Raises Hydra's own errors; `sentence` puts them in words.
+    Raises Hydra's own errors.
     """
     with hydra.initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION):
         return plain(hydra.compose("config", list(overrides)))
@@ -41,6 +61,45 @@ def plain(composed: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{place_of(error)}: {_first_line(error)}") from error
     assert isinstance(resolved, dict)  # conf/config.yaml is a mapping
     return {str(key): value for key, value in resolved.items()}
+
+
+@contextmanager
+def refused_in_words(overrides: Sequence[str], own: Sequence[str] = ()) -> Iterator[None]:
+    """Turn what Hydra raises within, as it composes these overrides, into a ConfigError of one sentence.
+
+    own  keys of the command itself, beside those of conf/
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_from_hydra(error):
+            raise
+        raise ConfigError(explain(error, overrides, own)) from error
+
+
+def explain(error: Exception, overrides: Sequence[str], own: Sequence[str] = ()) -> str:
+    """What went wrong as Hydra composed these overrides, in one sentence. own: see `refused_in_words`."""
+    key = unknown_key(error)
+    if key is None or key.startswith("hydra."):
+        return sentence(error)
+    try:
+        raw = _composed_without(key, overrides)
+    except HydraException as other:
+        return sentence(other)
+    value = next((value for name, _, value in (word.partition("=") for word in overrides) if name == key), "")
+    return about_unknown_key(key, value, raw, conf_dir(), own)
+
+
+def _composed_without(key: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Without the override of `key`, any other that reaches nothing, and all values of a sweep but the first."""
+    kept = [word for word in single_words(overrides) if word.partition("=")[0] != key]
+    try:
+        return compose_raw(kept)
+    except HydraException as error:
+        another = unknown_key(error)
+        if another is None or len(kept) == len(overrides):
+            raise
+        return _composed_without(another, kept)
 
 
 def sentence(error: Exception) -> str:

@@ -9,50 +9,24 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hydra.errors import HydraException
 from torch.optim import Optimizer
 
 from lightsparse.config.build import AttentionChoice, ClassChoice
-from lightsparse.config.compose import compose_raw, sentence
+from lightsparse.config.compose import composed as composed_from
 from lightsparse.config.run_identity import config_hash
 from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
-from lightsparse.config.typed import chosen, keys_of, target_of, typed, value_of
+from lightsparse.config.typed import chosen, typed, value_of
 from lightsparse.data import DataConfig, TokenizerConfig
 from lightsparse.distributed.environment import launched_ranks
-from lightsparse.distributed.strategy_config import KINDS, StrategyConfig
+from lightsparse.distributed.strategy_config import StrategyConfig
 from lightsparse.kernels.compute_dtype import default_precision
 from lightsparse.optim.schedules import Schedule
-from lightsparse.utils.compat.hydra import is_from_hydra, unknown_key, with_added
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The parsed config of conf/ under command-line overrides such as `attention=dense`. Raises ConfigError."""
-    try:
-        raw = compose_raw(overrides)
-    except Exception as error:
-        if not is_from_hydra(error):
-            raise
-        raise ConfigError(explain(error, overrides)) from error
-    return parse(on_this_machine(raw))
-
-
-def explain(error: Exception, overrides: Sequence[str]) -> str:
-    """One sentence for an error of Hydra's composition.
-
-    For a key that conf/ does not have, the schema is asked: it knows the right ones.
-    """
-    key = unknown_key(error)
-    if key is None or key.startswith("hydra."):
-        return sentence(error)
-    added = with_added(overrides, key)
-    try:
-        parse(compose_raw(added))
-    except ConfigError as refused:
-        return str(refused)
-    except HydraException as other:
-        return sentence(error) if unknown_key(other) == key else explain(other, added)
-    return f"{key} has no value in conf/ that could be overridden; write +{key}=… to add it, or list it in its YAML"
+    return parse(on_this_machine(composed_from(overrides)))
 
 
 def on_this_machine(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +64,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
         "tokenizer": chosen(TokenizerConfig, composed.get("tokenizer"), "tokenizer", allow),
         "data": chosen(DataConfig, composed.get("data"), "data", allow),
         "schedule": chosen(Schedule, composed.get("schedule"), "schedule", allow),
-        "strategy": _strategy(composed.get("strategy"), allow),
+        "strategy": chosen(StrategyConfig, composed.get("strategy"), "strategy", allow),
     }
     try:
         node["data"] = node["data"].choose_tokenizer(node["tokenizer"])
@@ -105,16 +79,3 @@ def parse(raw: Mapping[str, Any]) -> Config:
 def _precision(given: object) -> object:
     """null as this machine has it; a number, as YAML reads `precision=32`, as the schema has it."""
     return default_precision() if given is None else str(given) if type(given) is int else given
-
-
-def _strategy(node: object, allow: Sequence[str]) -> StrategyConfig:
-    """The strategy's node as the kind it names; a key that only other kinds read is refused with their names."""
-    kind, fields = target_of(node, "strategy", StrategyConfig, allow)
-    for key, value in fields.items():
-        readers = [other.kind for other in KINDS if key in keys_of(other)]
-        if readers and key not in keys_of(kind):
-            raise ConfigError(
-                f"strategy.{key} is {value}, which strategy={kind.kind} does not read; "
-                f"use strategy={' or '.join(readers)}"
-            )
-    return typed(kind, fields, "strategy", allow)

@@ -9,8 +9,9 @@ from typing import Any
 
 import lightsparse.attention as package
 from lightsparse.attention.core import AttentionCore, AttentionShape
-from lightsparse.config.build import AttentionChoice, typed
+from lightsparse.config.build import AttentionChoice
 from lightsparse.config.targets import ConfigError, did_you_mean
+from lightsparse.config.typed import typed
 
 _SHARED = ("core", "fixed", "sharded_call")  # what stands beside the variants in attention/
 

@@ -1,5 +1,7 @@
 """What goes wrong with data, in words for the user."""
 
+from lightsparse.utils.refusal import Refusal
 
-class DataError(ValueError):
-    """The data cannot be used as asked: one sentence for the user, to be shown without a traceback."""
+
+class DataError(Refusal):
+    """The data cannot be used as asked."""

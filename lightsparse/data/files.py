@@ -15,9 +15,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-from datasets.exceptions import DatasetsError
-
 from lightsparse.data.documents import Document, TextFile, column_text
 from lightsparse.data.source import DataError
 from lightsparse.data.text import TextConfig
@@ -106,6 +103,9 @@ def table_rows(path: Path, reader: str) -> Iterator[dict[str, Any]]:
     """Rows of one jsonl or parquet file; none for an empty file."""
     if path.stat().st_size == 0:
         return
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
     try:
         yield from load_dataset(reader, data_files=[glob.escape(str(path))], split="train", streaming=True)
     except UnicodeDecodeError as error:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch.distributed as dist
-
 # What torchrun, Lightning's launcher, SLURM and jsrun say about a process; Lightning by itself sets no RANK, and on
 # every node but the first only NODE_RANK tells that the node's first process is not the run's.
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
@@ -37,6 +35,8 @@ def _of_srun() -> bool:
 
 def gather_objects(value: Any) -> list[Any]:
     """The value of every rank, on rank 0; of no use on the others. All ranks must call this."""
+    import torch.distributed as dist  # the rest of this module answers before torch is loaded
+
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

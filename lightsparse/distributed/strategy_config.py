@@ -130,6 +130,3 @@ class Context(ContextRanks, Replicas):
 class FSDPContext(ContextRanks):
     kind = "fsdp_context"
     sharded = True
-
-
-KINDS: tuple[type[StrategyConfig], ...] = (Single, DDP, FSDP, Context, FSDPContext)

@@ -1,6 +1,6 @@
 """Hugging Face: our attention inside transformers' models, and their weights in ours, both ways.
 
-    from lightsparse.models import hf
+    from lightsparse import hf
 
     hf.register()                                               # every variant that needs no parameters of its own
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="lightsparse_block_sparse")

@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightsparse.config.schema import Config
-from lightsparse.config.targets import ConfigError
-from lightsparse.data import DataError
 from lightsparse.distributed.strategy_config import SeveralRanks
 from lightsparse.training.checkpoints.background_writer import CheckpointLateError, is_writing
 from lightsparse.training.checkpoints.files import checkpoint_steps
@@ -30,10 +28,10 @@ from lightsparse.training.health import NonFiniteError
 from lightsparse.training.preflight.out_of_memory import MemoryShortError
 from lightsparse.utils.atomic_files import DiskFullError, disk_named
 from lightsparse.utils.rank_errors import EXIT_CODE, RankError, RankTimeoutError, leave, ranks_named
+from lightsparse.utils.refusal import Refusal
 
 CODES: dict[type[Exception], int] = {  # errors whose message is all that a user needs; any other keeps its traceback
-    ConfigError: 2,
-    DataError: 2,
+    Refusal: 2,
     NonFiniteError: 2,
     MemoryShortError: 2,
     DiskFullError: EXIT_CODE,

@@ -2,7 +2,7 @@ import json
 
 import torch
 
-from lightsparse.bench import __main__ as command
+from lightsparse.bench import command
 from lightsparse.bench.routed import chosen_at_random
 
 

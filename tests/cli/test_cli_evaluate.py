@@ -89,7 +89,7 @@ def test_the_own_task_of_a_run_by_length_and_by_distance(runs: Path) -> None:
         ("run=RUNS/task tasks=[own] lengths=[128]", "lengths has 128, but the model has learned 64 positions"),
         ("tasks=[passkey]", "name one model"),
         ("model=x tasks=[passkey]", "model=… needs out=<folder>"),
-        ("words", "words is no key=value"),
+        ("words", "words is not key=value; write lightsparse evaluate run="),
     ],
 )
 def test_a_wrong_word_is_one_sentence(

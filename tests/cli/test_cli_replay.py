@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightsparse.cli.replay import main, replay
+from lightsparse.cli.replay import main
+from lightsparse.cli.work.replay import replay
 from lightsparse.config.schema import Config
 from lightsparse.models.layers import RMSNorm
 from lightsparse.training import run
@@ -64,4 +65,7 @@ def test_other_files_are_refused_in_a_sentence(tmp_path: Path, capsys: pytest.Ca
     assert main([f"file={tmp_path / 'absent.pt'}"]) == 2
     assert main([]) == 2
     first, second = capsys.readouterr().err.strip().splitlines()
-    assert "must be a file of a run's replay folder" in first and "give file=" in second
+    assert (
+        "must be a file of a run's replay folder" in first
+        and "file is missing; write lightsparse replay file=" in second
+    )

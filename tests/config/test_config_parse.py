@@ -1,6 +1,8 @@
 """The schema of conf/: what it refuses and in which words, what names a run, what a resumed run may change."""
 
+import dataclasses
 import shutil
+import typing
 from collections import namedtuple
 
 import pytest
@@ -8,9 +10,10 @@ import torch
 import yaml
 from hydra.errors import ConfigCompositionException
 
-from lightsparse.config.compose import compose_raw, conf_dir
-from lightsparse.config.parse import compose, explain, parse
+from lightsparse.config.compose import compose_raw, conf_dir, explain
+from lightsparse.config.parse import compose, parse
 from lightsparse.config.run_identity import config_hash, differences
+from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.data.files import FilesData
 from lightsparse.data.prepare import prepare
@@ -78,6 +81,14 @@ WRONG = {
     "attention=densse": "; did you mean dense?",
     "+attention.windw=3": "attention.windw is not a key; did you mean attention.window?",
     "attention.windw=3": "attention.windw is not a key; did you mean attention.window?",
+    "attention.topk=3": "attention.topk is not a key; did you mean attention.top_k? ",
+    "attention.top_k=3": "attention.top_k is 3, which attention=sliding_window does not read; use attention=csa or ",
+    "attention.xyzzy=3": "attention.xyzzy is not a key; attention has window, sinks, learned_sink, ",
+    "trainr.max_steps=3": "trainr is not a key; did you mean trainer?",
+    "model.rope.bse=3": "model.rope.bse is not a key; did you mean model.rope.base?",
+    "optimizer.fused=true": "optimizer.fused is not a key; optimizer has lr, adamw_lr, ",
+    "data.path=x": "data.path is x, which data=stdlib does not read; use data=files or prepared",
+    "strategy.comm_hook=bf16": "strategy.comm_hook is bf16, which strategy=single does not read; use strategy=",
     "attention.window=abc": "attention.window is 'abc'; it must be an integer",
     "attention.window=0": "attention.window is 0;",
     "attention.window.deep=3": "attention.window is {'deep': 3}; it must be an integer",
@@ -149,6 +160,36 @@ def test_a_key_the_schema_knows_but_conf_lacks_is_refused_with_the_way_to_add_it
     with pytest.raises(ConfigError, match=r"^callbacks.t has no value in conf/ .* write \+callbacks.t=…"):
         compose([override])
     check(compose([f"+{override}"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("optimizer=adamw optimizer.fused=true", "optimizer.fused"),  # of a class of torch
+        ("logger=wandb logger.wandb.tags=[a]", "logger.wandb.tags"),
+        ("attention.pattern.strided={_target_:lightsparse.patterns.Strided,stride:4}", "attention.pattern.strided"),
+        ("data=mixture +data@data.sources.a=stdlib +data.weights={a:1} data.sources.b=1", "data.sources.b"),
+    ],
+)
+def test_what_conf_cannot_list_is_refused_with_the_way_to_add_it(words, key):
+    with pytest.raises(ConfigError, match=rf"^{key} has no value in conf/ .*write \+{key}=…"):
+        compose(words.split())
+
+
+def lacking(cls, node, path=""):
+    """Dotted keys of a dataclass and of those in it that the composed config does not list."""
+    kinds = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if not field.metadata.get("key", True):
+            continue
+        if field.name not in node:
+            yield f"{path}{field.name}"
+        elif dataclasses.is_dataclass(kinds[field.name]) and "_target_" not in node[field.name]:
+            yield from lacking(kinds[field.name], node[field.name], f"{path}{field.name}.")
+
+
+def test_conf_lists_every_key_of_the_schema_so_that_what_it_does_not_list_is_none():
+    assert list(lacking(Config, compose_raw([]))) == []
 
 
 def test_the_second_of_two_unknown_keys_does_not_hide_the_first():

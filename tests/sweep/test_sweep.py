@@ -12,7 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightsparse.cli import train as command
+from lightsparse.config.targets import ConfigError
 from lightsparse.sweep import launcher
+from lightsparse.sweep import trials as work
 from lightsparse.sweep.record import load_record
 from lightsparse.sweep.trial import run_trial, trial_command, trial_environment
 from lightsparse.training.checkpoints.lock import holder, lock, unlock
@@ -51,11 +53,9 @@ class StandIns:
 def trials(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found = StandIns()
-    monkeypatch.setattr(launcher, "trial_command", found.command)
-    plan = launcher.TrialLauncher._plan
-    monkeypatch.setattr(
-        launcher.TrialLauncher, "_plan", lambda self, overrides: found.planned(overrides, plan(self, overrides))
-    )
+    monkeypatch.setattr(work, "trial_command", found.command)
+    plan = work.Trials._plan
+    monkeypatch.setattr(work.Trials, "_plan", lambda self, words, raw: found.planned(words, plan(self, words, raw)))
     yield found
     unlock(tmp_path / "runs/s")
 
@@ -183,7 +183,7 @@ def test_a_sampler_without_seed_is_refused_as_a_killed_sweep_could_not_go_on():
     config = OmegaConf.create(
         {"hydra": {"sweeper": {"sampler": {"seed": None}, "storage": None}, "overrides": {"task": [], "hydra": []}}}
     )
-    with pytest.raises(command.ConfigError, match=r"hydra\.sweeper\.sampler\.seed is null"):
+    with pytest.raises(ConfigError, match=r"hydra\.sweeper\.sampler\.seed is null"):
         launcher.TrialLauncher(None, False).setup(hydra_context=None, task_function=None, config=config)
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lightsparse.cli.show_run import of_run
+from lightsparse.cli.work.show import of_run
 from lightsparse.data.errors import DataError
 from lightsparse.data.run_tokenizer import tokenizer_of
 from lightsparse.data.subwords import TOKENIZER, train_bpe

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from matplotlib.image import imread
 
-from lightsparse.analysis import curves, pattern_picture
 from lightsparse.config.schema import Config
 from lightsparse.data.module import DataModule
 from lightsparse.patterns import BlockLayout
@@ -31,6 +29,8 @@ def draw_plots(
 
     rows  of metrics.csv
     """
+    from lightsparse.analysis import curves, pattern_picture  # with matplotlib, at the end of a run
+
     in_bytes = module.validation is None or module.validation.bytes > 0
     unit: curves.Unit = "bits_per_byte" if in_bytes else "loss"
     curves.save_loss(rows, directory.plots / "loss.png", config.name, unit)
@@ -50,6 +50,8 @@ def draw_plots(
 
 def send_pictures(loggers: Sequence[Logger], plots: Path, step: int) -> None:
     """Every PNG of the folder, under its name, to Weights & Biases and TensorBoard; other loggers take none."""
+    from matplotlib.image import imread
+
     pictures = sorted(plots.glob("*.png"))
     for logger in loggers:
         if isinstance(logger, WandbLogger):

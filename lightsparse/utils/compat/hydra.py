@@ -61,18 +61,18 @@ def place_of(error: OmegaConfBaseException) -> str:
 # ---- overrides and sweeps ---------------------------------------------------------------------------------------
 
 
-def with_added(overrides: Sequence[str], key: str) -> list[str]:
-    """The overrides with `+` before that of `key`, and of every sweep only its first value.
+def single_words(overrides: Sequence[str]) -> list[str]:
+    """The overrides, of every sweep over listed values only the first, and none of another sweep.
 
     `hydra.compose` takes words and tells nothing of how it reads them.
     """
-    lines = []
+    words = []
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        line = str(override.input_line)
         if override.is_discrete_sweep():
-            line = f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
-        lines.append(f"+{line}" if override.key_or_group == key and not line.startswith("+") else line)
-    return lines
+            words.append(f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}")
+        elif not override.is_sweep_override():
+            words.append(str(override.input_line))
+    return words
 
 
 def is_sweep() -> bool:

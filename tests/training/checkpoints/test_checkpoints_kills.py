@@ -26,7 +26,7 @@ from lightsparse.training.module import LanguageModel
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(  # the last module to set it decides for all: jobs of several ranks fork from it, too
-    ["torch.distributed.run", "lightsparse.cli.train", "lightsparse.data.files", "matplotlib.pyplot"]
+    ["torch.distributed.run", "lightsparse.cli.work.train", "lightsparse.data.files", "matplotlib.pyplot"]
 )
 
 pytestmark = pytest.mark.multiprocess

@@ -93,7 +93,7 @@ def _use(run: TrainedRun, sparse: bool, without: str, left_out: int) -> list[str
         "",
         *plain,
         "",
-        "from lightsparse.models import hf",
+        "from lightsparse import hf",
         "",
         "model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=hf.register_exported(folder))",
         "```",
