@@ -143,7 +143,7 @@ class BlockSparseAdaptive(AttentionCore):
         dropout = ctx.dropout(
             self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        out, _ = attention(q, k, v, chosen.layout, ctx, block_bias=chosen.bias, dropout=dropout)
+        out = attention(q, k, v, chosen.layout, ctx, block_bias=chosen.bias, dropout=dropout)
         if ctx.states is not None and chosen.state is not None:
             ctx.states[self.shape.layer].update(chosen.state)
         return AttentionResult(out, chosen.aux_loss, chosen.stats, chosen.layout.kv_indices)

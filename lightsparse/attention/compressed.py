@@ -26,7 +26,7 @@ from torch import Tensor
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.csa_compress import Compressor, compressed, entry_documents, entry_positions
 from lightsparse.attention.fixed import FixedPatternAttention, of_held_keys, with_sink
-from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
+from lightsparse.attention.over_ranks import attention_with_lse, own_rows, sequence_length
 from lightsparse.hashing import chain
 from lightsparse.kernels import Dropout
 from lightsparse.parallel.shard import sum_over
@@ -176,9 +176,9 @@ class CompressedAttention(FixedPatternAttention):
         dropout = ctx.dropout(
             self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        near, near_lse = attention(q, k, v, rows, ctx, dropout=dropout, return_lse=True)
+        near, near_lse = attention_with_lse(q, k, v, rows, ctx, dropout=dropout)
         entries = self.entries(x, k.dtype, ctx)
-        assert near_lse is not None and self.sink is not None
+        assert self.sink is not None
         if not entries.count:  # no stride is whole; yet all parameters take part in the loss, or DDP would wait
             nothing = torch.stack([p.sum() for p in self.parameters() if p is not self.sink]).sum() * 0.0
             stats = self.without_entries(x, ctx, self._state(ctx)) | {

@@ -32,7 +32,7 @@ from lightsparse.attention.indexer import Index
 from lightsparse.attention.indexer_loss import Found, Keys, choose, choose_and_learn, learn_from_dense
 from lightsparse.attention.over_ranks import sequence_length
 from lightsparse.attention.stages import StagedConfig
-from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.kernels import Dropout, block_sparse_attention_with_lse
 from lightsparse.parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout, ElementMask
 from lightsparse.patterns.layout import no_dense_rows
@@ -200,8 +200,7 @@ class CsaAttention(CompressedAttention):
         """Attention of some queries, and its lse. once: what they read, for the forward pass; the backward finds it
         again."""
         layout = once.pop() if once else self._found(index, None, tokens, ctx)[0]
-        out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
-        return out, lse
+        return block_sparse_attention_with_lse(q, entries.keys, entries.values, layout, dropout=dropout)
 
     def _layout(self, index: Index, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:
         """What queries at `tokens` choose."""

@@ -181,7 +181,7 @@ class DsaAttention(StagedAttention):
     ) -> Tensor:
         """Attention of some queries. once: what they chose, for the forward pass; the backward chooses it again."""
         layout = once.pop() if once else _layout(choose(index, mask, self.options.top_k), mask)
-        return attention(q, k, v, layout, ctx, dropout=dropout)[0]
+        return attention(q, k, v, layout, ctx, dropout=dropout)
 
     def _parts(self, q: Tensor, k: Tensor, ctx: SequenceContext) -> list[slice]:
         """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""

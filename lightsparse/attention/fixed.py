@@ -13,7 +13,7 @@ from lightsparse.attention.core import (
     Lifetimes,
     SequenceContext,
 )
-from lightsparse.attention.over_ranks import attention, own_rows, sequence_length
+from lightsparse.attention.over_ranks import attention, attention_with_lse, own_rows, sequence_length
 from lightsparse.patterns import BlockLayout, LayoutKey, Pattern, PersistentPatternCache
 from lightsparse.patterns.parts import of_keys
 
@@ -43,10 +43,11 @@ class FixedPatternAttention(AttentionCore):
         dropout = ctx.dropout(
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
-        rows, with_lse = of_held_keys(own_rows(layout, ctx), ctx), self.sink is not None
-        out, lse = attention(q, k, v, rows, ctx, ring=True, dropout=dropout, return_lse=with_lse)
-        if self.sink is not None and lse is not None:
-            out = with_sink(out, lse, self.sink)
+        rows = of_held_keys(own_rows(layout, ctx), ctx)
+        if self.sink is None:
+            out = attention(q, k, v, rows, ctx, ring=True, dropout=dropout)
+        else:
+            out = with_sink(*attention_with_lse(q, k, v, rows, ctx, ring=True, dropout=dropout), self.sink)
         return AttentionResult(
             out, stats={} if ctx.q_start else {"density": torch.tensor(layout.density(), device=q.device)}
         )

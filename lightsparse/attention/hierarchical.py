@@ -155,7 +155,7 @@ class BlockSparseHierarchical(FixedPatternAttention):
             self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
         )
         layout = of_held_keys(layout, ctx)
-        out, _ = attention(q, keys, values, layout, ctx, sources=sources, block_bias=bias, dropout=dropout)
+        out = attention(q, keys, values, layout, ctx, sources=sources, block_bias=bias, dropout=dropout)
         return AttentionResult(out, stats=stats)
 
     def _sources(self, segments: tuple[Segment, ...], ctx: SequenceContext, device: torch.device) -> Sources:

@@ -1,4 +1,4 @@
-"""`python -m lightsparse.bench`: kernels, routed, memory, train, checkpoint, comm, data; table and compare."""
+"""`python -m lightsparse.bench`: kernels, per_query, memory, train, checkpoint, comm, data; table and compare."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lightsparse.bench import checkpoint, comm, compare, data, kernels, memory, routed, train
+from lightsparse.bench import checkpoint, comm, compare, data, kernels, memory, per_query, train
 from lightsparse.bench.report import Report, load
 from lightsparse.bench.verify import VerificationError
 
 MEASUREMENTS = {
     "kernels": (kernels, "block-sparse attention against dense SDPA and FlexAttention; verified, then timed"),
-    "routed": (routed, "attention over key blocks that every token chose for itself; verified, then timed"),
+    "per_query": (per_query, "attention over key blocks that every token chose for itself; verified, then timed"),
     "memory": (memory, "peak memory of attention forward + backward as the sequence grows"),
     "train": (train, "tokens/s and peak memory of whole training steps: ours sparse, ours dense, transformers"),
     "checkpoint": (checkpoint, "what saving costs a training step, in the step's way and beside it"),
