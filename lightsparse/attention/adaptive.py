@@ -141,7 +141,7 @@ class BlockSparseAdaptive(AttentionCore):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         chosen = self.select(q, k, x, ctx)
         dropout = self.dropout(q, ctx)
-        out, _ = sharded_attention(q, k, v, chosen.layout, ctx, block_bias=chosen.bias, dropout=dropout)
+        out = sharded_attention(q, k, v, chosen.layout, ctx, block_bias=chosen.bias, dropout=dropout)
         if ctx.states is not None and chosen.state is not None:
             ctx.states[self.shape.layer].update(chosen.state)
         return AttentionResult(out, chosen.aux_loss, chosen.stats, chosen.layout.kv_indices)

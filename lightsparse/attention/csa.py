@@ -34,7 +34,7 @@ from lightsparse.attention.selection.row_parts import row_parts, single_rows
 from lightsparse.attention.selection.stages import StagedConfig
 from lightsparse.attention.sharded_call import sequence_length
 from lightsparse.context_parallel.shard import sum_over
-from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.kernels import Dropout, block_sparse_attention_with_lse
 from lightsparse.patterns import BlockLayout
 
 _TABLE = 1 << 22  # entries in memory at once; a longer sequence is worked on in parts, chosen again for the backward
@@ -221,8 +221,7 @@ class CsaAttention(CompressedAttention):
         """Attention of some queries, and its lse. once: what they read, for the forward pass; the backward finds it
         again."""
         layout = once.pop() if once else self._indexed(index, None, tokens, ctx)[0]
-        out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
-        return out, lse
+        return block_sparse_attention_with_lse(q, entries.keys, entries.values, layout, dropout=dropout)
 
     def _layout(self, index: Index, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:
         """What queries at `tokens` choose."""

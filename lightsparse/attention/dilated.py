@@ -30,9 +30,15 @@ from lightsparse.attention.core import (
 from lightsparse.attention.dense import refuse_unfit
 from lightsparse.attention.segments.across_ranks import share
 from lightsparse.attention.segments.gather import Branch, Gather, Sizes, dense_area, gathers, last_rows
-from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention
+from lightsparse.attention.sharded_call import (
+    own_rows,
+    sequence_length,
+    sharded_attention,
+    sharded_attention_with_lse,
+)
+from lightsparse.context_parallel.key_owners import Sources
 from lightsparse.kernels import Dropout
-from lightsparse.patterns import Pattern
+from lightsparse.patterns import BlockLayout, Pattern
 from lightsparse.utils.hashing import chain
 
 log = logging.getLogger(__name__)
@@ -207,12 +213,21 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, gather: Gather, dropout: Dropout | None, weighed: bool, ctx: SequenceContext
 ) -> _Part:
     """Attention of one gather. q [B, H, Nq, D], k/v [B, Hkv, N, D], contiguous."""
+
+    def outputs(
+        q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, sources: Sources | None = None, heads: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse, which is 0 where nobody weighs by it."""
+        if weighed:
+            return sharded_attention_with_lse(q, k, v, layout, ctx, sources=sources, kv_heads=heads, dropout=dropout)
+        out = sharded_attention(q, k, v, layout, ctx, sources=sources, kv_heads=heads, dropout=dropout)
+        return out, out.new_zeros(out.shape[:3])
+
     group, nkv = q.shape[1] // k.shape[1], k.shape[2]
     if gather.positions is None:
         first = 0 if ctx.shard is not None else nkv - gather.layout.num_keys
-        own = own_rows(gather.layout, ctx)
-        out, lse = sharded_attention(q, k[:, :, first:], v[:, :, first:], own, ctx, dropout=dropout, return_lse=weighed)
-        return _Part(None, out.flatten(0, 2), _flat_lse(out, lse))
+        out, lse = outputs(q, k[:, :, first:], v[:, :, first:], own_rows(gather.layout, ctx))
+        return _Part(None, out.flatten(0, 2), lse.flatten())
 
     q_heads = (gather.kv_heads[:, None] * group + torch.arange(group, device=q.device)).flatten()
     if ctx.shard is None:
@@ -225,25 +240,10 @@ def _attend(
         layout, of_queries, sources = share(gather, k, ctx)
     of_queries = of_queries.repeat_interleave(group, 1)
     q_rows = _rows(of_queries, q_heads, q)
-    out, lse = sharded_attention(
-        _taken(q, q_rows),
-        k,
-        v,
-        layout,
-        ctx,
-        sources=sources,
-        kv_heads=len(gather.kv_heads),
-        dropout=dropout,
-        return_lse=weighed,
-    )
+    out, lse = outputs(_taken(q, q_rows), k, v, layout, sources, len(gather.kv_heads))
     # Spare slots and tokens that are no queries here go to a row behind the last.
     rows = torch.where(of_queries >= 0, q_rows, q.shape[:3].numel())
-    return _Part(rows.flatten(), out.flatten(0, 2), _flat_lse(out, lse))
-
-
-def _flat_lse(out: Tensor, lse: Tensor | None) -> Tensor:
-    """[B · h · S]; zeros where none was asked for."""
-    return out.new_zeros(out.shape[:3]).flatten() if lse is None else lse.flatten()
+    return _Part(rows.flatten(), out.flatten(0, 2), lse.flatten())
 
 
 def _rows(positions: Tensor, heads: Tensor, of: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ class DsaAttention(StagedAttention):
     ) -> Tensor:
         """Attention of some queries. once: what they chose, for the forward pass; the backward chooses it again."""
         layout = once.pop() if once else single_rows(choose(index, mask, self.options.top_k), mask)
-        return sharded_attention(q, k, v, layout, ctx, dropout=dropout)[0]
+        return sharded_attention(q, k, v, layout, ctx, dropout=dropout)
 
     def _mask(self, part: slice, k: Tensor, ctx: SequenceContext) -> ElementMask:
         """Of some of the queries here, and the tokens up to the last one; with a shard, all tokens of the sequence."""

@@ -13,7 +13,12 @@ from lightsparse.attention.core import (
     KeyExpiry,
     SequenceContext,
 )
-from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention
+from lightsparse.attention.sharded_call import (
+    own_rows,
+    sequence_length,
+    sharded_attention,
+    sharded_attention_with_lse,
+)
 from lightsparse.patterns import BlockLayout, LayoutKey, Pattern, PersistentPatternCache
 from lightsparse.patterns.parts import of_keys
 
@@ -40,11 +45,11 @@ class FixedPatternAttention(AttentionCore):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         length = sequence_length(k, ctx)
         layout = self.layout(length, ctx, q.device)
-        dropout = self.dropout(q, ctx)
-        rows, with_lse = of_cached_keys(own_rows(layout, ctx), ctx), self.sink is not None
-        out, lse = sharded_attention(q, k, v, rows, ctx, ring=True, dropout=dropout, return_lse=with_lse)
-        if self.sink is not None and lse is not None:
-            out = with_sink(out, lse, self.sink)
+        dropout, rows = self.dropout(q, ctx), of_cached_keys(own_rows(layout, ctx), ctx)
+        if self.sink is None:
+            out = sharded_attention(q, k, v, rows, ctx, ring=True, dropout=dropout)
+        else:
+            out = with_sink(*sharded_attention_with_lse(q, k, v, rows, ctx, ring=True, dropout=dropout), self.sink)
         return AttentionResult(
             out, stats={} if ctx.q_start else {"density": torch.tensor(layout.density(), device=q.device)}
         )

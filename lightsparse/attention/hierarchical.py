@@ -151,7 +151,7 @@ class BlockSparseHierarchical(FixedPatternAttention):
         bias = log_counts(layout, segments, q.dtype) if self.log_count and len(segments) > 1 else None
         dropout = self.dropout(q, ctx)
         layout = of_cached_keys(layout, ctx)
-        out, _ = sharded_attention(q, keys, values, layout, ctx, sources=sources, block_bias=bias, dropout=dropout)
+        out = sharded_attention(q, keys, values, layout, ctx, sources=sources, block_bias=bias, dropout=dropout)
         return AttentionResult(out, stats=stats)
 
     def _sources(self, segments: tuple[Segment, ...], ctx: SequenceContext, device: torch.device) -> Sources:

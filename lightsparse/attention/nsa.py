@@ -196,9 +196,7 @@ class NsaAttention(AttentionCore):
             return q * 0 + (of.k.sum() + of.v.sum()).to(q.dtype), q.new_zeros(1, 1, dtype=torch.float64)
         layout = self._summary_layout(n, self._tokens(q, ctx), ctx)
         k, v, dropout = of.k.to(q.dtype), of.v.to(q.dtype), self.dropout(q, ctx)
-        out = block_sparse_attention(q, k, v, layout, dropout=dropout)
-        assert isinstance(out, Tensor)  # no lse
-        return out, layout.areas()[0]
+        return block_sparse_attention(q, k, v, layout, dropout=dropout), layout.areas()[0]
 
     @torch.compiler.disable
     def _summary_layout(self, n: int, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:

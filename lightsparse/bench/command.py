@@ -18,7 +18,7 @@ from lightsparse.config.targets import did_you_mean
 
 MEASUREMENTS = {  # each a module of this package
     "kernels": "block-sparse attention against dense SDPA and FlexAttention; verified, then timed",
-    "routed": "attention over key blocks that every token chose for itself; verified, then timed",
+    "per_query": "attention over key blocks that every token chose for itself; verified, then timed",
     "memory": "peak memory of attention forward + backward as the sequence grows",
     "train": "tokens/s and peak memory of whole training steps: ours sparse, ours dense, transformers",
     "checkpoint": "what saving costs a training step, in the step's way and beside it",

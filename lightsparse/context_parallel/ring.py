@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightsparse.context_parallel.shard import ContextShard, most_over
-from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.kernels import Dropout, block_sparse_attention_with_lse
 from lightsparse.patterns import BlockLayout
 from lightsparse.patterns.parts import members, of_keys
 from lightsparse.utils.rank_errors import ranks_named
@@ -53,17 +53,10 @@ def plan_ring(layout: BlockLayout, shard: ContextShard) -> RingPlan:
 
 
 def ring_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: RingPlan,
-    shard: ContextShard,
-    dropout: Dropout | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """out [B, H, n, D] of this rank's queries, and the lse [B, H, n] if asked for."""
-    out, lse = _Ring.apply(q, k, v, plan, shard, dropout)
-    return out, lse if return_lse else None
+    q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, shard: ContextShard, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, n, D] of this rank's queries, and the lse [B, H, n]."""
+    return _Ring.apply(q, k, v, plan, shard, dropout)
 
 
 class _Ring(torch.autograd.Function):
@@ -159,7 +152,7 @@ def _partial(q: Tensor, share: Tensor, plan: RingPlan, hop: int, dropout: Dropou
     if dropout is not None:
         dropout = replace(dropout, key_ids=plan.key_ids[hop])
     k, v = share.chunk(2, -1)
-    return block_sparse_attention(q, k, v, layout, dropout=dropout, return_lse=True)  # type: ignore[return-value]
+    return block_sparse_attention_with_lse(q, k, v, layout, dropout=dropout)
 
 
 def _weight(part: Tensor, whole: Tensor) -> Tensor:

@@ -9,10 +9,17 @@ from lightsparse.kernels.dropout import Dropout, keep_scale
 from lightsparse.patterns.layout import BlockLayout
 
 
-def attention(
+def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, bias: Tensor | None, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, Nq, D] in q's dtype, lse [B, H, Nq] in fp32 (fp64 for fp64)."""
+    with torch.autocast(q.device.type, enabled=False):  # or the truth would round its products to bf16
+        return _dense_attention(q, k, v, layout, scale, bias, dropout)
+
+
+def _dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, bias: Tensor | None, dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys, values = (x.repeat_interleave(group, 1).to(dtype) for x in (k, v))

@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-@pytest.fixture(params=["blocked", "native", "routed"])
+@pytest.fixture(params=["blocked", "native", "per_query"])
 def backend(request) -> str:
-    """The backends that serve any layout (`routed` in the form that kernel_cases.fitting gives it)."""
+    """The backends that serve any layout (`per_query` in the form that kernel_cases.fitting gives it)."""
     return request.param
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import Sizes, Tables, assert_equals_reference, dropout, inputs, random_layout, results
 
-from lightsparse.kernels import block_sparse_attention
+from lightsparse.kernels import block_sparse_attention, block_sparse_attention_with_lse
 from lightsparse.kernels.dropout import keep_scale
 from lightsparse.kernels.native import build
 from lightsparse.patterns import BlockLayout, ElementMask, GlobalTokens, LocalWindow
@@ -53,7 +53,7 @@ def test_weights_from_all_to_nothing_are_exact():
     mask = replace(layout.mask, q_pos=torch.zeros(1, 4801, dtype=torch.int32))
     table = torch.tensor([0, 1], dtype=torch.int32).expand(1, 1, 4801, 2).contiguous()
     layout = replace(layout, kv_indices=table, mask=mask)
-    out, lse = block_sparse_attention(q, k, v, layout, scale=1.0, backend="native", return_lse=True)
+    out, lse = block_sparse_attention_with_lse(q, k, v, layout, scale=1.0, backend="native")
     exact = torch.sigmoid(q.double().flatten())
     normal = exact > 1e-37
     torch.testing.assert_close(out.flatten().double()[normal], exact[normal], rtol=5e-7, atol=0)
@@ -310,10 +310,10 @@ def test_rows_of_single_queries_by_key_block(heads, kv_heads, kv_block, rule, th
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_rows_than_a_portion_holds(dtype, threads):
-    """The walk by key block takes some thousand rows at a time; results are those of `routed`, which takes others."""
+    """The walk by key block takes some thousand rows at a time; `per_query` takes others, with the same results."""
     sizes = Sizes(1, 4, 1, nq=2500, nkv=2500, dim=32)
     layout = random_layout(sizes, Tables(1, 4, 1, 64, most=6, rule="documents"))
-    wanted = results("routed", inputs(sizes, dtype), layout)
+    wanted = results("per_query", inputs(sizes, dtype), layout)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     for count in (1, 3):
         threads(count)

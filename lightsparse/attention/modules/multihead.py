@@ -153,9 +153,7 @@ class BlockSparseRingMultiheadDilatedAttention(UnfusedMultiheadAttention):
             weights = _dense_weights(q, k, layout, dropout)
             out = weights @ v
         else:
-            result = block_sparse_attention(q, k, v, layout, dropout=dropout)
-            assert isinstance(result, Tensor)
-            out = result
+            out = block_sparse_attention(q, k, v, layout, dropout=dropout)
         out = out.transpose(1, 2).flatten(2)
         out = self.out_proj(out if self.batch_first else out.transpose(0, 1))
         if not need_weights:

@@ -26,7 +26,7 @@ from torch import Tensor
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.fixed import FixedPatternAttention, of_cached_keys, with_sink
 from lightsparse.attention.pooling.csa_compress import Compressor, compressed, entry_documents, entry_positions
-from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention
+from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention_with_lse
 from lightsparse.context_parallel.shard import sum_over
 from lightsparse.kernels import Dropout
 from lightsparse.patterns import BlockLayout, ElementMask, LocalWindow, Pattern, interval_mask
@@ -174,9 +174,9 @@ class CompressedAttention(FixedPatternAttention):
         window = self.window_layout(length, ctx, q.device)
         rows = of_cached_keys(own_rows(window, ctx), ctx)
         dropout = self.dropout(q, ctx)
-        near, near_lse = sharded_attention(q, k, v, rows, ctx, dropout=dropout, return_lse=True)
+        near, near_lse = sharded_attention_with_lse(q, k, v, rows, ctx, dropout=dropout)
         entries = self.entries(x, k.dtype, ctx)
-        assert near_lse is not None and self.sink is not None
+        assert self.sink is not None
         if not entries.count:  # no stride is whole; yet all parameters take part in the loss, or DDP would wait
             nothing = torch.stack([p.sum() for p in self.parameters() if p is not self.sink]).sum() * 0.0
             stats = self.without_entries(x, ctx, self._state(ctx)) | {

@@ -75,7 +75,7 @@ def attend_in_parts(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, part: slice) -> RowPart:
         layout, tokens = layout_of(part)
-        out, _ = sharded_attention(q, k, v, layout, ctx, dropout=dropout)
+        out = sharded_attention(q, k, v, layout, ctx, dropout=dropout)
         ends = (tokens % block == block - 1) | (tokens == length - 1)
         return RowPart(out, *layout.areas(), layout.kv_indices[:, :, ends])
 

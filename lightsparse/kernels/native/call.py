@@ -1,22 +1,20 @@
-"""The `native` backend as one operator: native.cpp called by address, with its own backward.
+"""The `native` backend: native.cpp called by address.
 
 The arithmetic is fp32; for bf16 inputs, products with weights or their gradients are fp16 where the CPU multiplies fp16
-(native.cpp). The backward needs the output and the log-sum-exp, so both are kept with the inputs; the scores are
-computed again.
+(native.cpp).
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightsparse.kernels import layout_arguments
 from lightsparse.kernels.dropout import Dropout, drop_below
 from lightsparse.kernels.native import build
+from lightsparse.kernels.operator import with_gradients
 from lightsparse.kernels.workspace import workspace
 from lightsparse.patterns.layout import BlockLayout
 
@@ -30,33 +28,9 @@ def available() -> bool:
     return build.library() is not None
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: BlockLayout,
-    scale: float,
-    bias: Tensor | None,
-    dropout: Dropout | None,
-) -> tuple[Tensor, Tensor]:
-    """out [B, H, Nq, D] in q's dtype and lse [B, H, Nq] fp32, both differentiable."""
-    return torch.ops.lightsparse.native(q, k, v, bias, *layout_arguments.flat(layout, dropout), scale)
-
-
-@torch.library.custom_op(
-    "lightsparse::native",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {layout_arguments.SCHEMA}, float scale) -> (Tensor, Tensor)",
-)
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, bias: Tensor | None, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    *flat, scale = rest
-    layout, dropout = layout_arguments.unflattened(*flat)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     call = _Call(q, k, v, layout, scale, bias, dropout)
@@ -65,18 +39,6 @@ def _forward(
     return out, lse
 
 
-@_forward.register_fake
-def _(q, k, v, bias, *rest):
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-
-
-@torch.library.custom_op(
-    "lightsparse::native_backward",
-    mutates_args=(),
-    schema="(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor? bias, "
-    f"{layout_arguments.SCHEMA}, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
-)
 def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -85,11 +47,11 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    layout: BlockLayout,
+    scale: float,
     bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *flat, scale = rest
-    layout, dropout = layout_arguments.unflattened(*flat)
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     call = _Call(q, k, v, layout, scale, bias, dropout)
     made = torch.empty if q.numel() else torch.zeros  # the walk over no queries writes nothing
     dq, dk, dv = (made(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -101,34 +63,11 @@ def _backward(
         call.put(dbias=dbias_BHNK)
     call.run(of_backward=True)
     if bias is None or dbias_BHNK is None:
-        return dq, dk, dv, q.new_empty(0)
-    dbias = dbias_BHNK.unflatten(1, (bias.shape[1], -1)).sum(2)
-    return dq, dk, dv, (dbias.sum(0, keepdim=True) if bias.shape[0] == 1 else dbias).to(bias.dtype)
+        return dq, dk, dv, None
+    return dq, dk, dv, dbias_BHNK.unflatten(1, (bias.shape[1], -1)).sum(2).sum_to_size(bias.shape).to(bias.dtype)
 
 
-@_backward.register_fake
-def _(grad_out, grad_lse, out, lse, q, k, v, bias, *rest):
-    dbias = q.new_empty(0) if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    return (*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)), dbias)
-
-
-_TENSORS = 4 + layout_arguments.TENSORS  # q, k, v, bias and those of the layout
-
-
-def _keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*output, *inputs[:_TENSORS])
-    ctx.numbers = inputs[_TENSORS:]
-
-
-def _gradients(ctx, grad_out: Tensor, grad_lse: Tensor | None):
-    saved = ctx.saved_tensors  # only once: recomputation hands them out once
-    bias = saved[5]
-    dq, dk, dv, dbias = torch.ops.lightsparse.native_backward(grad_out, grad_lse, *saved, *ctx.numbers)
-    rest = layout_arguments.TENSORS + layout_arguments.NUMBERS + 1
-    return dq, dk, dv, None if bias is None else dbias, *(None for _ in range(rest))
-
-
-_forward.register_autograd(_gradients, setup_context=_keep)
+native_attention = with_gradients("native", _forward, _backward)
 
 
 class _Call:

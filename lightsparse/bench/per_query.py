@@ -1,4 +1,4 @@
-"""`bench routed`: attention where every token has chosen key blocks of its own, verified, then timed.
+"""`bench per_query`: attention where every token has chosen key blocks of its own, verified, then timed.
 
 Each token reads its own block and others drawn at random from its past, the same for the query heads of a key/value
 head: the work of a trained selection with the least that neighbours can share. us_per_token is forward + backward,
@@ -23,7 +23,7 @@ from lightsparse.kernels.native.call import available
 from lightsparse.patterns import BlockLayout, LocalWindow
 
 log = logging.getLogger(__name__)
-EXAMPLE = "lightsparse bench routed --seq 8192,32768 --heads 4 --kv-heads 1 --block 64 --chosen 16"
+EXAMPLE = "lightsparse bench per_query --seq 8192,32768 --heads 4 --kv-heads 1 --block 64 --chosen 16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, report: Report) -> None:
     """Fill the report with a row per length and dtype. Raises VerificationError when a result is wrong."""
-    kv_heads, backend = options.kv_heads(args), "native" if available() else "routed"
+    kv_heads, backend = options.kv_heads(args), "native" if available() else "per_query"
     report.notes.append(
         "Forward + backward. us_per_token: median CPU time per token and key/value head, all query heads of its group "
         "included. Verified before timing: sampled rows, output and gradients, against dense attention in fp64."

@@ -3,7 +3,7 @@ import json
 import torch
 
 from lightsparse.bench import command
-from lightsparse.bench.routed import chosen_at_random
+from lightsparse.bench.per_query import chosen_at_random
 
 
 def test_every_token_reads_its_own_block_and_distinct_ones_of_its_past():
@@ -17,8 +17,8 @@ def test_every_token_reads_its_own_block_and_distinct_ones_of_its_past():
 
 
 def test_a_run_leaves_a_row_per_length_and_dtype(tmp_path, capsys):
-    file = tmp_path / "routed.json"
-    words = ["routed", "--seq", "90,160", "--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--block", "16"]
+    file = tmp_path / "per_query.json"
+    words = ["per_query", "--seq", "90,160", "--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--block", "16"]
     assert command.main([*words, "--chosen", "3", "--repeats", "1", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [(row["dtype"], row["seq"]) for row in rows] == [(d, n) for d in ("fp32", "bf16") for n in (90, 160)]

@@ -1,4 +1,4 @@
-"""`blocked`, `native` and `routed` equal `reference`, outputs and all gradients, over everything a layout can be."""
+"""`blocked`, `native` and `per_query` equal `reference`, outputs and all gradients, over everything a layout can be."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from kernel_cases import (
     with_dense_mask,
 )
 
-from lightsparse.kernels import Dropout, block_sparse_attention, sample_keys
+from lightsparse.kernels import Dropout, block_sparse_attention, block_sparse_attention_with_lse, sample_keys
 from lightsparse.patterns import BlockDilated, GlobalTokens, LocalWindow, Strided
 
 SIZES = [
@@ -169,7 +169,7 @@ def test_gradients_of_the_lse_alone_and_of_the_output_alone(backend):
         grads = []
         for name in (backend, "reference"):
             qkv = inputs(SMALL, finest(backend)[0])
-            result = block_sparse_attention(*qkv, fitting(name, layout), backend=name, return_lse=True)[of]
+            result = block_sparse_attention_with_lse(*qkv, fitting(name, layout), backend=name)[of]
             grads.append(torch.autograd.grad(result.square().sum(), qkv[: 3 - of]))
         for found, wanted in zip(*grads, strict=True):
             torch.testing.assert_close(found, wanted, rtol=10 * finest(backend)[1], atol=10 * finest(backend)[1])
@@ -183,7 +183,7 @@ def test_merging_by_lse_equals_one_softmax_over_both_parts(backend):
     rest.kv_indices[rest.kv_indices == own] = -1  # own blocks stand last in their rows
     qkv = inputs(sizes, finest(backend)[0])
     fit = [fitting(backend, part) for part in (near, rest)]
-    parts = [block_sparse_attention(*qkv, part, backend=backend, return_lse=True) for part in fit]
+    parts = [block_sparse_attention_with_lse(*qkv, part, backend=backend) for part in fit]
     outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))
     merged = (outs * lses.softmax(0)[..., None]).sum(0)
     whole = block_sparse_attention(*qkv, far, backend="reference")
