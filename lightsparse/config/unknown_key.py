@@ -24,6 +24,8 @@ def about_unknown_key(key: str, value: str, raw: Mapping[str, Any], conf: Path, 
     """
     place, name, nodes = _walk(raw, key.split("."))
     prefix = "".join(f"{part}." for part in place)
+    if not isinstance(nodes[-1], Mapping):
+        return f"{prefix[:-1]} is {nodes[-1]}, which has no keys; write {prefix[:-1]}=…"
     wrong, known = f"{prefix}{name}", [each for each in nodes[-1] if each != "_target_"]
     near = did_you_mean(name, [*known, *(() if place else own)], prefix)
     if _takes_any(nodes):
@@ -37,13 +39,13 @@ def about_unknown_key(key: str, value: str, raw: Mapping[str, Any], conf: Path, 
     return f"{wrong} is not a key" + (near or f"; {prefix[:-1] or 'the config'} has {', '.join(known) or 'none'}")
 
 
-def _walk(raw: Mapping[str, Any], parts: Sequence[str]) -> tuple[list[str], str, list[Mapping[str, Any]]]:
+def _walk(raw: Mapping[str, Any], parts: Sequence[str]) -> tuple[list[str], str, list[Any]]:
     """How far a key leads: the parts that there are, the first one that there is not, and the nodes on the way."""
-    nodes = [raw]
+    nodes: list[Any] = [raw]
     for depth, part in enumerate(parts):
-        if part not in nodes[-1] or depth == len(parts) - 1:
+        if not isinstance(nodes[-1], Mapping) or part not in nodes[-1] or depth == len(parts) - 1:
             break
-        nodes.append(nodes[-1][part] if isinstance(nodes[-1][part], Mapping) else {})
+        nodes.append({} if nodes[-1][part] is None else nodes[-1][part])
     return list(parts[:depth]), part, nodes
 
 

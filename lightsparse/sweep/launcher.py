@@ -105,14 +105,14 @@ def register_launcher() -> None:
 
 def ending() -> tuple[int, str]:
     """The exit code of the sweep that has just ended, and its sentence; (0, "") where all went well or none was run."""
-    from lightsparse.utils.rank_errors import EXIT_CODE
-
     for sweep in _begun:
         failed, stopped = sweep.with_status("failed"), sweep.with_status("stopped")
         if failed:
             names = "; ".join(trial.title for trial in failed)
             return 1, f"{len(failed)} of {len(sweep.trials)} trials failed, {sweep.path} says why: {names}"
         if stopped:
+            from lightsparse.utils.rank_errors import EXIT_CODE
+
             names = "; ".join(trial.title for trial in stopped)
             return EXIT_CODE, f"{sweep.directory} has stopped trials, which the same command resumes: {names}"
     return 0, ""

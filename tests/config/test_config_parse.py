@@ -91,7 +91,7 @@ WRONG = {
     "strategy.comm_hook=bf16": "strategy.comm_hook is bf16, which strategy=single does not read; use strategy=",
     "attention.window=abc": "attention.window is 'abc'; it must be an integer",
     "attention.window=0": "attention.window is 0;",
-    "attention.window.deep=3": "attention.window is {'deep': 3}; it must be an integer",
+    "attention.window.deep=3": "attention.window is 1024, which has no keys; write attention.window=…",
     "attention.density=0": "attention.density is 0",
     "attention.density=1.5": "attention.density is 1.5;",
     "attention.density=0.0001": "density 0.0001 is out of reach",

@@ -6,14 +6,13 @@ import pytest
 from rank_processes import pool_fixture
 from rank_runs import members
 
-from lightsparse.config.compose import compose_raw
+from lightsparse.config.compose import compose_raw, conf_dir
 from lightsparse.config.parse import compose, on_this_machine
 from lightsparse.config.run_identity import config_hash, differences
 from lightsparse.config.targets import ConfigError
 from lightsparse.distributed.environment import launched_ranks
 from lightsparse.distributed.mesh import RankGrid
 from lightsparse.distributed.strategies import ReplicatedStrategy, ShardedStrategy, strategy_for
-from lightsparse.distributed.strategy_config import KINDS
 from lightsparse.training.preflight.check import check
 
 four = pool_fixture(4)
@@ -60,7 +59,7 @@ def test_an_exchange_that_some_layer_cannot_use_is_refused_with_those_it_can(mon
         check(config)
 
 
-@pytest.mark.parametrize("kind", [kind.kind for kind in KINDS])
+@pytest.mark.parametrize("kind", sorted(path.stem for path in (conf_dir() / "strategy").glob("*.yaml")))
 def test_every_kind_has_its_file_and_its_lightning_strategy(kind: str) -> None:
     config = compose([f"strategy={kind}"])
     assert config.strategy.kind == kind
