@@ -151,7 +151,7 @@ def disk_fills_up(place: Place) -> tuple[str, ...]:
 
 def two_writers(place: Place) -> tuple[str, ...]:
     lock = (place.earlier / ".lock").open("w")
-    lock.write("process 77 on elsewhere\n")
+    lock.write("77\nelsewhere\n")
     lock.flush()
     fcntl.flock(lock, fcntl.LOCK_EX)
     place.held.append(lock)
@@ -221,7 +221,9 @@ BAD = {
     # the run that is there
     "changed text": Row(r".* data with fingerprint [0-9a-f]{16}, this run has [0-9a-f]{16}; restore", changed_text),
     "changed vocabulary": Row(
-        r".*ckpt has model\.embed_tokens\.weight of shape \[100, 32\], .* \[256, 32\]", changed_vocabulary
+        r".*ckpt is of another vocabulary .*: model\.embed_tokens\.weight is of shape \[100, 32\] there and of shape "
+        r"\[256, 32\] in this run's model; restore it",
+        changed_vocabulary,
     ),
     "changed config": Row(
         r".*another config; use the old values .*\n  model\.depth: 1 there, 2 here\n  seed: 0 there, 3",
@@ -315,7 +317,7 @@ BAD = {
         r"data\.context is 64, that is 4 units .* fewer ranks per sequence", ("strategy=context", "trainer.devices=64")
     ),
     "ranks do not divide": Row(
-        r"strategy\.context is 3, which does not divide the job's 4 ranks",
+        r"strategy\.context_parallel_size is 3, which does not divide the job's 4 ranks",
         ("strategy=context", "strategy.context_parallel_size=3", "trainer.devices=4"),
     ),
     "hook without its key": Row(
