@@ -151,7 +151,7 @@ def disk_fills_up(place: Place) -> tuple[str, ...]:
 
 def two_writers(place: Place) -> tuple[str, ...]:
     lock = (place.earlier / ".lock").open("w")
-    lock.write("process 77 on elsewhere\n")
+    lock.write("77\nelsewhere\n")
     lock.flush()
     fcntl.flock(lock, fcntl.LOCK_EX)
     place.held.append(lock)
@@ -221,7 +221,9 @@ BAD = {
     # the run that is there
     "changed text": Row(r".* data with fingerprint [0-9a-f]{16}, this run has [0-9a-f]{16}; restore", changed_text),
     "changed vocabulary": Row(
-        r".*ckpt has model\.embed_tokens\.weight of shape \[100, 32\], .* \[256, 32\]", changed_vocabulary
+        r".*ckpt is of another vocabulary .*: model\.embed_tokens\.weight is of shape \[100, 32\] there and of shape "
+        r"\[256, 32\] in this run's model; restore it",
+        changed_vocabulary,
     ),
     "changed config": Row(
         r".*another config; use the old values .*\n  model\.depth: 1 there, 2 here\n  seed: 0 there, 3",

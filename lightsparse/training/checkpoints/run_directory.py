@@ -65,10 +65,6 @@ class RunDirectory:
         """What loggers call this run, the same at every start."""
         return self.identity.read_text(encoding="utf-8").strip()
 
-    def newest(self) -> tuple[int, Path] | None:
-        """Step and path of the newest whole checkpoint, or None."""
-        return newest_checkpoint(self.checkpoints)
-
     def open(self, config: Config) -> Start:
         """`look`, where nobody else is writing: on the first rank a directory that exists is this process's alone from
         then on, until `lock.unlock`.
@@ -88,7 +84,7 @@ class RunDirectory:
         never  from nothing, in a directory that holds no run
         Raises ConfigError when the directory does not allow that, or holds a run that trains differently.
         """
-        newest = self.newest()
+        newest = newest_checkpoint(self.checkpoints)
         start = Start(0, None) if newest is None else Start(*newest)
         if is_first_rank():  # the others may come after it has written
             self._check(config, start)
@@ -101,7 +97,7 @@ class RunDirectory:
         """Make the directory and its config.yaml; on the first rank only, after `open`.
 
         It is this process's alone from then on, until `lock.unlock`. Raises ConfigError where another process has
-        begun a run there since `open`.
+        started a run there since `open`.
         """
         for folder in (self.checkpoints, self.plots):
             try:
@@ -113,7 +109,7 @@ class RunDirectory:
                 ) from error
         if lock(self.path) and self.config.exists():
             raise ConfigError(
-                f"{self.path} was begun by another process while this one read its data; use the same command again "
+                f"{self.path} was started by another process while this one read its data; use the same command again "
                 "to continue that run or name=<another> to start beside it"
             )
         for folder in (self.path, self.checkpoints):
@@ -134,7 +130,7 @@ class RunDirectory:
                 f"{self.path} holds no checkpoint and resume is must; use resume=auto to start from nothing"
             )
         damaged = list(checkpoint_steps(self.checkpoints)) if start.checkpoint is None else []
-        if damaged:  # to begin anew would replace what may still be rescued
+        if damaged:  # a new start would replace what may still be rescued
             raise ConfigError(
                 f"{self.path} holds checkpoints of steps {', '.join(map(str, damaged))}, and none of them is whole; "
                 "restore one, remove them all to start from nothing, or use name=<another> to start beside it"

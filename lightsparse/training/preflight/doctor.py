@@ -22,6 +22,7 @@ from lightsparse.config.targets import ConfigError
 from lightsparse.data import DataError
 from lightsparse.data.module import DataModule
 from lightsparse.distributed.environment import is_first_rank
+from lightsparse.training.checkpoints.files import newest_checkpoint
 from lightsparse.training.checkpoints.lock import holder
 from lightsparse.training.checkpoints.run_directory import RunDirectory
 from lightsparse.training.module import language_model
@@ -191,7 +192,7 @@ def _text(config: Config, data: DataModule) -> Iterator[Line]:
     started = time.perf_counter()
     data.setup()
     seconds = time.perf_counter() - started
-    start = RunDirectory.of(config).newest()
+    start = newest_checkpoint(RunDirectory.of(config).checkpoints)
     if start is not None:
         check_resumable(data, language_model(config, data.tokenizer), start[1])
     samples = len(data.train_dataloader().dataset)  # type: ignore[arg-type]

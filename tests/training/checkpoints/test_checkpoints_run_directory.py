@@ -124,6 +124,6 @@ def test_a_run_that_another_process_began_between_looking_and_writing_is_not_ove
     assert mine.open(config) == theirs.open(config) == Start(0, None)
     theirs.prepare(tiny("seed=1"))
     unlock(theirs.path)  # its process has ended
-    with pytest.raises(ConfigError, match=r"was begun by another process .* use the same command again"):
+    with pytest.raises(ConfigError, match=r"was started by another process .* use the same command again"):
         mine.prepare(config)
     assert OmegaConf.load(theirs.config).seed == 1
