@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def _refuse_ranks_inside_a_sweep(config: Config) -> None:
-    """Lightning starts ranks as this command line once more: each would run the whole sweep."""
+    """Ranks are started by this command line once more: each would run the whole sweep."""
     if is_sweep() and config.ranks > 1 and launched_ranks() is None:
         raise ConfigError(
             f"the trial has {config.ranks} ranks (trainer.devices × trainer.num_nodes) and runs inside the sweep's "

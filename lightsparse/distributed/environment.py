@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-# What torchrun, Lightning's launcher, SLURM and jsrun say about a process; Lightning by itself sets no RANK, and on
+# What torchrun, our launcher, SLURM and jsrun say about a process. Ours sets no RANK, as Lightning counts by itself; on
 # every node but the first only NODE_RANK tells that the node's first process is not the run's.
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
@@ -20,7 +20,7 @@ def is_first_rank() -> bool:
 
 def launched_ranks() -> tuple[int, int] | None:
     """(ranks on each machine, machines) where torchrun or SLURM has started the ranks; None where we shall."""
-    if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:  # by torchrun; Lightning sets the first alone
+    if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:  # by torchrun; ours sets the first alone
         ranks, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return here, ranks // here
     if SLURMEnvironment.detect():

@@ -1,8 +1,8 @@
 """Hydra's launcher for `-m`: one trial after the other, each as a program of its own, what became of it in sweep.json.
 
 A trial that crashes, is killed for memory or loses a rank is recorded, and the sweep goes on. Hydra's own launcher
-runs trials inside this process, where the first of these ends them all, and where ranks that Lightning starts would
-run the whole sweep again.
+runs trials inside this process, where the first of these ends them all, and where the ranks of a trial would run
+the whole sweep again.
 """
 
 from __future__ import annotations

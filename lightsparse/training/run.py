@@ -174,7 +174,7 @@ def _shape_text(shape: tuple[int, ...] | None) -> str:
 def set_machine(config: Config) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning chooses for the ranks it starts
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or the launcher shares the cores among its ranks
     torch.set_float32_matmul_precision(config.matmul_precision)
     try:
         set_backend(config.kernels.backend)
