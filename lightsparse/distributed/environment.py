@@ -17,7 +17,7 @@ def is_first_rank() -> bool:
 
 def launched_ranks() -> tuple[int, int] | None:
     """(ranks on each machine, machines) where torchrun or SLURM has started the ranks; None where we shall."""
-    if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:  # by torchrun; Lightning sets the first alone
+    if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:  # by torchrun; ours sets the first alone
         ranks, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return here, ranks // here
     if "SLURM_NTASKS" in os.environ and _of_srun():
