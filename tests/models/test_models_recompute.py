@@ -34,7 +34,7 @@ def window(shape):
     return SlidingWindowAttention(SlidingWindowConfig(window=11, sinks=2, block=8), shape)
 
 
-def built(core, *, checkpoint, chunk=1000, **fields):
+def built(core, *, chunk=1000, **fields):
     torch.manual_seed(0)
     config = ModelConfig(
         depth=2,
@@ -43,7 +43,6 @@ def built(core, *, checkpoint, chunk=1000, **fields):
         kv_heads=1,
         head_dim=8,
         qk_norm=True,
-        activation_checkpointing=checkpoint,
         chunk=chunk,
         **fields,
     )
