@@ -29,7 +29,7 @@ WRONG = {
     "strategy=ddp strategy.timeout=0": "strategy.timeout is 0; it counts seconds",
     "strategy=ddp strategy.context_parallel_size=2": "is 2, which strategy=ddp does not read; use strategy=context ",
     "strategy=fsdp strategy.comm_hook=bf16": "strategy.comm_hook is bf16, which strategy=fsdp does not read; "
-    "use strategy=ddp or context",
+    "use strategy=context or ddp",
     "strategy=fsdp strategy.tiemout=3": "strategy.tiemout is not a key; did you mean strategy.timeout?",
     "strategy=ddp strategy.comm_hook=zip": "strategy.comm_hook is 'zip'; it must be one of none, bf16, powersgd, topk",
     "strategy=ddp strategy.topk_share=0.1": "strategy.topk_share is 0.1, which strategy.comm_hook=none does not read",
