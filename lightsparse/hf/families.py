@@ -11,11 +11,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from lightsparse.config.targets import ConfigError
 from lightsparse.models.rope import RopeConfig
 from lightsparse.models.transformer import ModelConfig
+from lightsparse.utils.text import first_line
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def described(folder: str | Path) -> Described:
     if not path.is_file():
         raise ConfigError(f"{folder} has no config.json; name a folder that transformers' save_pretrained has written")
     family = _family(path)
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    config, frequencies = _built(path)
     for key, allowed in _BUILT_IN.items():
         value = getattr(config, key, allowed[0])
         if value not in allowed:
@@ -99,6 +102,7 @@ def described(folder: str | Path) -> Described:
     if other:
         raise ConfigError(f"{path} has layer_types {', '.join(sorted(other))}; our model knows only full_attention")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope, unknown = _rope(config.rope_parameters, path)
     try:
         model = ModelConfig(
             depth=config.num_hidden_layers,
@@ -107,16 +111,24 @@ def described(folder: str | Path) -> Described:
             kv_heads=config.num_key_value_heads,
             head_dim=head_dim,
             mlp_dim=config.intermediate_size,
-            rope=_rope(config.rope_parameters, path),
+            rope=RopeConfig(**rope),
             qk_norm=family.qk_norm,
             qkv_bias=family.qkv_bias,
             tie_embeddings=bool(config.tie_word_embeddings),
             norm_eps=config.rms_norm_eps,
         )
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+    ours = model.rope.frequencies(head_dim)
+    if ours[0].shape != frequencies[0].shape or not all(
+        torch.allclose(torch.as_tensor(here), torch.as_tensor(there), rtol=1e-5, atol=0)
+        for here, there in zip(ours, frequencies, strict=True)
+    ):
+        keys = f"{', '.join(unknown)} in " if unknown else ""
+        raise ConfigError(
+            f"{path} has {keys}rope_parameters {config.rope_parameters}, by which transformers turns positions "
+            f"otherwise than our {model.rope.scaling} does"
+        )
     return Described(family.architecture, model, config.vocab_size)
 
 
@@ -210,8 +222,11 @@ def their_config(
 
 
 def _family(path: Path) -> Family:
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    kind, architectures = stored.get("model_type"), stored.get("architectures") or []
+    try:
+        stored = json.loads(path.read_bytes())
+        kind, architectures = stored.get("model_type"), stored.get("architectures") or []
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read as a model's config: {first_line(error)}") from error
     for family in FAMILIES:
         if family.model_type == kind and architectures in ([], [family.architecture]):
             return family
@@ -223,11 +238,26 @@ def _family(path: Path) -> Family:
     )
 
 
-def _rope(parameters: dict[str, Any], path: Path) -> RopeConfig:
+def _built(path: Path) -> tuple[PreTrainedConfig, tuple[Tensor, float]]:
+    """The config as a model built from it has it, and that model's radians per token [D/2] and scale of cos and sin.
+
+    Some keys are settled only there: original_max_position_embeddings beside rope_scaling replaces the one inside.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(path.parent), local_files_only=True)
+        with torch.device("meta"):
+            model: Any = AutoModel.from_config(config, attn_implementation="eager")
+        rotary = type(model.rotary_emb)(model.config)
+    except Exception as error:  # each key has a check of its own there, and each check an error of its own
+        raise ConfigError(f"{path} is refused by transformers: {first_line(error)}") from error
+    return model.config, (rotary.inv_freq, rotary.attention_scaling)
+
+
+def _rope(parameters: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Fields of a RopeConfig, and keys that none of them stands for."""
     given = {key: value for key, value in parameters.items() if value is not None}
-    kind = given.pop("rope_type", "default")
+    kind, base = given.pop("rope_type"), given.pop("rope_theta")
     given.pop("type", None)  # the older name of rope_type
-    base = given.pop("rope_theta")
     if kind not in _ROPE_KEYS:
         way_out = ""
         if kind == "dynamic":
@@ -236,15 +266,7 @@ def _rope(parameters: dict[str, Any], path: Path) -> RopeConfig:
                 "by model.rope.scaling=ntk model.rope.factor=…"
             )
         raise ConfigError(f"{path} has rope_type={kind!r}; our model knows {', '.join(_ROPE_KEYS)}{way_out}")
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{path} has a partial_rotary_factor below 1; our model rotates whole heads")
-    if kind == "yarn" and given.pop("truncate", True) is not True:
-        raise ConfigError(f"{path} has truncate=False; our yarn rounds the ends of its ramp")
     scaling, keys = _ROPE_KEYS[kind]
     values = {ours: given.pop(theirs) for ours, theirs in keys.items() if theirs in given}
-    if given:
-        raise ConfigError(f"{path} has rope_parameters {', '.join(given)} for {kind}, which our model does not know")
-    if "factor" in keys and "factor" not in values:
-        raise ConfigError(f"{path} has no factor in rope_parameters; {kind} needs one")
     numbers = {name: int(value) if name == "original_context" else float(value) for name, value in values.items()}
-    return RopeConfig(base=float(base), scaling=scaling, **numbers)  # type: ignore[arg-type]
+    return {"base": float(base), "scaling": scaling, **numbers}, sorted(given)

@@ -20,6 +20,7 @@ from lightsparse.hf.attention import Variant
 from lightsparse.hf.key_mask import key_mask
 from lightsparse.models.layer_pattern import check_layers
 from lightsparse.utils.compat.transformers import KERNEL_WORD
+from lightsparse.utils.text import first_line
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +76,12 @@ def register_exported(folder: str | Path, name: str = "lightsparse_exported") ->
     path = Path(folder) / ATTENTION_FILE
     if not path.is_file():
         raise ConfigError(f"{folder} has no {ATTENTION_FILE}; name a folder written by lightsparse export")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    choice = AttentionChoice.of(stored["attention"])
-    layers, window = stored["layer_pattern"], stored.get("local_window")
-    return register_as(Variant(name, choice, stored["context"], layers, window))
+    try:
+        stored = json.loads(path.read_bytes())
+        attention, context, layers = stored["attention"], stored["context"], stored["layer_pattern"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not as an export leaves it ({first_line(error)}); export it again") from error
+    return register_as(Variant(name, AttentionChoice.of(attention), context, layers, stored.get("local_window")))
 
 
 def refusal(choice: AttentionChoice, shape: AttentionShape) -> str | None:

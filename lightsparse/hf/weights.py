@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -21,6 +21,7 @@ from lightsparse.attention.dense import DenseAttention, DenseConfig
 from lightsparse.config.targets import ConfigError
 from lightsparse.hf.families import described
 from lightsparse.models.transformer import Transformer
+from lightsparse.utils.text import first_line
 
 WHOLE, INDEX, HEAD = "model.safetensors", "model.safetensors.index.json", "lm_head.weight"
 _OF_CORE = ".self_attn.core."  # in the names of what an attention of ours has trained for itself
@@ -103,23 +104,35 @@ def their_name(name: str) -> str:
 
 
 def _held(folder: Path) -> dict[str, Path]:
-    """Name of each weight → its file."""
-    files = [folder / WHOLE]
-    if (folder / INDEX).is_file():
-        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        if any(Path(name).name != name for name in names):
-            raise ConfigError(f"{folder / INDEX} names files of other folders; a model lies in one folder")
-        files = [folder / name for name in sorted(names)]
-    held: dict[str, Path] = {}
-    for path in files:
-        if not path.is_file():
-            raise ConfigError(
-                f"{folder} lacks {path.name}; weights are read from safetensors, as save_pretrained writes"
-            )
-        with safe_open(path, framework="pt") as file:
-            held |= dict.fromkeys(file.keys(), path)
-    # Of old versions of transformers: the frequencies follow from config.json.
-    return {name: path for name, path in held.items() if not name.endswith(".rotary_emb.inv_freq")}
+    """Name of each weight → its file, by transformers' order of precedence: the file or index that config.json names,
+    the whole file, the shards of the index; of a name in two shards the later one."""
+    try:
+        return {name: path for path in _files(folder) for name in _names(path)}
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise ConfigError(f"{folder} has weights that cannot be read: {first_line(error)}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    named = json.loads((folder / "config.json").read_bytes()).get("transformers_weights")
+    there = (name for name in (WHOLE, INDEX) if (folder / name).is_file())
+    first = named or next(there, WHOLE)
+    files = [first]
+    if first.endswith(".index.json"):
+        files = sorted(set(json.loads((folder / first).read_bytes())["weight_map"].values()))
+    for name in files:
+        if Path(name).name != name:
+            raise ConfigError(f"{folder} names {name} among its weights; a model lies in one folder")
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} lacks {name}; weights are read from safetensors, as save_pretrained writes")
+    return [folder / name for name in files]
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        # Of old versions of transformers: the frequencies follow from config.json.
+        return [name for name in file.keys() if not name.endswith(".rotary_emb.inv_freq")]  # noqa: SIM118
 
 
 def _tensor(held: dict[str, Path], name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Numbers in words: counts, durations, sizes."""
+"""Numbers and errors in words."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """Bytes in words: `350 MiB`, `2.4 GiB`."""
     return f"{count / 2**20:,.0f} MiB" if count < 0.95 * _GIB else f"{count / _GIB:,.1f} GiB"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as part of a sentence: its first line, with the next where that only announces it."""
+    line, _, rest = str(error).strip().partition("\n")
+    if line.endswith(":") and rest:
+        line = f"{line} {rest.strip().partition(chr(10))[0]}"
+    return line or type(error).__name__

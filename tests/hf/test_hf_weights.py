@@ -1,6 +1,7 @@
 """Weights of transformers in our model and back: equal logits, equal bits, an error for whatever cannot be equal."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -133,6 +134,87 @@ def test_a_config_json_of_older_versions_is_read_too(tmp_path):
     assert hf.described(tmp_path) == expected
 
 
+# Two places for the same thing, older names, keys without effect: what transformers' model makes of each decides.
+OTHERWISE = ("a factor from the contexts", "part of a head, scaled", "unrounded ends")  # than ours can turn
+TWO_PLACES = {
+    "the context beside the scaling": {
+        "rope_scaling": {"type": "yarn", "factor": 4.0},
+        "original_max_position_embeddings": 24,
+    },
+    "the context in both": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48},
+        "original_max_position_embeddings": 12,
+    },
+    "llama3, the context in both": {
+        "rope_scaling": {key: value for key, value in ROPES["llama3"].items() if key != "rope_theta"},
+        "original_max_position_embeddings": 8,
+    },
+    "the base in both": {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}, "rope_theta": 7e4},
+    "scaling and parameters": {
+        "rope_parameters": ROPES["linear"],
+        "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 20},
+    },
+    "both names of the type": {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 3.0}},
+    "a factor from the contexts": {
+        "rope_scaling": {"type": "yarn", "factor": None},
+        "original_max_position_embeddings": 24,
+    },
+    "part of a head, unscaled": {"partial_rotary_factor": 0.5},
+    "part of a head, scaled": {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "unrounded ends": {"rope_scaling": ROPES["yarn"] | {"truncate": False}},
+    "a context that linear does not read": {"rope_scaling": ROPES["linear"] | {"original_max_position_embeddings": 9}},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        *((LlamaConfig, case) for case in TWO_PLACES),
+        *((kind, "the context in both") for kind in (MistralConfig, Qwen2Config, Qwen3Config)),
+    ],
+)
+def test_positions_turn_as_in_the_model_transformers_builds_or_are_refused(kind, case, tmp_path):
+    saved(tmp_path, config(kind))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    base = stored.pop("rope_parameters")["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"rope_theta": base} | TWO_PLACES[case]))
+    if case in OTHERWISE:
+        with pytest.raises(ConfigError, match=r"by which transformers turns positions otherwise than our [^\n]*$"):
+            hf.load_model(tmp_path)
+        return
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert_equal(our_logits(hf.load_model(tmp_path).eval()), their_logits(theirs))
+
+
+UNREADABLE = {
+    "cut": b'{"model_type": "llama", ',
+    "no object": b"[1]",
+    "no UTF-8": b'{"model_type": "llama", "name": "\xe9"}',
+    "a scaling without its factor": {"rope_scaling": {"type": "yarn"}},
+    "a width in words": {"hidden_size": "wide"},
+    "no heads": {"num_attention_heads": 0},
+    "an unknown scaling": {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}},
+}
+
+
+@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_config_json_that_nobody_can_read_is_one_sentence(content, tmp_path):
+    config().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(path.read_text()), "rope_parameters": None, **content}).encode()
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json (is refused by transformers|cannot be read)[^\n]+$"):
+        hf.described(tmp_path)
+
+
+def test_looking_at_a_folder_draws_no_random_number(tmp_path):
+    config().save_pretrained(tmp_path)
+    before = torch.random.get_rng_state()
+    hf.described(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shard", ["5GB", "40KB"], ids=["one file", "several"])
 def test_a_round_trip_changes_no_bit(dtype, shard, tmp_path):
@@ -150,6 +232,61 @@ def test_a_round_trip_changes_no_bit(dtype, shard, tmp_path):
 
 def weights(folder):
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_the_weights_are_those_that_transformers_takes(tmp_path):
+    """Whole and sharded files of several models in one folder; names in two shards; what config.json names itself."""
+    saved(tmp_path, config(), max_shard_size="40KB")
+    index = tmp_path / "model.safetensors.index.json"
+    ours = hf.load_model(tmp_path).eval()
+
+    def check():
+        hf.load_weights(ours, tmp_path)
+        assert_equal(our_logits(ours), their_logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()))
+        return our_logits(ours)
+
+    sharded = check()
+    first, *_, last = sorted(tmp_path.glob("*-of-*"))
+    name, weight = next(iter(load_file(first).items()))
+    save_file(load_file(last) | {name: weight.flip(0)}, last, {"format": "pt"})  # the index says first
+    twice = check()
+    assert not torch.allclose(sharded, twice)
+    whole = {name: weight.roll(1, 0) for name, weight in weights(tmp_path).items()}
+    save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+    assert not torch.allclose(check(), twice)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"transformers_weights": index.name}))
+    assert torch.allclose(check(), twice)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    for file in tmp_path.glob("*-of-*"):  # the index is stale
+        file.unlink()
+    assert not torch.allclose(check(), twice)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("model.safetensors", b"no header", "cannot be read: "),
+        ("model.safetensors.index.json", b"{", "cannot be read: "),
+        ("model.safetensors.index.json", b'{"metadata": {}}', "cannot be read: 'weight_map'"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../a.safetensors"}}', "names ../a.safetensors among"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "a.safetensors"}}', "lacks a.safetensors"),
+    ],
+)
+def test_weights_that_cannot_be_read_are_one_sentence(name, content, what, tmp_path):
+    saved(tmp_path, config())
+    ours = hf.load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{re.escape(what)}[^\n]*$"):
+        hf.load_weights(ours, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"attention": {}}', b"\xff"])
+def test_an_attention_file_that_is_damaged_is_one_sentence(content, tmp_path):
+    (tmp_path / "lightsparse.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"lightsparse\.json is not as an export leaves it [^\n]*$"):
+        hf.register_exported(tmp_path)
 
 
 def test_what_an_attention_trains_for_itself_starts_fresh_and_stays_here(tmp_path):
@@ -174,7 +311,10 @@ def test_what_an_attention_trains_for_itself_starts_fresh_and_stays_here(tmp_pat
         (config(Qwen3Config, layer_types=["full_attention", "sliding_attention", "full_attention"]), "layer_types"),
         (config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "rope_type='dynamic'"),
         (config(rope_parameters=ROPES["yarn"] | {"mscale": 0.7, "mscale_all_dim": 0.5}), "mscale"),
-        (config(rope_parameters=ROPES["linear"] | {"partial_rotary_factor": 0.5}), "rotates whole heads"),
+        (
+            config(rope_parameters=ROPES["linear"] | {"partial_rotary_factor": 0.5}),
+            "partial_rotary_factor in rope_parameters",
+        ),
         (config(SmolLM3Config), "layers without RoPE"),
     ],
 )
