@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -23,7 +24,10 @@ from lightsparse.utils.refusal import Refusal
 @hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name="config")
 def train(composed: DictConfig) -> float:
     """One run; returns what sweepers minimise: bits per byte, or the share of wrong answers where the data asks."""
-    raw = plain(composed)
+    try:
+        raw = plain(composed)
+    except Refusal as refusal:  # an error here Hydra would announce in its own way first
+        _end(2, str(refusal))
     from lightsparse.cli.work.train import run
 
     return run(raw)
@@ -43,5 +47,9 @@ def main() -> None:
     except Refusal as refusal:
         code, sentence = 2, str(refusal)
     if code:
-        sys.stderr.write(f"{sentence}\n")
-        sys.exit(code)
+        _end(code, sentence)
+
+
+def _end(code: int, sentence: str) -> NoReturn:
+    sys.stderr.write(f"{sentence}\n")
+    sys.exit(code)

@@ -356,7 +356,7 @@ BAD = {
         begins=True,
     ),
     "loss not a number": Row(
-        r"the gradient's norm is nan at step 6, and .*; lower optimizer\.lr",
+        r"the gradient's norm is nan at step 6, after .*; lower optimizer\.lr",
         in_training_step(5, lambda loss: loss * float("nan"), *EARLIER, "health.skip_steps=0"),
         begins=True,
     ),
