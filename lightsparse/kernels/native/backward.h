@@ -94,7 +94,8 @@ inline void QueryRows::add_products(int64_t m0, int rows, [[maybe_unused]] const
 #if defined(__AVX512FP16__)
     if (half) {
       to_keys(s.s, [&](const float *p, int64_t row, int count, int64_t key, int keys) {
-        half_product<true>(keys, Dp, count, p, s.dout_half + row, unscaled(weight_scale, scales.dout), x.dv + key, x.dk);
+        half_product<true>(keys, Dp, count, p, s.dout_half + row, unscaled(weight_scale, scales.dout), x.dv + key,
+                           x.dk);
       });
       to_keys(s.dp, [&](const float *ds, int64_t row, int count, int64_t key, int keys) {
         half_product<true>(keys, Dp, count, ds, s.q_half + row, unscaled(scales.ds, scales.q), x.dk + key, x.kh);

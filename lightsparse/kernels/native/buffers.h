@@ -17,8 +17,8 @@
 
 namespace {
 
-// Hands out pieces of one buffer; without one it only counts their bytes. Under AddressSanitizer no piece may be read or
-// written past its end, and all of them are NaN at first.
+// Hands out pieces of one buffer; without one it only counts their bytes. Under AddressSanitizer a piece ends where it
+// ends, as if it had been allocated by itself, and begins as NaN.
 class Arena {
  public:
   explicit Arena(void *buffer) : base_((char *)buffer) {}

@@ -2,7 +2,7 @@
 
 The file's name is a hash of the sources, the compiler's version and the flags, among them the instruction set, so a
 cache that several machines share never hands one machine the code of another.
-$LIGHTSPARSE_CXXFLAGS adds flags, as .ci/sanitize does.
+$LIGHTSPARSE_CXXFLAGS adds flags, as .ci/sanitize.py does.
 """
 
 from __future__ import annotations

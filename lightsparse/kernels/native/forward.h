@@ -48,8 +48,8 @@ inline void QueryRows::attend(KeyChunks &chunks) {
     }
 }
 
-// p: scores of row m from a column on → weights relative to exp(s.m). Where the row's maximum grows by little, s.m stays
-// as it is: weights up to exp(MAX_SLACK) are as exact as those up to 1, and what has been summed needs no new scale.
+// p: scores of row m from a column on → weights relative to exp(s.m). Where the row's maximum grows by little, s.m
+// stays: weights up to exp(MAX_SLACK) are as exact as those up to 1, and what has been summed needs no new scale.
 inline void QueryRows::online_softmax(int64_t m, float *p, int first_column, int columns) {
   vf most = load(p);
   for (int c = W; c < columns; c += W) most = larger(most, load(p + c));

@@ -1,7 +1,7 @@
 // fp16 matrix products, where the CPU multiplies fp16: C += factor · A · B.
 //
-// FP16_TERMS terms are summed in fp16, those sums in fp32. A lies in a score tile as `store_twice` leaves it (a constant
-// stride: 13 rows have more addresses than there are registers); B is [K][ldb].
+// FP16_TERMS terms are summed in fp16, those sums in fp32. A lies in a score tile, each number twice (`store_twice`), at
+// a constant stride because 13 rows have more addresses than there are registers. B is [K][ldb].
 #pragma once
 
 #include <algorithm>

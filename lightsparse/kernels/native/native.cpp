@@ -15,6 +15,10 @@
 // Names: a unit is one (sample, key/value head); G query heads of it walk one table together, or `tables` tables one by
 // one. Dp = head dim rounded up to 16. A panel holds 16 keys transposed, [D][16], so that scores of 16 keys are one
 // vector.
+//
+// The headers, each building on those before: arguments, constants, vectors; products, half_products, rows, dropout,
+// threads, ranges; buffers, call, pack; key_chunks, query_rows, scores, forward, backward; portion, walk_forward,
+// walk_backward.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

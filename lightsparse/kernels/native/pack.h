@@ -41,8 +41,8 @@ void pack_block(Call &call, int64_t unit, int64_t block, Scratch &s) {
     const int64_t to = (unit * a.Nkv + key) * Dp;
 #if defined(__AVX512FP16__)
     if (call.half) {
-      read_row(true, call.backward ? a.k : a.v, call.backward ? call.offset_k(unit, key) : call.offset_v(unit, key), a.D,
-               Dp, 1.f, s.rows16);
+      read_row(true, call.backward ? a.k : a.v, call.backward ? call.offset_k(unit, key) : call.offset_v(unit, key),
+               a.D, Dp, 1.f, s.rows16);
       halves_of(s.rows16, Dp, call.unit_scale[unit], (call.backward ? call.kh : call.vh) + to);
     }
 #endif

@@ -46,7 +46,7 @@ void write_row(bool bf16, void *base, int64_t offset, int64_t D, float scale, co
   }
 }
 
-// The power of two that brings numbers of at most `most` to at most 1, as far as that power is a normal number.
+// The power of two that brings numbers up to `most` to at most 1, or near 1 where it would leave the normal numbers.
 inline float scale_to_one(float most) {
   int exponent = 0;
   if (most > 0.f && most < INF) std::frexp(most, &exponent);

@@ -114,7 +114,7 @@ inline vf exp_of(vf x) {
 #endif
 }
 
-// exp(x − shift). With HALF for weights that become fp16: from 2^fraction, 1 ± 3e-6 but for the rounding of the exponent.
+// exp(x − shift). HALF: for weights that become fp16, from 2^fraction, 1 ± 3e-6 but for the exponent's rounding.
 template <bool HALF>
 inline vf exp_of_difference(vf x, float shift) {
 #if defined(__AVX512FP16__)
