@@ -17,6 +17,7 @@ from lightsparse.kernels.operator import with_gradients
 from lightsparse.kernels.torch_ops.call import Call, Gradients
 from lightsparse.kernels.torch_ops.lists import Lists
 from lightsparse.patterns.layout import BlockLayout, no_dense_rows
+from lightsparse.utils.compat.torch import softmax_backward
 
 _INDICES = 1 << 17  # key blocks or queries of the lists that are looked up at once
 _DENSE_ROW_SCORES = 1 << 22  # of a tile of queries that read everything
@@ -90,7 +91,7 @@ def add_gradients(lists: Lists, sums: Gradients) -> None:
         if (keep_LMC := part.dropout_LMC()) is not None:
             dp_LMC.mul_(keep_LMC)
             weights_LMC = p_LMC * keep_LMC
-        ds_LMC = torch.ops.aten._softmax_backward_data(dp_LMC, p_LMC, -1, call.dtype)
+        ds_LMC = softmax_backward(dp_LMC, p_LMC)
         if sums.dlse_LM is not None:  # d lse / d s = p
             ds_LMC.addcmul_(p_LMC, sums.dlse_LM[of_call, :, None].to(call.dtype))
         if sums.dbias_LGK is not None:
