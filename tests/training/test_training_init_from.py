@@ -81,7 +81,7 @@ def test_a_run_continues_from_its_own_checkpoint_and_not_from_the_folder_again(t
 
 
 def test_where_a_run_starts_from_is_part_of_what_it_is(tiny, llama):
-    (_, without), (_, given) = tiny(*FORM), tiny(f"init_from={llama()}", *FORM)
+    without, given = tiny(*FORM).composed, tiny(f"init_from={llama()}", *FORM).composed
     assert config_hash(without) != config_hash(given)
     assert [line.partition(":")[0] for line in differences(without, given)] == ["init_from"]
 
