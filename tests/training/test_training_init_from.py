@@ -153,15 +153,15 @@ def test_what_does_not_fit_is_refused_before_the_run_with_the_overrides_that_hel
         check(config)
     words = [word for word in str(refused.value).split() if word.startswith("model.")]
     assert set(words) == set(FORM)
-    check(tiny(f"init_from={folder}", *words)[0])
+    check(tiny(f"init_from={folder}", *words))
     with pytest.raises(ConfigError, match=r"has no config\.json"):
-        check(tiny(f"init_from={folder}/nowhere", *words)[0])
+        check(tiny(f"init_from={folder}/nowhere", *words))
     (tmp_path / "a_run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"is a run; export it first: lightsparse export run="):
-        check(tiny(f"init_from={tmp_path / 'a_run'}", *words)[0])
+        check(tiny(f"init_from={tmp_path / 'a_run'}", *words))
     with pytest.raises(ConfigError, match="embeddings of 300 tokens, and the data's tokenizer has 256"):
-        check(tiny(f"init_from={llama(300)}", *words)[0])
+        check(tiny(f"init_from={llama(300)}", *words))
     stored = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(stored | {"mlp_bias": True}))
     with pytest.raises(ConfigError, match="mlp_bias=True"):
-        check(tiny(f"init_from={folder}", *words)[0])
+        check(tiny(f"init_from={folder}", *words))

@@ -205,7 +205,7 @@ def test_a_step_with_what_is_not_a_number_is_not_taken(
 
     trainer = trainer_for(config, Poison())
     trainer._default_root_dir = str(tmp_path)  # where the batch goes
-    with pytest.raises(NonFiniteError, match=r"at step 4, and health.skip_steps=1 .*; lower optimizer\.lr"):
+    with pytest.raises(NonFiniteError, match=r"at step 4, after health.skip_steps=1 .*; lower optimizer\.lr"):
         trainer.fit(module, datamodule=data)
     assert all(torch.equal(value, dict(module.named_parameters())[name]) for name, value in seen.items())
     assert module.health.skipped == 2

@@ -404,7 +404,7 @@ def test_a_signal_saves_the_step_under_way_ends_with_75_and_changes_no_bit(
 
 @pytest.mark.usefixtures("quick")
 def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing_saved(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny("checkpoint.every_n_steps=2")
+    config = tiny("checkpoint.every_n_steps=2", "checkpoint.background=false")
     training_step = LanguageModel.training_step
 
     def interrupted(self: LanguageModel, given: Any, batch_idx: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ def test_a_run_with_a_bpe_keeps_it_resumes_with_it_and_writes_text(tiny, tmp_pat
     run = tmp_path / "runs" / "tiny"
     first = fit(tiny(*BPE, "trainer.max_steps=5"))
     kept = load_folder(run)
-    assert kept.vocab_size == 300 and tokenizer_of(tiny(*BPE)[0].data, run).fingerprint == kept.fingerprint
+    assert kept.vocab_size == 300 and tokenizer_of(tiny(*BPE).data, run).fingerprint == kept.fingerprint
     assert caplog.text.count("trained a BPE") == 1
     second = fit(tiny(*BPE, "trainer.max_steps=8"))
     assert caplog.text.count("trained a BPE") == 1  # it was loaded
@@ -35,7 +35,7 @@ def test_bits_per_byte_of_an_untrained_model_are_those_of_its_bytes(tiny):
     by_bytes = fit(tiny("trainer.max_steps=1", "optimizer.lr=0", "name=a"))
     by_bpe = fit(tiny(*BPE, "trainer.max_steps=1", "optimizer.lr=0", "name=b"))
     assert by_bytes["val_bits_per_byte"] == pytest.approx(8, rel=0.05)
-    data = tiny(*BPE)[0].data
+    data = tiny(*BPE).data
     samples = data.samples(0, 512)
     labels = np.concatenate([samples.val[i]["labels"].numpy() for i in range(len(samples.val))])
     labels = labels[labels >= 0]
@@ -56,7 +56,7 @@ def test_what_a_given_up_run_left_is_not_taken_for_the_tokenizer_of_a_new_one(ti
     train_bpe(["another text " * 100], 300).save(run)
     fit(tiny("trainer.max_steps=2"))
     assert not (run / TOKENIZER).exists()
-    assert tokenizer_of(tiny()[0].data, run).fingerprint == ByteTokenizer.fingerprint
+    assert tokenizer_of(tiny().data, run).fingerprint == ByteTokenizer.fingerprint
 
 
 def test_the_objective_mlm_hides_behind_the_tokenizer_s_own_mask(tiny, tmp_path):

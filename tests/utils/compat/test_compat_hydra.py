@@ -68,10 +68,8 @@ def test_an_interpolation_that_leads_nowhere_has_a_place() -> None:
 
 
 def test_overrides_are_read_as_hydra_reads_them() -> None:
-    words = ["seed=3", "attention.windw=1,2", "+attention.windw=4", "data.context=choice(64,128)"]
-    assert compat.with_added(words, "attention.windw") == [
-        *("seed=3", "+attention.windw=1", "+attention.windw=4", "data.context=64"),
-    ]
+    words = ["seed=3", "attention.windw=1,2", "+attention.windw=4", "data.context=choice(64,128)", "x=interval(0,1)"]
+    assert compat.single_words(words) == ["seed=3", "attention.windw=1", "+attention.windw=4", "data.context=64"]
 
 
 @pytest.fixture
