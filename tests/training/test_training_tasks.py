@@ -134,7 +134,7 @@ def test_an_interrupted_run_with_dropout_ends_with_the_same_bits(task: Tiny) -> 
 
 
 def test_scores_count_answers_and_whole_examples(task: Tiny) -> None:
-    config, _ = task()
+    config = task()
     model = config_model(config)
     hidden = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(0))
     said = model.logits(hidden).argmax(-1)

@@ -102,7 +102,8 @@ def test_a_process_that_reaches_its_limit_says_so_and_ends_with_2(tmp_path: Path
         (tmp_path / f"{i}.txt").write_text("some words " * 2000)
     script = f"""
         import resource, sys
-        from lightsparse.training import main, run
+        from lightsparse.cli import train as main
+        from lightsparse.training import run
         import psutil, torch
         torch.set_num_threads(1)
         limit = psutil.Process().memory_info().vms + {GIB}
