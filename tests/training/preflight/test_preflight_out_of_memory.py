@@ -60,7 +60,7 @@ def test_the_allocators_own_error_becomes_a_sentence_with_three_settings() -> No
     with pytest.raises(MemoryShortError) as said, memory_named(config, needed):
         raise real_error()
     sentence = str(said.value)
-    assert sentence.startswith(f"out of memory: this run takes about {needed}, and of ") and "\n" not in sentence
+    assert sentence.startswith(f"out of memory: this run takes about {needed}, and ") and "\n" not in sentence
     assert sentence.count("(about ") == 3 and "data.batch_size=" in sentence
 
 
