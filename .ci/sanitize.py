@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = ROOT / "lightsparse" / "kernels" / "native"
 FLAGS = "-g -fsanitize=address,undefined -fno-sanitize-recover=all"
+PRELOADED = ("libasan.so", "libstdc++.so.6")
 TIME_LIMIT = 900  # seconds per process
 
 EDGE = "test_what_is_skipped_beside_an_edge_is_hidden"
@@ -59,18 +60,16 @@ FAULTS = [
     Fault("an overflow", "pack.h", "a.kv_block, a.Nkv}", "a.kv_block, a.Nkv * INT64_MAX}", "signed integer overflow"),
 ]
 
-BUILD = """
-import pathlib, sys
-from lightsparse.kernels.native import build
-build.SOURCE = pathlib.Path(sys.argv[1])
-build.build()
-"""
-CALL = (
-    BUILD
+ALONE = "import os, sys; del os.environ['LD_PRELOAD']\n"  # the compiler that this process starts needs no sanitizer
+RUN_TESTS = ALONE + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+RUN_FAULT = (
+    ALONE
     + """
-import torch
+import pathlib, torch
 from lightsparse.kernels import block_sparse_attention
+from lightsparse.kernels.native import build
 from lightsparse.patterns import LocalWindow
+build.SOURCE = pathlib.Path(sys.argv[1])
 q, k, v = torch.randn(3, 1, 2, 70, 32).unbind()
 layout = LocalWindow(40).layout(70, block=24)
 block_sparse_attention(q, k.requires_grad_(), v, layout, backend="native").sum().backward()
@@ -78,15 +77,15 @@ block_sparse_attention(q, k.requires_grad_(), v, layout, backend="native").sum()
 )
 
 
-def python(*arguments: str, sanitized: bool, flags: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CXX": "g++", "LIGHTSPARSE_CXXFLAGS": f"{flags} {FLAGS}", "PYTHONPATH": str(ROOT)}
-    if sanitized:  # the sanitizer comes first, and the C++ library so that it finds what throws
-        libraries = (library("libasan.so"), library("libstdc++.so.6"))
-        environment |= {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}  # Python leaves some
-    command = [sys.executable, *arguments]
-    return subprocess.run(
-        command,
-        env=environment,
+def sanitized(program: str, *arguments: str, optimised: str) -> tuple[int, str]:
+    """Status and output of a Python program whose native kernel is sanitized."""
+    # The sanitizer comes first, and the C++ library so that it finds what throws. Python itself leaks a little.
+    libraries = [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in PRELOADED]
+    environment = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "CXX": "g++"}
+    environment |= {"LIGHTSPARSE_CXXFLAGS": f"{optimised} {FLAGS}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={**os.environ, **environment},
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -94,37 +93,28 @@ def python(*arguments: str, sanitized: bool, flags: str) -> subprocess.Completed
         timeout=TIME_LIMIT,
         check=False,
     )
-
-
-def library(name: str) -> str:
-    return subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+    return done.returncode, done.stdout
 
 
 def run_tests() -> str | None:
     """What is wrong, if anything."""
-    flags = "-Og"
-    built = python("-c", BUILD, str(KERNEL / "native.cpp"), sanitized=False, flags=flags)
-    if built.returncode:
-        return f"the kernel does not build with sanitizers:\n{built.stdout}"
     names = [f"tests/kernels/test_kernels_native.py::{test}" for test in TESTS]
-    done = python("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *names, sanitized=True, flags=flags)
-    say(done.stdout)
-    return f"the tests end with status {done.returncode}" if done.returncode else None
+    status, output = sanitized(RUN_TESTS, "-n", "0", "-p", "no:cacheprovider", *names, optimised="-Og")
+    say(output)
+    return f"the tests end with status {status}" if status else None
 
 
 def run_fault(fault: Fault, folder: Path) -> str | None:
-    flags = "-O0"
+    """What is wrong, if anything."""
     shutil.copytree(KERNEL, folder)
     file = folder / fault.file
     text = file.read_text()
     if text.count(fault.text) != 1:
         return f"{fault.what} cannot be planted: {fault.file} must have {fault.text!r} once"
     file.write_text(text.replace(fault.text, fault.planted))
-    source = str(folder / "native.cpp")
-    built = python("-c", BUILD, source, sanitized=False, flags=flags)
-    done = python("-c", CALL, source, sanitized=True, flags=flags)
-    if built.returncode or not done.returncode or fault.report not in done.stdout:
-        return f"{fault.what} goes unnoticed (status {done.returncode}):\n{built.stdout}{done.stdout}"
+    status, output = sanitized(RUN_FAULT, str(folder / "native.cpp"), optimised="-O0")
+    if not status or fault.report not in output:
+        return f"{fault.what} goes unnoticed (status {status}):\n{output}"
     say(f"{fault.what}: noticed ({fault.report})\n")
     return None
 

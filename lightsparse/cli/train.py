@@ -10,22 +10,23 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from itertools import groupby
 from typing import NoReturn
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from lightsparse.config.compose import HYDRA_VERSION, conf_dir, plain, refused_in_words
+from lightsparse.config.compose import HYDRA_VERSION, composed, conf_dir, plain, refused_in_words
 from lightsparse.distributed.environment import is_first_rank
 from lightsparse.sweep.launcher import ending, register_launcher
 from lightsparse.utils.refusal import Refusal
 
 
 @hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name="config")
-def train(composed: DictConfig) -> float:
+def train(config: DictConfig) -> float:
     """One run; returns what sweepers minimise: bits per byte, or the share of wrong answers where the data asks."""
     try:
-        raw = plain(composed)
+        raw = plain(config)
     except Refusal as refusal:  # an error here Hydra would announce in its own way first
         _end(2, str(refusal))
     from lightsparse.cli.work.train import run
@@ -38,16 +39,35 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lightsparse").setLevel(logging.INFO if is_first_rank() else logging.WARNING)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them in its own way
-    register_launcher()
+    flags = {word for word in sys.argv[1:] if word.startswith("-")}
+    words = [word for word in sys.argv[1:] if word not in flags]
     code, sentence = 0, ""
     try:
-        with refused_in_words([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]):
+        if flags and flags <= {"-h", "--help"}:
+            sys.stdout.write(_help(words))
+            return
+        register_launcher()
+        with refused_in_words([word for word in words if "=" in word]):
             train()
         code, sentence = ending()
     except Refusal as refusal:
         code, sentence = 2, str(refusal)
     if code:
         _end(code, sentence)
+
+
+def _help(words: list[str]) -> str:
+    """What there is to choose and to set; Hydra's own takes seconds, as it reads conf/ anew for every group."""
+    files = sorted(conf_dir().glob("*/*.yaml"))
+    choices = [
+        f"{group}: {', '.join(file.stem for file in of)}" for group, of in groupby(files, lambda file: file.parent.name)
+    ]
+    return "\n".join((
+        "python train.py [group=choice …] [key=value …] [-m for a sweep over key=value,value]",
+        "\nGroups and their choices\n", *choices,
+        f"\nKeys and their values{' with these words' if words else ''}\n", OmegaConf.to_yaml(composed(words)),
+        "--cfg job prints these alone; --hydra-help says what Hydra itself takes\n",
+    ))  # fmt: skip
 
 
 def _end(code: int, sentence: str) -> NoReturn:
