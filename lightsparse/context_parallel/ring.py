@@ -63,18 +63,18 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, shard: ContextShard, dropout: Dropout | None):
         total = torch.zeros(q.shape, dtype=_precise(q), device=q.device)
-        lse = torch.full(q.shape[:3], float("-inf"), dtype=_precise(q), device=q.device)
+        lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float64, device=q.device)  # as in kernels/operator.py
         for hop, share in _passing(torch.cat([k, v], -1), plan, shard):
             if plan.layouts[hop] is None:
                 continue
             out_c, lse_c = _partial(q, share, plan, hop, dropout)
             both = torch.logaddexp(lse, lse_c)
-            total = total * _weight(lse, both) + out_c * _weight(lse_c, both)
+            total.mul_(_weight(lse, both)).add_(out_c * _weight(lse_c, both))
             lse = both
         out = total.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.shard, ctx.dropout = plan, shard, dropout
-        return out, lse
+        return out, lse.to(_precise(q))
 
     @staticmethod
     @once_differentiable
@@ -92,7 +92,7 @@ class _Ring(torch.autograd.Function):
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in (q, share)]
                 out_c, lse_c = _partial(inputs[0], inputs[1], plan, hop, ctx.dropout)
-            weight = _weight(lse_c.detach(), lse)
+            weight = _weight(lse_c.detach(), lse).to(grad_q.dtype)
             along = (grad_out * (out_c.detach() - out)).sum(-1) + grad_lse
             found = torch.autograd.grad(
                 (out_c, lse_c), inputs, ((weight * grad_out).to(q.dtype), weight[..., 0] * along)

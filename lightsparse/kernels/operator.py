@@ -1,7 +1,8 @@
 """Our kernels as operators: torch.compile and activation checkpointing see one node with its own backward.
 
 Kept for the backward: q, k, v, the bias, the small tensors of layout and dropout, the output and its log-sum-exp. The
-scores are computed again.
+scores are computed again. The log-sum-exp is fp64 within: of n equal scores of 1e8 it is 1e8 + log n, which fp32 rounds
+to 1e8, and weights exp(score − lse) would then be n times too large.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightsparse.kernels import layout_arguments
 from lightsparse.kernels.compute_dtype import sum_dtype
 
-# (q, k, v, layout, scale, bias, dropout) → out [B, H, Nq, D] in q's dtype, lse [B, H, Nq] in fp32 (fp64 for fp64)
+# (q, k, v, layout, scale, bias, dropout) → out [B, H, Nq, D] in q's dtype, lse [B, H, Nq] in fp64
 Forward = Callable[..., tuple[Tensor, Tensor]]
 # (grad_out, grad_lse or None, out, lse, *those of the forward) → gradients of q, k, v and the bias (None without one)
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
@@ -24,8 +26,16 @@ _INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor? bias, {layout_arguments.SCHEMA
 _TENSORS = 4 + layout_arguments.TENSORS  # of the inputs, the first so many
 
 
+def has_tangent(x: Tensor) -> bool:
+    """Whether torch.func.jvp or torch.autograd.forward_ad differentiates by x: an operator would drop that."""
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
 def with_gradients(name: str, forward: Forward, backward: Backward) -> Forward:
-    """The operators lightsparse::<name> and …_backward, as a differentiable function with the forward's arguments."""
+    """The operators lightsparse::<name> and …_backward, as a differentiable function with the forward's arguments.
+
+    Its lse is fp32, fp64 for fp64. It has no forward-mode derivative and raises NotImplementedError where one is asked.
+    """
 
     def arguments(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         q, k, v, bias, *flat, scale = inputs
@@ -39,7 +49,7 @@ def with_gradients(name: str, forward: Forward, backward: Backward) -> Forward:
 
     @run.register_fake
     def _(q, *_):
-        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float64)
 
     @torch.library.custom_op(
         f"lightsparse::{name}_backward",
@@ -71,6 +81,9 @@ def with_gradients(name: str, forward: Forward, backward: Backward) -> Forward:
     run.register_autograd(gradients, setup_context=keep)
 
     def attention(q, k, v, layout, scale, bias, dropout):
-        return run(q, k, v, bias, *layout_arguments.flat(layout, dropout), scale)
+        if not torch.compiler.is_compiling() and any(has_tangent(x) for x in (q, k, v, bias) if x is not None):
+            raise NotImplementedError(f"backend {name!r} has no forward-mode derivative; use backend=reference")
+        out, lse = run(q, k, v, bias, *layout_arguments.flat(layout, dropout), scale)
+        return out, lse.to(sum_dtype(q))
 
     return attention

@@ -32,12 +32,12 @@ def _dense_attention(
     allowed = layout.to_dense()
     scores = scores.masked_fill(~allowed.repeat_interleave(heads // allowed.shape[1], 1), float("-inf"))
 
-    lse = scores.logsumexp(-1)
-    weights = torch.where(lse[..., None] > float("-inf"), (scores - lse[..., None]).exp(), 0.0)
+    nothing = (scores == float("-inf")).all(-1, keepdim=True)  # to read: softmax would be NaN there, and is 0
+    weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
     if dropout is not None:
         at = torch.arange(layout.num_keys, device=q.device)[None, None]
         weights = weights * keep_scale(dropout, torch.arange(heads, device=q.device), layout.mask.q_pos, at, dtype)
-    return (weights @ values).to(q.dtype), lse
+    return (weights @ values).to(q.dtype), scores.logsumexp(-1)
 
 
 def _per_pair(bias: Tensor, layout: BlockLayout, heads: int) -> Tensor:

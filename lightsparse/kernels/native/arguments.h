@@ -9,7 +9,7 @@ extern "C" struct Args {  // the fields of build.Arguments in the same order, ea
   const void *q, *k, *v, *out_saved, *dout;  // strides below; the last dimension is contiguous
   int64_t sq[3], sk[3], sv[3], sdo[3];       // elements per sample, head, token
   void *out, *dq, *dk, *dv;                  // contiguous, as is out_saved
-  float *lse;                                // [B, H, Nq]
+  double *lse;                               // [B, H, Nq]
   const float *dlse;                         // [B, H, Nq] or null
   const int32_t *table;                      // [table_batch, table_heads, NQ, K]: key blocks, -1 padded
   const uint8_t *dense_row;                  // [NQ]: whether these queries read every key

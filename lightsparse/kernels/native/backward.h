@@ -15,7 +15,7 @@ inline void QueryRows::backward(KeyChunks &chunks) {
   const Args &a = call.a;
   const int64_t Dp = call.Dp;
   for (int64_t m = 0; m < M; m++)  // dq is not in use yet: there is room for the output
-    call.read_gradient(b, head(m), first + m % R, s.dout + m * Dp, s.dq + m * Dp, s.m[m], s.delta[m]);
+    call.read_gradient(b, head(m), first + m % R, s.dout + m * Dp, s.dq + m * Dp, s.m[m], s.l[m], s.delta[m]);
   std::memset(s.dq, 0, M * Dp * 4);
   add_gradients(chunks);
   for (int64_t m = 0; m < M; m++) write_row(a.bf16, a.dq, index(m) * a.D, a.D, (float)a.scale, s.dq + m * Dp);
@@ -143,9 +143,9 @@ inline void QueryRows::softmax_gradients(int64_t m0, int rows, float ds_scale, b
       for (int r = 0; r < rows; r++) {
         if constexpr (drop) keep_row(m0 + r, s.keep);
         float *p = s.s + r * TILE_STRIDE, *dp = s.dp + r * TILE_STRIDE;
-        const float lse = s.m[m0 + r] - weight_log, delta = s.delta[m0 + r] * scale;
+        const float lse = s.m[m0 + r], rest = s.l[m0 + r] - weight_log, delta = s.delta[m0 + r] * scale;
         for (int c = begin[r / GROUP], n = end[r / GROUP]; c < n; c += W) {
-          const vf x = exp_of_difference<halves>(load(p + c), lse);
+          const vf x = exp_of_difference<halves>(load(p + c), lse, rest);
           vf kept = x, dx = load(dp + c) * scale;
           if constexpr (drop) kept *= load(keep + c), dx *= load(keep + c);
           put<halves>(p + c, kept);

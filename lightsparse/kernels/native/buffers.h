@@ -57,7 +57,7 @@ struct Pick {  // one entry of the table, for one query head
 
 struct Scratch {  // of one thread
   float *q, *dout, *sums, *dq;         // [rows at once][Dp]; sums: out
-  float *m, *l, *delta;                // [rows at once], l [rows at once][W]; in the backward m is the lse
+  float *m, *l, *delta;                // [rows at once], l [rows at once][W]; in the backward m + l[row] is the lse
   int32_t *pos, *doc;                  // [rows at once]
   RowRange *range;                     // [rows at once / GROUP]
   uint64_t *hash;                      // [rows at once]

@@ -143,15 +143,18 @@ struct Call {
   }
   const KeyRange *ranges_of_sample(int64_t b) const { return key_ranges + (mask_batch == 1 ? 0 : b) * panels; }
 
-  // Of one row: the gradient of its output, its lse (+inf where it reads nothing: P = exp(S − inf) = 0) and delta.
-  void read_gradient(int64_t b, int64_t h, int64_t i, float *dout, float *out, float &lse, float &delta) const {
+  // Of one row: the gradient of its output, its lse in two parts, and delta. Where it reads nothing, the lse is +inf:
+  // P = exp(S − inf) = 0.
+  void read_gradient(int64_t b, int64_t h, int64_t i, float *dout, float *out, float &lse, float &rest,
+                     float &delta) const {
     const int64_t at = (b * a.H + h) * a.Nq + i;
     read_row(a.bf16, a.dout, b * a.sdo[0] + h * a.sdo[1] + i * a.sdo[2], a.D, Dp, 1.f, dout);
     read_row(a.bf16, a.out_saved, at * a.D, a.D, Dp, 1.f, out);
     vf sum = vf{};
     for (int64_t d = 0; d < Dp; d += W) sum += load(dout + d) * load(out + d);
     const bool empty = a.lse[at] == -INF;
-    lse = empty ? INF : a.lse[at];
+    lse = empty ? INF : (float)a.lse[at];
+    rest = empty ? 0.f : (float)(a.lse[at] - lse);
     delta = empty ? 0.f : sum_of(sum) - (a.dlse ? a.dlse[at] : 0.f);
   }
 
@@ -159,7 +162,7 @@ struct Call {
     const bool empty = m == -INF;
     if (half_of(unit)) l /= weight_scale;
     write_row(a.bf16, a.out, to * a.D, a.D, empty ? 0.f : 1.f / l, sums);
-    a.lse[to] = empty ? -INF : m + std::log(l);
+    a.lse[to] = empty ? -INF : m + std::log((double)l);
   }
 };
 

@@ -32,7 +32,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, bias: Tensor | None, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float64, device=q.device)
     call = _Call(q, k, v, layout, scale, bias, dropout)
     call.put(out=out, lse=lse)
     call.run(of_backward=False)

@@ -75,9 +75,9 @@ inline void QueryRows::online_softmax(int64_t m, float *p, int first_column, int
   if (call.a.drop_keys) keep_row(m, s.keep);
   with_constants([&](auto halves, auto drop) {
     vf sum = load(s.l + m * W);
-    const float shift = now - weight_log, *keep = s.keep + first_column;
+    const float rest = halves ? -weight_log : 0.f, *keep = s.keep + first_column;
     for (int c = 0, n = columns; c < n; c += W) {
-      vf x = exp_of_difference<halves>(load(p + c), shift);
+      vf x = exp_of_difference<halves>(load(p + c), now, rest);
       sum += x;
       if constexpr (drop) x *= load(keep + c);
       put<halves>(p + c, x);

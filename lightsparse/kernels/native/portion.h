@@ -109,13 +109,13 @@ struct Portion {  // queries first … stop − 1 of a unit
     const Args &a = call.a;
     const int64_t Dp = call.Dp, count = (stop - first) * heads;
     each_row([&](int64_t row, int64_t h, int64_t i) {
-      call.read_gradient(b, h, i, s.row_dout + row * Dp, s.rows16, s.row_m[row], s.row_delta[row]);
+      call.read_gradient(b, h, i, s.row_dout + row * Dp, s.rows16, s.row_m[row], s.row_l[row], s.row_delta[row]);
     });
     std::memset(s.row_sums, 0, count * Dp * 4);
     each_tile([&](QueryRows &rows, KeyChunks &chunks) {
       for (int64_t m = 0; m < rows.M; m++) {
         const int64_t row = rows.picks[m].row;
-        s.m[m] = s.row_m[row], s.delta[m] = s.row_delta[row];
+        s.m[m] = s.row_m[row], s.l[m] = s.row_l[row], s.delta[m] = s.row_delta[row];
         std::memcpy(s.dout + m * Dp, s.row_dout + row * Dp, Dp * 4);
         std::memcpy(s.dq + m * Dp, s.row_sums + row * Dp, Dp * 4);
       }

@@ -114,13 +114,14 @@ inline vf exp_of(vf x) {
 #endif
 }
 
-// exp(x − shift). HALF: for weights that become fp16, from 2^fraction, 1 ± 3e-6 but for the exponent's rounding.
+// exp((x − most) − rest): of large scores their sum `most + rest` would lose the rest. HALF: for weights that become
+// fp16, from 2^fraction, 1 ± 3e-6 but for the exponent's rounding.
 template <bool HALF>
-inline vf exp_of_difference(vf x, float shift) {
+inline vf exp_of_difference(vf x, float most, float rest) {
 #if defined(__AVX512FP16__)
   if constexpr (HALF) {
     constexpr int FRACTION = 0x9;  // what is above the integer below; 0 of −inf
-    const __m512 exponent = _mm512_fmsub_ps((__m512)x, _mm512_set1_ps(LOG2E), _mm512_set1_ps(shift * LOG2E));
+    const __m512 exponent = _mm512_fmsub_ps((__m512)(x - most), _mm512_set1_ps(LOG2E), _mm512_set1_ps(rest * LOG2E));
     const vf r = (vf)_mm512_reduce_ps(exponent, FRACTION);
     vf p = r * 0.013534168f + 0.05201146108f;
     p = p * r + 0.2414427561f;
@@ -129,7 +130,7 @@ inline vf exp_of_difference(vf x, float shift) {
     return (vf)_mm512_scalef_ps((__m512)p, exponent);
   }
 #endif
-  return exp_of(x - shift);
+  return exp_of(x - most - rest);
 }
 
 }  // namespace

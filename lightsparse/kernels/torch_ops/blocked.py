@@ -26,7 +26,7 @@ _DENSE_ROW_SCORES = 1 << 22  # of a tile of queries that read everything
 def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, bias: Tensor | None, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, Nq, D] in q's dtype and lse [B, H, Nq] in fp32 (fp64 for fp64)."""
+    """out [B, H, Nq, D] in q's dtype and lse [B, H, Nq] in fp64."""
     call = Call(q, k, v, layout, scale, bias, dropout, compute_dtype(q.dtype, q.device))
     out_LMD, lse_LM = call.nothing_read(q.dtype)
     for lists in _all_lists(call):
@@ -71,7 +71,7 @@ def attend(lists: Lists, out_LMD: Tensor, lse_LM: Tensor) -> None:
         scores_LMC = part.masked_scores(part.gathered(call.k_YSD))
         most_LM1, p_LMC = _softmax(scores_LMC, call.sum_dtype)
         # The largest weight is exp(most − lse): no exp is needed. Where nothing is read, −inf − log 0 would be NaN.
-        lse_LM1 = most_LM1 - p_LMC.amax(-1, keepdim=True).log()
+        lse_LM1 = most_LM1.double() - p_LMC.amax(-1, keepdim=True).log()
         lse_LM[part.of_call] = torch.where(most_LM1 == float("-inf"), most_LM1, lse_LM1).squeeze(-1)
         p_LMC = p_LMC.to(call.dtype)
         if (keep_LMC := part.dropout_LMC()) is not None:

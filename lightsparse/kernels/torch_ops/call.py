@@ -73,7 +73,7 @@ class Call:
     def nothing_read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The output [L, M, D] and log-sum-exp [L, M] of queries that read nothing, to be filled."""
         out_LMD = torch.zeros(self.q_LMD.shape, dtype=dtype, device=self.device)
-        return out_LMD, out_LMD.new_full(out_LMD.shape[:2], float("-inf"), dtype=self.sum_dtype)
+        return out_LMD, out_LMD.new_full(out_LMD.shape[:2], float("-inf"), dtype=torch.float64)
 
     def _by_block(self, x: Tensor, filled: int = 0) -> Tensor:
         """Numbers [B|1, Nkv] or vectors [B, Hkv, Nkv, D] of keys, their dimension cut into [J, S]."""

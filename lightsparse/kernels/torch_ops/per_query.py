@@ -31,7 +31,7 @@ _SCORES = 1 << 18  # numbers in the tiles worked on at once
 def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, bias: Tensor | None, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, Nq, D] in q's dtype and lse [B, H, Nq] in fp32 (fp64 for fp64)."""
+    """out [B, H, Nq, D] in q's dtype and lse [B, H, Nq] in fp64."""
     call = Call(q, k, v, layout, scale, bias, dropout, sum_dtype(q))
     out_LMD, lse_LM = call.nothing_read(q.dtype)
     for lists, tiles in _portions(call):
@@ -106,14 +106,14 @@ class _ByBlock:
         """Write the lists' rows of the output and of the log-sum-exp."""
         call, tiles, places = self.call, self.tiles, self.query_TP.numel()
         parts = self.q_RD.new_zeros(places + 1, call.D)  # the last one is for entries that are none
-        lse = parts.new_full((places + 1,), float("-inf"))
+        lse = parts.new_full((places + 1,), float("-inf"), dtype=torch.float64)
         for at, of in self._some_tiles():
             scores_TPS, _, v_TSD = self._scores(at)
             most = scores_TPS.amax(-1, keepdim=True)
             # A place with no visible key would be exp(−inf + inf) = NaN; its weights are zero.
             p_TPS = torch.exp(scores_TPS.sub_(torch.where(most == float("-inf"), 0.0, most)), out=scores_TPS)
             total = p_TPS.sum(-1, keepdim=True)
-            lse[of] = (most + total.log()).flatten()
+            lse[of] = (most.double() + total.log()).flatten()
             if (keep_TPS := self._dropout(at)) is not None:
                 p_TPS.mul_(keep_TPS)
             part = torch.bmm(p_TPS, v_TSD, out=parts[of].view(*p_TPS.shape[:2], call.D))
@@ -122,7 +122,7 @@ class _ByBlock:
         if self.bias_RK is not None:
             lse_RK = lse_RK + self.bias_RK
         lse_R = lse_RK.logsumexp(-1) if lse_RK.shape[1] else lse_RK.new_full(lse_RK.shape[:1], float("-inf"))
-        weight_RK = (lse_RK - lse_R[:, None]).exp_().masked_fill_((lse_R == float("-inf"))[:, None], 0.0)
+        weight_RK = (lse_RK - lse_R[:, None]).exp_().masked_fill_((lse_R == float("-inf"))[:, None], 0.0).to(call.dtype)
         out_RD = _weighted_sums(parts, tiles.position_RK, weight_RK)
         out_LMD[self.of_call] = out_RD.view(-1, call.M, call.D).to(out_LMD.dtype)
         lse_LM[self.of_call] = lse_R.view(-1, call.M)
@@ -133,15 +133,18 @@ class _ByBlock:
         dout_RD, delta_R = sums.dout_LMD[self.of_call].flatten(0, 1), delta_LM[self.of_call].flatten()
         parts = self.q_RD.new_zeros(places + 1, call.D)
         dbias = None if sums.dbias_LGK is None else parts.new_zeros(places + 1)
-        shift_RK = lse_LM[self.of_call].flatten()[:, None].to(call.dtype)
+        shift_RK = lse_LM[self.of_call].flatten()[:, None]
         shift_RK = torch.where(shift_RK == float("-inf"), float("inf"), shift_RK)
         if self.bias_RK is not None:
             shift_RK = shift_RK - self.bias_RK
-        shift = parts.new_full((places + 1,), float("inf"))  # exp(−inf) = 0: nothing in an empty place counts
-        shift[tiles.position_RK] = shift_RK.expand(tiles.position_RK.shape)
+        shift = torch.full((places + 1,), float("inf"), dtype=torch.float64, device=call.device)
+        shift[tiles.position_RK] = shift_RK.expand(tiles.position_RK.shape)  # elsewhere exp(−inf) = 0: nothing counts
+        most = shift.to(call.dtype)
+        rest = (shift - most).masked_fill_(shift == float("inf"), 0.0).to(call.dtype)
         for at, of in self._some_tiles():
             p_TPS, k_TSD, v_TSD = self._scores(at)
-            p_TPS.sub_(shift[of].view(*p_TPS.shape[:2], 1)).exp_()
+            of_query = (*p_TPS.shape[:2], 1)
+            p_TPS.sub_(most[of].view(of_query)).sub_(rest[of].view(of_query)).exp_()
             dout_TPD = self._gathered(dout_RD, at)
             dp_TPS, weights_TPS = torch.bmm(dout_TPD, v_TSD.mT), p_TPS
             if (keep_TPS := self._dropout(at)) is not None:
