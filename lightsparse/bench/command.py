@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lightsparse.config.targets import did_you_mean
+from lightsparse.utils.atomic_files import writable
 
 MEASUREMENTS = {  # each a module of this package
     "kernels": "block-sparse attention against dense SDPA and FlexAttention; verified, then timed",
@@ -69,6 +70,8 @@ def _measured(args: argparse.Namespace, words: list[str], console: Console, erro
     from lightsparse.bench.report import Report
     from lightsparse.bench.verify import VerificationError
 
+    if args.json:
+        writable(args.json.parent, "--json")
     report = Report(args.command, command=f"lightsparse bench {_without_json(words)}")
     try:
         import_module(f"lightsparse.bench.{args.command}").measure(args, report)

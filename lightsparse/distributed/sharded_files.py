@@ -152,7 +152,7 @@ def _named_errors() -> Iterator[None]:
 
 
 def damage_of_folder(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None. Reads all of it."""
+    """What is wrong with a checkpoint folder, or None. Reads all of it; raises OSError for what cannot be opened."""
     sums: dict[str, int] = {}
     try:
         for path in folder.glob("checksums*.json"):
@@ -168,8 +168,8 @@ def damage_of_folder(folder: Path) -> str | None:
         torch.load(folder / REST, map_location="meta", weights_only=True)
     except (ValueError, pickle.UnpicklingError) as error:
         return f"cannot be understood: {str(error).splitlines()[0]}"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
     missing = sorted(stored - sums.keys())
     return f"{missing[0]} has no checksum" if missing else None
 

@@ -21,6 +21,7 @@ from lightsparse.evaluation.subject import HuggingFaceModel, OwnModel
 from lightsparse.sweep.record import load_record
 from lightsparse.training.checkpoints.load_run import TrainedRun, load_run
 from lightsparse.training.lightning_warnings import quiet_lightning
+from lightsparse.utils.atomic_files import writable
 
 
 def evaluate_run(
@@ -36,10 +37,10 @@ def evaluate_run(
 ) -> Iterator[RenderableType]:
     """What is printed about a run directory, and goes into files, too; by the words of `lightsparse evaluate`."""
     quiet_lightning()
+    where = writable(Path(out or Path(folder) / "evaluation"))
     run = load_run(folder, step)
     about = {"name": run.config.name, "step": run.step, "attention": run.config.attention.name}
     data = run.config.data.with_tokenizer(run.tokenizer)
-    where = Path(out or Path(folder) / "evaluation")
     evaluation = Evaluation(OwnModel(run.model), run.tokenizer, data, where, about)
     yield from _tasks(evaluation, plan)
     if positions:
@@ -60,18 +61,20 @@ def evaluate_model(name: str, plan: EvalPlan, out: str) -> Iterator[RenderableTy
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise ConfigError("model=… needs transformers, which is not installed; pip install transformers") from error
+    where = writable(Path(out))
     tokenizer = HuggingFace(path=name).build(lambda characters: iter(()))
     try:
         model = AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model is {name}, which cannot be loaded: {str(error).splitlines()[0]}") from error
-    yield from _tasks(Evaluation(HuggingFaceModel(model), tokenizer, None, Path(out), {"name": name}), plan)
+    yield from _tasks(Evaluation(HuggingFaceModel(model), tokenizer, None, where, {"name": name}), plan)
     yield f"written to {out}"
 
 
 def evaluate_sweep(folder: str, plan: EvalPlan, *, out: str | None, reach: int | None) -> Iterator[RenderableType]:
     """The same for every run of a sweep, a row each."""
     quiet_lightning()
+    where = writable(Path(out or folder))
     record = load_record(Path(folder))
     if record is None:
         raise ConfigError(
@@ -87,7 +90,6 @@ def evaluate_sweep(folder: str, plan: EvalPlan, *, out: str | None, reach: int |
     for cells in shown(rows)[1:]:
         table.add_row(*cells)
     yield table
-    where = Path(out or folder)
     where.mkdir(parents=True, exist_ok=True)
     yield f"written to {', '.join(map(str, save_side_by_side(rows, where)))}"
 

@@ -17,7 +17,7 @@ from lightsparse.sweep.record import SweepRecord, load_record
 from lightsparse.training.checkpoints.run_directory import RunDirectory
 from lightsparse.training.metrics.metrics_file import read_metrics
 from lightsparse.training.metrics.summary import sweep_metric
-from lightsparse.utils.atomic_files import write_text
+from lightsparse.utils.atomic_files import writable, write_text
 
 _SHOWN = METRICS[:5]
 
@@ -48,8 +48,8 @@ def report(folders: Sequence[Path], out: Path | None = None) -> tuple[list[Group
     remarks = remark_lines(failed, [run for run in runs if run not in whole])
     if not whole:
         raise ConfigError(f"none of {', '.join(map(str, folders))} has a finished run; {'; '.join(remarks)}")
+    out = writable(out or (folders[0] if sweeps else Path()))
     found = groups([_load(run) for run in whole])
-    out = out or (folders[0] if sweeps else Path())
     out.mkdir(parents=True, exist_ok=True)
     title = folders[0].resolve().name if len(folders) == 1 else f"{len(whole)} runs"
     write_text(out / "report.html", page(title, found, remarks))

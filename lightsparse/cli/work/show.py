@@ -18,12 +18,14 @@ from lightsparse.config.targets import ConfigError
 from lightsparse.data.module import DataModule
 from lightsparse.training.checkpoints.load_run import load_run, stored_config
 from lightsparse.training.module import LanguageModel
+from lightsparse.utils.atomic_files import writable
 
 UNTRAINED = "untrained, random input"
 
 
 def draw(raw: Mapping[str, Any], out: Path) -> list[str]:
     """The picture of a composed config's variant; returns what to say about it, a line each, as all here."""
+    writable(out.parent)
     config = parse(on_this_machine(raw))
     drawn, remark = untrained(config)
     return _saved(drawn, f"{config.attention.name} ({remark})" if remark else config.attention.name, out)
@@ -31,12 +33,14 @@ def draw(raw: Mapping[str, Any], out: Path) -> list[str]:
 
 def draw_run(run: Path, layer: int | None, out: Path) -> list[str]:
     """The picture of what a run directory's newest checkpoint reads."""
+    writable(out.parent)
     name, drawn = of_run(run, layer)
     return _saved(drawn, name, out)
 
 
 def draw_all(raws: Mapping[str, Mapping[str, Any]], out: Path) -> list[str]:
     """The gallery, densest first; a variant that cannot do what its config asks is left out and named."""
+    writable(out.parent)
     drawn: dict[str, tuple[TileMap, str]] = {}
     left_out: dict[str, ConfigError] = {}
     for name, raw in raws.items():

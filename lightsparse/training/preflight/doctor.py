@@ -1,7 +1,7 @@
 """`python train.py … doctor=true`: what this run would meet here, looked up or measured before anything is spent on it.
 
-One line per check: ok, warning, or problem with the way out. Nothing is written and no rank is started; the timed pass
-is one of this process's own. Exit code 2 where there is a problem, else 0.
+One line per check: ok, warning, or problem with the way out. Nothing stays written and no rank is started; the timed
+pass is one of this process's own. Exit code 2 where there is a problem, else 0.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -38,6 +40,7 @@ from lightsparse.training.preflight.estimate import estimate
 from lightsparse.training.preflight.flops import matmul_error, matmul_peak
 from lightsparse.training.preflight.out_of_memory import check_memory, is_out_of_memory, memory_per_rank, ways_out
 from lightsparse.training.preflight.timed_pass import Pass, flops, timed
+from lightsparse.utils import file_lock
 from lightsparse.utils.machine import usable_cores
 from lightsparse.utils.text import count_text, duration, size
 
@@ -133,6 +136,8 @@ def _directory(config: Config) -> Iterator[Line]:
 def _disk(config: Config) -> Iterator[Line]:
     model = meta_model(config)
     folder, free = check_disk(config, model)
+    with TemporaryDirectory(dir=folder) as probe:
+        file_lock.take(Path(probe), ConfigError).release()
     needed = estimate(config)
     shards = config.ranks if config.strategy.sharded else 1
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
 import os
@@ -116,6 +117,15 @@ def test_a_disk_that_is_nearly_full_is_a_warning(tiny: Tiny, monkeypatch: pytest
     assert said(config)["disk"][0] == "warning"
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 2 * one))
     assert said(config)["disk"][0] == "problem"
+
+
+def test_a_disk_that_gives_no_locks_is_a_problem(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    level, text = said(tiny())["disk"]
+    assert level == "problem" and "cannot be locked (No locks available)" in text
 
 
 def test_ranks_are_shown_with_who_shares_a_sequence(tiny: Tiny) -> None:
