@@ -6,6 +6,7 @@ that its schema takes (a test holds that), so the composed config tells which ke
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,21 @@ def plain(composed: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{place_of(error)}: {_first_line(error)}") from error
     assert isinstance(resolved, dict)  # conf/config.yaml is a mapping
-    return {str(key): value for key, value in resolved.items()}
+    return {str(key): _at_home(value, str(key)) for key, value in resolved.items()}
+
+
+def _at_home(node: Any, key: str) -> Any:
+    """With ~/ at the start of a value as a shell reads it: in a YAML, or in quotes, no shell does."""
+    if isinstance(node, dict):
+        return {name: _at_home(value, f"{key}.{name}") for name, value in node.items()}
+    if isinstance(node, list):
+        return [_at_home(value, key) for value in node]
+    if not isinstance(node, str) or not node.startswith("~/"):
+        return node
+    path = os.path.expanduser(node)
+    if path == node:
+        raise ConfigError(f"{key} is {node}, and this user has no home directory; write the path from / on")
+    return path
 
 
 @contextmanager

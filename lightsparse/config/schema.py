@@ -119,11 +119,11 @@ class Config:
     """One run. `lightsparse.config.parse.parse` makes it from the composed YAML."""
 
     name: str  # directory below runs_dir
-    doctor: bool  # look into the run instead of training; see training/doctor.py
+    doctor: bool  # look into the run instead of training; see training/preflight/doctor.py
     seed: int
     resume: Literal["auto", "must", "never"]
     precision: Literal["32", "bf16-mixed", "bf16-true"]
-    init_from: str | None  # folder of a transformers model to start from; see training/start.py
+    init_from: str | None  # folder of a transformers model to start from; see training/init_from.py
     compile: bool
     objective: Literal["causal", "mlm"]
     mlm_ratio: float  # share of tokens that are masked; read by objective=mlm only
@@ -151,6 +151,8 @@ class Config:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.,=+-]*", self.name):
             raise ValueError(f"name is {self.name}; it names one directory: letters, digits and . , = + - _")
+        if len(self.name.encode()) > 255:
+            raise ValueError(f"name has {len(self.name.encode())} bytes; a directory's name takes at most 255")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must lie in [0, 2³²)")
         if not 0.0 < self.mlm_ratio < 1.0:

@@ -17,6 +17,7 @@ import copy
 import hashlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ class TrialLauncher(Launcher):
         command = [str(word) for word in config.hydra.overrides.task]
         params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
         digest = _digest([*command, *params], config.hydra.overrides.hydra)
-        directory = Path(config.runs_dir) / (self.name or f"sweep-{digest}")
+        directory = Path(os.path.expanduser(config.runs_dir)) / (self.name or f"sweep-{digest}")
         self.sweep = load_record(directory) or SweepRecord(directory, command)
         self._trials: Trials | None = None
         with read_write(config.hydra), open_dict(config.hydra):

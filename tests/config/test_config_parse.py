@@ -228,6 +228,36 @@ def test_a_runs_dir_below_a_file_is_refused(tmp_path):
         check(compose([f"runs_dir={tmp_path}/notes.txt"]))
 
 
+def test_a_path_of_the_home_directory_is_one_without_a_shell_too(monkeypatch):
+    words = ["runs_dir='~/runs'", "data.cache='~/text'"]
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = compose(words)
+    assert (config.runs_dir, config.data.cache) == ("/home/ada/runs", "/home/ada/text")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without one
+    with pytest.raises(ConfigError, match=r"^data\.cache is ~/text, and this user has no home directory; "):
+        compose(words)
+
+
+def test_a_name_that_no_directory_can_have_is_refused():
+    assert compose([f"name={'x' * 255}"]).name == "x" * 255
+    with pytest.raises(ConfigError, match=r"^name has 256 bytes; a directory's name takes at most 255$"):
+        compose([f"name='{'ä' * 128}'"])
+
+
+def test_an_online_logger_without_a_key_is_refused_before_the_run(monkeypatch):
+    words = ["logger=wandb", "logger.wandb.offline=false"]
+    for has_key in (True, False):
+        monkeypatch.setattr("wandb.login", lambda *, prompt, verify, has_key=has_key: has_key)
+        if has_key:
+            check(compose(words))
+            continue
+        with pytest.raises(ConfigError, match=r"^logger\.wandb is online, and wandb has no key of this user; run "):
+            check(compose(words))
+    check(compose(["logger=wandb"]))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check(compose(words))
+
+
 def test_the_default_name_tells_attention_context_and_what_is_trained():
     plain = compose(["attention=dense", "data.context=512"])
     assert plain.name == f"dense-512-{config_hash(plain.composed)}"

@@ -212,6 +212,20 @@ def test_only_the_newest_checkpoints_stay(tiny: Tiny) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_callbacks_of_lightnings_own_have_a_folder_beside_ours_and_leave_one_row_a_step(tiny: Tiny) -> None:
+    best = "+callbacks.best={_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: 4}"
+    timer = "+callbacks.timer={_target_: lightning.pytorch.callbacks.Timer, duration: {microseconds: 1}}"
+    config = tiny(timer, "trainer.log_every_n_steps=1")
+    fit(config)
+    assert [row["step"] for row in rows(config)] == [0, 1]
+    assert "val_loss" in rows(config)[1]
+    config = tiny(best, "name=longer")
+    fit(config)
+    assert [path.name for path in (folder(config) / "lightning/checkpoints").iterdir()] == ["epoch=0-step=12.ckpt"]
+    assert list(checkpoint_steps(folder(config) / "checkpoints"))[-1] == 12
+
+
+@pytest.mark.usefixtures("quick")
 def test_checkpoints_have_lightnings_keys(tiny: Tiny) -> None:
     config = tiny()
     fit(config)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import nn
 
 from lightsparse.attention.core import AttentionShape, SequenceContext
@@ -21,6 +23,7 @@ from lightsparse.config.context_split import context_split
 from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.data.module import DataModule
+from lightsparse.distributed.environment import is_first_rank
 from lightsparse.kernels import flash, set_backend
 from lightsparse.models.transformer import Transformer
 from lightsparse.optim.optimizers import parameter_groups
@@ -41,7 +44,9 @@ def check_model(config: Config) -> Transformer:
     for group, kind in (("logger", Logger), ("callbacks", Callback)):
         for name, node in getattr(config, group).items():
             if node is not None:
-                ClassChoice.of(node, f"{group}.{name}", kind, config.allow_targets)
+                target = ClassChoice.of(node, f"{group}.{name}", kind, config.allow_targets).target
+                if issubclass(target, WandbLogger) and is_first_rank():
+                    _check_wandb(f"{group}.{name}", node)
     if config.eval.tokens < config.data.context:
         raise ConfigError(
             f"eval.tokens is {config.eval.tokens}; it must hold one sample of data.context={config.data.context} tokens"
@@ -60,6 +65,22 @@ def check_model(config: Config) -> Transformer:
         )
     context_split(config, model)
     return model
+
+
+def _check_wandb(name: str, node: Mapping[str, Any]) -> None:
+    """Refuse an online logger of a user without a key: wandb would when the run has begun."""
+    if node.get("offline") or node.get("mode", os.environ.get("WANDB_MODE", "online")) != "online":
+        return
+    import wandb
+
+    try:
+        has_key = wandb.login(prompt=False, verify=False)
+    except wandb.errors.UsageError:
+        has_key = False
+    if not has_key:
+        raise ConfigError(
+            f"{name} is online, and wandb has no key of this user; run `wandb login` or set {name}.offline=true"
+        )
 
 
 def meta_model(config: Config) -> Transformer:
