@@ -45,21 +45,22 @@ class Lists:
         self.partial_LK = call.is_partial(self.block_LK, self.position_LM[:, None], document_L1M) | ~self.is_entry_LK
 
     def parts(self) -> Iterator[Part]:
-        """A few lists at once, cut to the longest of them; those without entries are left out."""
-        call, lengths = self.call, self.is_entry_LK.sum(-1).tolist()
-        at_once = max(_NUMBERS // max(max(lengths) * call.S * (call.M + 2 * call.D), 1), 1)
-        for start in range(0, len(lengths), at_once):
+        """A few lists of about one length at once, cut to the longest of them; those without entries are left out."""
+        call = self.call
+        length_L, order_L = self.is_entry_LK.sum(-1).sort(stable=True)
+        lengths = length_L.tolist()
+        at_once = max(_NUMBERS // max(lengths[-1] * call.S * (call.M + 2 * call.D), 1), 1)
+        for start in range(lengths.count(0), len(lengths), at_once):
             stop = min(start + at_once, len(lengths))
-            if longest := max(lengths[start:stop]):
-                yield Part(self, slice(start, stop), longest)
+            yield Part(self, order_L[start:stop], lengths[stop - 1])
 
 
 class Part:
     """Lists `at` of some lists, their first K entries."""
 
-    def __init__(self, lists: Lists, at: slice, K: int):
+    def __init__(self, lists: Lists, at: Tensor, K: int):
         self.call, self.lists, self.at, self.K = lists.call, lists, at, K
-        self.of_call = slice(lists.start + at.start, lists.start + at.stop)
+        self.of_call = lists.start + at
         self.q_LMD, self.block_LK = self.call.q_LMD[self.of_call], lists.block_LK[at, :K]
 
     def gathered(self, x_YSD: Tensor) -> Tensor:
