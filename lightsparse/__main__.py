@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from lightsparse.config.targets import did_you_mean
+
 VERBS = {  # verb → the module whose `main` runs it, and what it does
     "train": ("cli.train", "train a model; also python train.py"),
     "evaluate": ("cli.evaluate", "a trained run on tasks, and by position"),
@@ -15,23 +17,23 @@ VERBS = {  # verb → the module whose `main` runs it, and what it does
     "reach": ("cli.reach", "how far back an attention reaches"),
     "report": ("cli.report", "a sweep or runs side by side"),
     "replay": ("cli.replay", "take the step again that ended a run"),
-    "bench": ("bench.__main__", "speed and memory, measured: kernels, train, memory, …"),
+    "bench": ("bench.command", "speed and memory, measured: kernels, train, memory, …"),
 }
 
 
 def main() -> int | None:
     """Run the verb; returns its exit code."""
-    verb, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    program, *words = sys.argv
+    verb = words[0] if words else "--help"
+    if verb in ("-h", "--help"):
+        sys.stdout.write("lightsparse <command> …; lightsparse <command> --help says what one takes\n\n")
+        sys.stdout.writelines(f"  {name:<10}{purpose}\n" for name, (_, purpose) in VERBS.items())
+        return 0
     if verb not in VERBS:
-        wrong = verb not in ("-h", "--help")
-        out = sys.stderr if wrong else sys.stdout
-        if wrong:
-            out.write(f"{verb} is not a command; lightsparse has {', '.join(VERBS)}\n")
-        else:
-            out.write("lightsparse <command> key=value …\n\n")
-            out.writelines(f"  {name:<10}{purpose}\n" for name, (_, purpose) in VERBS.items())
-        return 2 if wrong else 0
-    sys.argv = [f"{sys.argv[0]}", *words]
+        near = did_you_mean(verb, list(VERBS)) or f"; lightsparse has {', '.join(VERBS)}"
+        sys.stderr.write(f"{verb} is not a command{near}\n")
+        return 2
+    sys.argv = [program, *words[1:]]
     return import_module(f"lightsparse.{VERBS[verb][0]}").main()
 
 

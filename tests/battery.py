@@ -436,7 +436,9 @@ def trains_the_same_recomputed_layer_by_layer(variant: Variant) -> None:
         tokens = torch.arange(2 * 111).view(2, 111) ** 2 % 61
         for recompute in (False, True):
             torch.manual_seed(0)
-            config = ModelConfig(depth=2, embed_dim=32, heads=4, kv_heads=2, mlp_dim=32, checkpoint=recompute, chunk=50)
+            config = ModelConfig(
+                depth=2, embed_dim=32, heads=4, kv_heads=2, mlp_dim=32, activation_checkpointing=recompute, chunk=50
+            )
             model = Transformer(config, lambda of, c=core: variant.core_class(c, of), vocab_size=61).double().train()
             output = model(tokens, context_for(tokens))
             loss = model.loss_sum(output.hidden, tokens.roll(1, 1))

@@ -4,7 +4,7 @@
     job = Job(log, *words(...), torchrun=("--nproc-per-node=2",))   # `torchrun … train.py …`
     assert job.wait() == 75 and job.codes == {1: 75}
 
-Lightning's launcher and torchrun's agents run as they are, up to `subprocess.Popen`, which forks where it would start
+Our launcher and torchrun's agents run as they are, up to `subprocess.Popen`, which forks where it would start
 Python again. What a rank does is `train.py`'s own `main`, without its plots. Signals are sent by the ranks themselves,
 in the moments that `events` name.
 """
@@ -167,24 +167,20 @@ def _job(
     os.environ.clear()
     os.environ.update(variables)
     sys.path[:] = path
-    from lightning.pytorch.strategies.launchers import subprocess_script
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+    from lightsparse.distributed import launcher
+
     _Fork.events, _Fork.codes = events, log.with_name(log.name + ".codes")
-    subprocess_script.subprocess = _Module()  # type: ignore[assignment]
+    launcher.Popen = _Fork  # type: ignore[misc, assignment]
     subprocess_handler.Popen = _Fork  # type: ignore[misc, assignment]
     if torchrun is None:
+        sys.orig_argv = [sys.executable, "train.py", *line]
         _as_program(lambda: _rank(["train.py", *line], events))
     from torch.distributed import run
 
     sys.argv = ["torchrun"]
     _as_program(lambda: run.main([*torchrun, "train.py", *line]))
-
-
-class _Module:
-    """Lightning's `subprocess`."""
-
-    Popen = _Fork
 
 
 def _as_program(main: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ import psutil
 multiprocessing.set_forkserver_preload(
     [
         *("torch", "torch.distributed.run", "torch.nn.parallel", "matplotlib.pyplot"),
-        *("lightsparse.cli.train", "lightsparse.data.files"),
+        *("lightsparse.cli.work.train", "lightsparse.data.files"),
     ]
 )
 
@@ -86,10 +86,9 @@ def fitted(rank: int, world: int, line: list[str]) -> tuple[dict[str, Any], list
     )
     run.draw_plots = lambda *given: None  # longer than the training
     run.matmul_peak = lambda *given: 1e11
-    raw = on_this_machine(compose_raw(line))
-    config = parse(raw)
+    config = parse(on_this_machine(compose_raw(line)))
     check(config)
-    summary = run.fit(config, raw)
+    summary = run.fit(config)
     return summary, read_metrics(Path(config.runs_dir) / config.name / "metrics.csv")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -53,14 +52,9 @@ def overrides(tmp_path: Path, corpus: Path) -> list[str]:
 
 
 @pytest.fixture
-def tiny(overrides: list[str]) -> Callable[..., tuple[Config, dict[str, Any]]]:
-    """tiny(*more) → the config of such a run, parsed and raw."""
-
-    def composed(*more: str) -> tuple[Config, dict[str, Any]]:
-        raw = compose_raw([*overrides, *more])
-        return parse(raw), raw
-
-    return composed
+def tiny(overrides: list[str]) -> Callable[..., Config]:
+    """tiny(*more) → the config of such a run."""
+    return lambda *more: parse(compose_raw([*overrides, *more]))
 
 
 @pytest.fixture

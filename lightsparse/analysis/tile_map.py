@@ -183,7 +183,7 @@ def of_dilated(core: DilatedAttention, num_tokens: int, ctx: SequenceContext, li
     zeros = (torch.zeros(1, heads, num_tokens, 2) for heads in (core.shape.heads, *[core.shape.kv_heads] * 2))
     alone = replace(ctx, positions=ctx.positions[:1].cpu(), documents=documents, layouts={})
     with torch.no_grad():
-        density = float(core(*zeros, x=torch.empty(1, num_tokens, 0), ctx=alone).stats["density"])
+        density = float(core(*zeros, ctx=alone).stats["density"])
     return TileMap(panels, len(groups), dense, density, (pixel, pixel), block, 0, num_tokens, num_tokens, num_tokens)
 
 

@@ -18,7 +18,7 @@ from lightsparse.context_parallel.shard import sum_over
 from lightsparse.patterns import BlockLayout, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 
-_CHUNK = 1 << 20  # scores of block pairs held at once
+_CHUNK = 1 << 20  # scores of block pairs in memory at once
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class AdaptiveConfig(AttentionConfig):
 
 @dataclass(frozen=True, eq=False)
 class RoutedBlocks:
-    """What a forward pass reads, before it reads it.
+    """What a forward pass is going to read.
 
     layout    its table is [B, Hkv|1, NQ, K]
     bias      log gate of each entry of the table, 0 for the own block; None with gate_bias=false
@@ -92,11 +92,12 @@ class BlockSparseAdaptive(AttentionCore):
     budget loss is (mean of σ(s / τ) over the pairs that could be chosen − density)², of each sample, averaged over
     samples, so that it does not depend on how a batch is split.
     In training s carries τ times standard logistic noise, the difference of two Gumbels. A block is then chosen with
-    probability σ(s / τ), so that what the budget holds is the share that training expects to read. In evaluation only
-    the noise goes. How summaries keep the future and other documents out: summaries.py.
+    probability σ(s / τ), so that the budget is about the share that training expects to read. In evaluation only
+    the noise is left out. pooling/block_means.py says how summaries keep the future and other documents out.
 
-    Stats: density; head_density [Hkv|1]; router_gate, the mean gate that the budget holds; router_entropy of the gates
-    in nats, at most ln 2; router_capped, the share of rows that chose k_max blocks; router_tau, the mean over heads.
+    Stats: density; head_density [Hkv|1]; router_gate, the mean gate that the budget is about; router_entropy of the
+    gates in nats, at most ln 2; router_capped, the share of rows that chose k_max blocks; router_tau, the mean over
+    heads.
     """
 
     Config = AdaptiveConfig
@@ -116,50 +117,46 @@ class BlockSparseAdaptive(AttentionCore):
             self.k_max = max(1, math.ceil(2 * config.density * -(-shape.context // config.block)))
         else:
             raise ValueError(
-                "attention.k_max is null, a share of the context, but AttentionShape.context is None; "
-                "give attention.k_max"
+                "attention.k_max is null, a share of the context, which is not given; give context, or attention.k_max"
             )
         share = 0.5 if config.density is None else min(max(config.density, 0.01), 0.99)
         heads = 1 if config.shared else shape.kv_heads
         self.router = BlockRouter(heads, shape.head_dim * shape.kv_heads // heads, config.router_dim, share)
-        # A tensor, or torch.compile would compile again at every step. In the state_dict, so that weights alone tell
-        # the temperature they were trained for; a run that resumes computes it anew.
+        # A tensor, or torch.compile would recompile at every step. In the state_dict, so that the weights alone say
+        # which temperature they were trained for; a run that resumes computes it again.
         self.register_buffer("schedule", torch.tensor(config.tau_start))
 
     def split_granularity(self) -> int:
         return self.options.block
 
     def set_step(self, step: int, max_steps: int) -> None:
-        """Put the temperature where the optimizer step after `step` finished ones has it, 0 ≤ step < max_steps.
+        """Set the temperature of the optimizer step after `step` finished ones, 0 ≤ step < max_steps.
 
-        To be called before a step's first forward. Validation takes the temperature as it stands.
+        Call it before a step's first forward pass. Validation uses the temperature as it is.
         """
         done = min(1.0, step / max(1, max_steps - 1))
         start, end = self.options.tau_start, self.options.tau_end
         self.schedule.fill_(start * (end / start) ** done)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         chosen = self.select(q, k, x, ctx)
-        dropout = ctx.dropout(
-            self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
-        )
-        out, _ = sharded_attention(q, k, v, chosen.layout, ctx, block_bias=chosen.bias, dropout=dropout)
+        dropout = self.dropout(q, ctx)
+        out = sharded_attention(q, k, v, chosen.layout, ctx, block_bias=chosen.bias, dropout=dropout)
         if ctx.states is not None and chosen.state is not None:
             ctx.states[self.shape.layer].update(chosen.state)
         return AttentionResult(out, chosen.aux_loss, chosen.stats, chosen.layout.kv_indices)
 
     def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> RoutedBlocks:
-        """The choice for q [B, H, Nq, D] over k [B, Hkv, Nkv, D], as forward makes it; changes nothing, not even ctx.
+        """The choice for q [B, H, Nq, D] over k [B, Hkv, Nkv, D], as attend makes it; changes no state, not even ctx.
 
-        x plays no part. Raises ValueError when ctx.q_start > 0 and ctx.states does not hold what the tokens before
-        left there.
+        x is not used. Raises ValueError when ctx.q_start > 0 and ctx.states lacks what earlier tokens have left there.
         """
         block, causal, n = self.options.block, self.shape.causal, sequence_length(k, ctx)
         row = ctx.q_start // block
         with torch.autocast(q.device.type, enabled=False):
-            found, state = summarise(q, k, ctx, block=block, causal=causal, layer=self.shape.layer)
-            tau_H = self.router.temperature(self.schedule, found.query.dtype)
-            choice = self._choice(self.router.projected(found), tau_H, ctx)
+            means, state = summarise(q, k, ctx, block=block, causal=causal, layer=self.shape.layer)
+            tau_H = self.router.temperature(self.schedule, means.query.dtype)
+            choice = self._choice(self.router.projected(means), tau_H, ctx)
             aux_loss = self._budget_loss(choice.gates, choice.pairs)
 
         mask = interval_mask(n, causal=causal, documents=ctx.documents, device=q.device)
@@ -173,7 +170,7 @@ class BlockSparseAdaptive(AttentionCore):
         return RoutedBlocks(layout, bias if self.options.gate_bias else None, aux_loss, stats, state)
 
     def _choice(self, of: Summaries, tau_H: Tensor, ctx: SequenceContext) -> Choice:
-        """All rows of this rank, some at a time; these are computed again in the backward pass: no score is kept."""
+        """All rows of this rank, some at a time; recomputed in the backward pass, so that no score is kept."""
         noise = None
         if self.training:
             samples = torch.arange(len(of.query), device=of.query.device) if ctx.sample_ids is None else ctx.sample_ids
@@ -200,16 +197,16 @@ class BlockSparseAdaptive(AttentionCore):
         parts = []
         for first, last in runs:
             for start in range(first, last, at_once):
-                given = (of, tau_H, start, min(start + at_once, last))
+                arguments = (of, tau_H, start, min(start + at_once, last))
                 if torch.is_grad_enabled() and at_once < total:
-                    parts.append(checkpoint(rows, *given, use_reentrant=False, preserve_rng_state=False))
+                    parts.append(checkpoint(rows, *arguments, use_reentrant=False, preserve_rng_state=False))
                 else:
-                    parts.append(rows(*given))
+                    parts.append(rows(*arguments))
         table, bias, *sums = zip(*parts, strict=True)
-        found = [torch.stack(each).sum(0) for each in sums]
+        totals = [torch.stack(each).sum(0) for each in sums]
         if shard is not None:
-            found = [sum_over(each, shard) for each in found]
-        return Choice(torch.cat(table, 2), torch.cat(bias, 2), *found)
+            totals = [sum_over(each, shard) for each in totals]
+        return Choice(torch.cat(table, 2), torch.cat(bias, 2), *totals)
 
     def _budget_loss(self, gates_B: Tensor, pairs_B: Tensor) -> Tensor:
         """Weighted; every parameter is in it, whatever the samples hold, or DDP would wait for its gradient."""

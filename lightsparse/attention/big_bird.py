@@ -43,7 +43,11 @@ class BigBirdConfig(AttentionConfig):
 
 
 class BigBirdAttention(FixedPatternAttention):
-    """Each block reads its window, the global tokens and `random` drawn blocks; O(N · K) time, O(N) memory."""
+    """Each block reads its window, the global tokens and `random` drawn blocks; O(N · K) time, O(N) memory.
+
+    Zaheer et al. 2020, arXiv 2007.14062, section 2. Shapes of a call: AttentionCore.forward. Raises ValueError for a
+    density that cannot be reached at `context`.
+    """
 
     Config = BigBirdConfig
 

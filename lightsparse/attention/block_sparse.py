@@ -14,17 +14,19 @@ from torch import Tensor
 from lightsparse.attention.core import AttentionConfig, AttentionShape, SequenceContext
 from lightsparse.attention.fixed import FixedPatternAttention
 from lightsparse.kernels.weights import attention_weights, list_dense_rows
-from lightsparse.patterns import AtDensity, BlockDilated, BlockLayout, LocalWindow, Pattern, Union
+from lightsparse.patterns import AtDensity, BlockDilated, BlockLayout, GlobalTokens, LocalWindow, Pattern, Union
 
 _EVERYTHING = LocalWindow(1 << 24)  # tokens; wider than any sequence
+_NEARBY: dict[str, Pattern | None] = {"local": LocalWindow(256), "sinks": GlobalTokens(4)}
 
 
 @dataclass(frozen=True)
 class BlockSparseConfig(AttentionConfig):
-    block: int = 64  # tokens per block, of queries and keys
-    segment_lengths: tuple[int, ...] = (1024, 4096)  # tokens, multiples of the block; empty: only `pattern`
-    dilation_rates: tuple[int, ...] = (1, 4)  # blocks, one per segment length
-    pattern: dict[str, Pattern | None] = field(default_factory=dict)  # further patterns by name; null switches one off
+    block: int = 128  # tokens per block, of queries and keys
+    segment_lengths: tuple[int, ...] = (2048, 8192)  # tokens, multiples of the block; empty: only `pattern`
+    dilation_rates: tuple[int, ...] = (4, 16)  # blocks, one per segment length
+    # One more pattern, or several by name, of which null switches one off.
+    pattern: Pattern | dict[str, Pattern | None] = field(default_factory=lambda: dict(_NEARBY))
     solve: str = "window"  # the integer field of the patterns that `density` solves
 
     def __post_init__(self) -> None:
@@ -41,7 +43,8 @@ class BlockSparseConfig(AttentionConfig):
     def parts(self) -> tuple[Pattern, ...]:
         """The patterns whose union is read."""
         dilated = [BlockDilated(self.segment_lengths, self.dilation_rates)] if self.segment_lengths else []
-        return (*dilated, *(part for part in self.pattern.values() if part is not None))
+        further = self.pattern.values() if isinstance(self.pattern, dict) else (self.pattern,)
+        return (*dilated, *(part for part in further if part is not None))
 
     def small(self) -> Self:
         return replace(
@@ -53,7 +56,11 @@ class BlockSparseConfig(AttentionConfig):
 
 
 class BlockSparseRingDilatedAttention(FixedPatternAttention):
-    """Union of BlockDilated(segment_lengths, dilation_rates) and any patterns; O(N · K) time, O(N) memory."""
+    """Union of BlockDilated(segment_lengths, dilation_rates) and any patterns; O(N · K) time, O(N) memory.
+
+    A row of queries has one softmax over the tokens of all blocks that it reads, causal or not. Shapes of a call:
+    AttentionCore.forward. Raises ValueError for a density that cannot be reached at `context`.
+    """
 
     Config = BlockSparseConfig
 
@@ -78,8 +85,8 @@ class BlockSparseRingDilatedAttention(FixedPatternAttention):
         """The weights of this pass, before dropout, and the layout whose table says which key block each belongs to.
 
         q [B, H, Nq, D], k [B, Hkv, Nkv, D] → [B, H, NQ, K, block, block] fp32 (fp64 for fp64), differentiable. Those of
-        a query sum to 1 over (K, block); all is 0 where it has nothing to read. O(N · K) numbers, but K is every block
-        where some row reads everything (bidirectional global tokens).
+        a query sum to 1 over (K, block), or are all 0 if it has nothing to read. O(N · K) numbers; K counts all blocks
+        if some row reads everything (bidirectional global tokens).
         """
         layout = list_dense_rows(self.layout(k.shape[2], ctx, q.device))
         return attention_weights(q, k, layout), layout

@@ -1,8 +1,8 @@
 """Compressed sparse attention, CSA (DeepSeek-V4, section 2.3.1): a window, and the best compressed entries per query.
 
 Every `stride` tokens become one entry, pooled from 2 · stride tokens (csa_compress.py, eq. 9–12). A lightning indexer
-with compressed keys of its own (csa_index.py, eq. 13–17) chooses top_k of the entries that end at or before the query,
-for all heads alike; these, a near window and a learned sink share one softmax. How this differs from V4's layer as a
+with compressed keys of its own (eq. 13–17) chooses top_k of the entries that end at or before the query, for all heads
+alike; these, a near window and a learned sink share one softmax. How this differs from V4's layer as a
 whole: compressed.py. The indexer learns from the attention as DSA's does (indexer_loss.py). V4 alternates CSA with HCA.
 """
 
@@ -26,25 +26,25 @@ from lightsparse.attention.pooling.compressed import (
     entry_mask,
     tokens_of,
 )
-from lightsparse.attention.selection.csa_index import CompressedIndexer
+from lightsparse.attention.pooling.csa_compress import Compressor, compressed, entry_positions
 from lightsparse.attention.selection.dense_warning import warn_if_dense
-from lightsparse.attention.selection.indexer import Index
-from lightsparse.attention.selection.indexer_loss import Found, Keys, choose, choose_and_learn, learn_from_dense
+from lightsparse.attention.selection.indexer import STD, Index, IndexQueries, as_read
+from lightsparse.attention.selection.indexer_loss import IndexerResult, Keys, choose, choose_and_learn, learn_from_dense
+from lightsparse.attention.selection.row_parts import row_parts, single_rows
 from lightsparse.attention.selection.stages import StagedConfig
 from lightsparse.attention.sharded_call import sequence_length
 from lightsparse.context_parallel.shard import sum_over
-from lightsparse.kernels import Dropout, block_sparse_attention
-from lightsparse.patterns import BlockLayout, ElementMask
-from lightsparse.patterns.layout import no_dense_rows
+from lightsparse.kernels import Dropout, block_sparse_attention_with_lse
+from lightsparse.patterns import BlockLayout
 
-_TABLE = 1 << 22  # entries held at once; a longer sequence is worked on in parts, chosen again for the backward
+_TABLE = 1 << 22  # entries in memory at once; a longer sequence is worked on in parts, chosen again for the backward
 
 
 @dataclass(frozen=True)
 class CsaConfig(CompressedConfig, StagedConfig):
-    top_k: int = 512  # compressed entries that a query reads at most
-    index_heads: int = 64  # heads of the indexer
-    index_dim: int = 128  # width of one
+    top_k: int = 128  # compressed entries that a query reads at most
+    index_heads: int = 4  # heads of the indexer
+    index_dim: int = 32  # width of one
     index_weight: float = 1.0  # of the indexer's loss; only the indexer learns from it
     dense_steps: int = 0  # optimizer steps at the start in which a query reads every entry; −1 = all of them
     dense_from: int | None = None  # finished optimizer steps from which on it does so again; null = never
@@ -65,6 +65,34 @@ class CsaConfig(CompressedConfig, StagedConfig):
 
     def small(self) -> Self:
         return replace(self, window=21, block=16, top_k=5, index_heads=2, index_dim=8)
+
+
+class CompressedIndexer(IndexQueries):
+    """x → index queries and weights of its tokens, and keys from a compressor of its own, pooled as the entries are.
+
+    V4's published code has no training of the indexer: it learns here as V3.2's does (indexer_loss.py).
+    """
+
+    def __init__(self, embed_dim: int, heads: int, width: int, stride: int):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(embed_dim, heads * width, bias=False)
+        self.weight = nn.Linear(embed_dim, heads, bias=False)
+        for linear in (self.query, self.weight):
+            nn.init.normal_(linear.weight, std=STD)
+        self.compressor = Compressor(embed_dim, 1, width, stride, overlap=True)
+
+    def forward(self, x: Tensor, ctx: SequenceContext, state: dict[str, Tensor]) -> Index:
+        """x [B, R, E] at ctx.positions → Index with the keys of all entries of the sequence so far.
+
+        state  as in `compressed`
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = as_read(x)
+            keys = compressed(self.compressor, x, ctx, state, "index")
+            if ctx.rotary is not None:
+                keys = ctx.rotary(keys, entry_positions(keys.shape[2], self.compressor.stride, ctx, keys.device))
+            return Index(*self.of_queries(x, ctx), keys[:, 0])
 
 
 class EntrySelection(NamedTuple):
@@ -107,9 +135,9 @@ class CsaAttention(CompressedAttention):
         return {"index_kl": x.new_zeros((), dtype=torch.float32)}
 
     def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> EntrySelection:
-        """What forward reads, for pictures: tokens and, behind them, entries, a row per query and a key per block.
+        """What attend reads, for pictures: tokens and, behind them, entries, a row per query and a key per block.
 
-        The tokens are those of the window's tiles; k plays no part. The table of all queries at once.
+        The tokens are those of the window's tiles; k is not used. The table of all queries at once.
         """
         n, tokens = sequence_length(k, ctx), tokens_of(q, ctx)
         window = self.window_layout(n, ctx, q.device)
@@ -120,7 +148,7 @@ class CsaAttention(CompressedAttention):
         near = replace(tiles, kv_indices=table, kv_block=1)
         return EntrySelection(beside(near, self._layout(self.indexer(x, ctx, {}), tokens, ctx)))
 
-    @torch.compiler.disable  # rows are worked on in parts, by values
+    @torch.compiler.disable  # the number of parts depends on values
     def far(
         self, q: Tensor, x: Tensor, near_lse: Tensor, entries: Entries, ctx: SequenceContext, dropout: Dropout | None
     ) -> tuple[Far, AttentionResult]:
@@ -128,21 +156,22 @@ class CsaAttention(CompressedAttention):
         keys = None
         if torch.is_grad_enabled() and not ctx.q_start:
             keys = self._keys(q, near_lse, entries)
-        done, parts = [], self._parts(q, entries, ctx)
+        per_query = len(q) * min(self.csa.top_k, entries.count)
+        done, parts = [], row_parts(q.shape[2], per_query, self.block, _TABLE, ctx)
         for part in parts:
             of_part = Index(index.q[:, part], index.weight[:, part], index.keys)
             to = None if keys is None else keys.part(part, entries.count)
-            layout, found = self._found(of_part, to, tokens[part], ctx)
-            given = (q[:, :, part], entries, of_part, tokens[part], ctx, dropout)
+            layout, indexed = self._indexed(of_part, to, tokens[part], ctx)
+            arguments = (q[:, :, part], entries, of_part, tokens[part], ctx, dropout)
             if torch.is_grad_enabled() and len(parts) > 1:
                 once = [layout]
-                out, lse = checkpoint(self._read, once, *given, use_reentrant=False, preserve_rng_state=False)
+                out, lse = checkpoint(self._read, once, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                out, lse = self._read([layout], *given)
+                out, lse = self._read([layout], *arguments)
             ends = tokens[part] % self.block == self.block - 1
             ends[-1] = True
-            choice = found.table[:, None] if self.dense_now else found.table[:, None, ends]
-            done.append((out, lse, layout.areas()[0].mean(1), choice, *found[1:]))
+            choice = indexed.table[:, None] if self.dense_now else indexed.table[:, None, ends]
+            done.append((out, lse, layout.areas()[0].mean(1), choice, *indexed[1:]))
         outs, lses, area, choices, divergence, _, rows = zip(*done, strict=True)
         far = Far(torch.cat(outs, 2), torch.cat(lses, 2), torch.stack(area).sum(0))
         if ctx.q_start:
@@ -157,14 +186,6 @@ class CsaAttention(CompressedAttention):
         loss = self.csa.index_weight * mean
         return far, AttentionResult(far.out, loss, {"index_kl": mean.detach().float()}, table)
 
-    def _parts(self, q: Tensor, entries: Entries, ctx: SequenceContext) -> list[slice]:
-        """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
-        per_query = q.shape[0] * min(self.csa.top_k, entries.count)
-        at_once = max(_TABLE // per_query // self.block, 1) * self.block
-        if ctx.shard is not None:
-            at_once = q.shape[2]
-        return [slice(start, min(start + at_once, q.shape[2])) for start in range(0, q.shape[2], at_once)]
-
     @torch.compiler.disable
     @torch.no_grad()
     def _keys(self, q: Tensor, near_lse: Tensor, entries: Entries) -> Keys:
@@ -172,20 +193,20 @@ class CsaAttention(CompressedAttention):
         assert self.sink is not None
         return Keys(q, entries.keys, torch.logaddexp(near_lse, self.sink.to(near_lse.dtype)[:, None]))
 
-    def _found(
+    def _indexed(
         self, index: Index, keys: Keys | None, tokens: Tensor, ctx: SequenceContext
-    ) -> tuple[BlockLayout, Found]:
+    ) -> tuple[BlockLayout, IndexerResult]:
         """What queries at `tokens` read, and what the indexer learns from it where `keys` are there."""
         mask = entry_mask(index.keys.shape[1], self.stride, tokens, ctx)
-        nothing = Found(tokens.new_empty(len(index.q), 0, 0, dtype=torch.int32), *index.q.new_zeros(3))
+        nothing = IndexerResult(tokens.new_empty(len(index.q), 0, 0, dtype=torch.int32), *index.q.new_zeros(3))
         if self.dense_now:
             layout = self.all_entries(index.keys.shape[1], tokens, 1 if ctx.q_start else self.block, ctx)
             return layout, nothing if keys is None else learn_from_dense(index, mask, keys)
         if keys is None:
-            found = nothing._replace(table=choose(index, mask, self.csa.top_k))
+            indexed = nothing._replace(table=choose(index, mask, self.csa.top_k))
         else:
-            found = choose_and_learn(index, mask, self.csa.top_k, keys)
-        return _of_table(found.table, mask), found
+            indexed = choose_and_learn(index, mask, self.csa.top_k, keys)
+        return single_rows(indexed.table, mask), indexed
 
     def _read(
         self,
@@ -199,16 +220,10 @@ class CsaAttention(CompressedAttention):
     ) -> tuple[Tensor, Tensor]:
         """Attention of some queries, and its lse. once: what they read, for the forward pass; the backward finds it
         again."""
-        layout = once.pop() if once else self._found(index, None, tokens, ctx)[0]
-        out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
-        return out, lse
+        layout = once.pop() if once else self._indexed(index, None, tokens, ctx)[0]
+        return block_sparse_attention_with_lse(q, entries.keys, entries.values, layout, dropout=dropout)
 
     def _layout(self, index: Index, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:
         """What queries at `tokens` choose."""
         mask = entry_mask(index.keys.shape[1], self.stride, tokens, ctx)
-        return _of_table(choose(index, mask, self.csa.top_k), mask)
-
-
-def _of_table(table: Tensor, mask: ElementMask) -> BlockLayout:
-    """Rows of single queries that read single entries, those of a table [B, R, K]."""
-    return BlockLayout(table[:, None], 1, 1, mask, no_dense_rows(table.device))
+        return single_rows(choose(index, mask, self.csa.top_k), mask)

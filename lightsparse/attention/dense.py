@@ -52,10 +52,10 @@ class DenseAttention(FixedPatternAttention):
         if config.pattern is not None:
             refuse_unfit(config.pattern, shape, config.block)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         dropout, several = self.training and self.config.dropout, ctx.q_start and q.shape[2] > 1
         if self.config.pattern is not None or several or dropout or ctx.shard is not None:
-            return super().forward(q, k, v, x=x, ctx=ctx)
+            return super().attend(q, k, v, x=x, ctx=ctx)
         if ctx.q_start:
             return AttentionResult(self._of_last_token(q, k, v, ctx.documents))
         if ctx.documents is None:
@@ -71,7 +71,7 @@ class DenseAttention(FixedPatternAttention):
     def row_costs(self, length: int, unit: int) -> list[float]:
         if self.config.pattern is not None:
             return super().row_costs(length, unit)
-        starts = range(0, length, unit)  # written out, because the layout has a number per pair of blocks
+        starts = range(0, length, unit)  # in closed form, because the layout has an entry per pair of blocks
         if not self.shape.causal:
             return [float(min(unit, length - start)) for start in starts]
         return [float(min(unit, length - start) * (start + unit / 2)) for start in starts]
@@ -96,9 +96,9 @@ class DenseAttention(FixedPatternAttention):
 
 
 def refuse_unfit(pattern: Pattern, shape: AttentionShape, block: int) -> None:
-    """Raises the pattern's ValueError at construction, where it cannot serve the shape, rather than in a run."""
+    """Raises the pattern's ValueError for a shape that it cannot serve: at construction, not in the middle of a run."""
     if shape.context is None:
-        return  # what it has to say may depend on the length
+        return  # its answer may depend on the length
     last = -(-shape.context // block) - 1
     pattern.layout(
         shape.context,

@@ -30,9 +30,15 @@ from lightsparse.attention.core import (
 from lightsparse.attention.dense import refuse_unfit
 from lightsparse.attention.segments.across_ranks import share
 from lightsparse.attention.segments.gather import Branch, Gather, Sizes, dense_area, gathers, last_rows
-from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention
+from lightsparse.attention.sharded_call import (
+    own_rows,
+    sequence_length,
+    sharded_attention,
+    sharded_attention_with_lse,
+)
+from lightsparse.context_parallel.key_owners import Sources
 from lightsparse.kernels import Dropout
-from lightsparse.patterns import Pattern
+from lightsparse.patterns import BlockLayout, Pattern
 from lightsparse.utils.hashing import chain
 
 log = logging.getLogger(__name__)
@@ -40,9 +46,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DilatedConfig(AttentionConfig):
-    segment_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)  # tokens, the paper's for a context of 32k
+    segment_lengths: tuple[int, ...] = (
+        256,
+        512,
+        1024,
+        2048,
+        4096,
+    )  # tokens, the paper's 2048 … 32768 for a context of 4096
     dilation_rates: tuple[int, ...] = (1, 2, 4, 6, 12)  # tokens, one per segment length
-    heads: Literal["all", "partition"] = "all"  # every head takes every (w, r), or each group of heads one of them
+    branches: Literal["all", "partition"] = "all"  # every head takes every (w, r), or each group of heads one of them
     pattern: Pattern | None = None  # only pairs that this pattern reads, too; null: all
     block: int = 64  # tokens per tile of the computation; with a pattern, per block of its grid
 
@@ -60,8 +72,8 @@ class DilatedConfig(AttentionConfig):
                     f"attention.dilation_rates has {rate} for a segment length of {length}; both count tokens, and a "
                     "rate must lie between 1 and its segment length"
                 )
-        if self.heads not in ("all", "partition"):
-            raise ValueError(f"attention.heads is {self.heads!r}; it must be all or partition")
+        if self.branches not in ("all", "partition"):
+            raise ValueError(f"attention.branches is {self.branches!r}; it must be all or partition")
         if self.block < 1:
             raise ValueError(f"attention.block is {self.block}; it counts tokens and must be at least 1")
         if self.density is not None:
@@ -74,13 +86,15 @@ class DilatedConfig(AttentionConfig):
         return replace(self, segment_lengths=(16, 40, 96), dilation_rates=(1, 2, 3), block=16)
 
     def full(self) -> Self:
-        return replace(self, segment_lengths=(1 << 24,), dilation_rates=(1,), heads="all", pattern=None)
+        return replace(self, segment_lengths=(1 << 24,), dilation_rates=(1,), branches="all", pattern=None)
 
 
 class DilatedAttention(AttentionCore):
     """Mixture of dilated segments; O(N · Σ w/r²) time over the heads of a branch, O(N) memory.
 
-    A position that a branch does not keep has weight 0 in it; one that no branch keeps gives 0.
+    LongNet (Ding et al. 2023, arXiv 2307.02486, eq. 9–10). A position that a branch does not keep has weight 0 in it;
+    one that no branch keeps gives 0. Shapes of a call: AttentionCore.forward. Raises ValueError for branches=partition
+    with fewer key/value heads than branches.
     """
 
     Config = DilatedConfig
@@ -93,10 +107,10 @@ class DilatedAttention(AttentionCore):
         pairs = list(zip(config.segment_lengths, config.dilation_rates, strict=True))
         every = range(shape.kv_heads)
         groups = [every] * len(pairs)
-        if config.heads == "partition":
+        if config.branches == "partition":
             if shape.kv_heads < len(pairs):
                 raise ValueError(
-                    f"attention.heads is partition with {len(pairs)} segment lengths for {shape.kv_heads} key/value "
+                    f"attention.branches is partition with {len(pairs)} segment lengths for {shape.kv_heads} key/value "
                     f"heads; each segment length needs one, so list fewer or set model.kv_heads={len(pairs)}"
                 )
             borders = [len(every) * i // len(pairs) for i in range(len(pairs) + 1)]
@@ -121,9 +135,9 @@ class DilatedAttention(AttentionCore):
             return None
         return KeyExpiry(until, block, last_rows(self.config.segment_lengths, until, block, documents))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         # Where every head has one branch there is nothing to weigh, and kernels without a differentiable lse will do.
-        weighed = self.config.heads == "all" and len(self.branches) > 1
+        weighed = self.config.branches == "all" and len(self.branches) > 1
         parts, density = self._parts(q.contiguous(), k.contiguous(), v.contiguous(), ctx, weighed)
         out = _mixture(parts, q) if weighed else _side_by_side([part for of_branch in parts for part in of_branch], q)
         return AttentionResult(
@@ -135,11 +149,9 @@ class DilatedAttention(AttentionCore):
         self, q: Tensor, k: Tensor, v: Tensor, ctx: SequenceContext, weighed: bool
     ) -> tuple[list[list[_Part]], float | None]:
         """What each gather of each branch gives, and the density, None while decoding."""
-        length = sequence_length(k, ctx) if ctx.cached_block_ids is None else ctx.q_start + q.shape[2]
+        length = sequence_length(k, ctx)
         plan = self._plan(length, ctx, q.device)
-        dropout = ctx.dropout(
-            self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
-        )
+        dropout = self.dropout(q, ctx)
         parts = [
             [_attend(q, k, v, gather, _of_gather(dropout, branch, gather), weighed, ctx) for gather in of_branch]
             for branch, of_branch in enumerate(plan.gathers)
@@ -167,12 +179,12 @@ class _Plan(NamedTuple):
 
 
 def _plan_of(branches: tuple[Branch, ...], sizes: Sizes, documents: Tensor | None) -> _Plan:
-    found = [gathers(branch, sizes, documents) for branch in branches]
+    of_branches = [gathers(branch, sizes, documents) for branch in branches]
     if sizes.q_start:
-        return _Plan(found, None)
+        return _Plan(of_branches, None)
     dense = dense_area(sizes, documents) * sizes.kv_heads
-    computed = sum((gather.area for of_branch in found for gather in of_branch), torch.zeros_like(dense))
-    return _Plan(found, float((computed / dense).mean()))
+    computed = sum((gather.area for of_branch in of_branches for gather in of_branch), torch.zeros_like(dense))
+    return _Plan(of_branches, float((computed / dense).mean()))
 
 
 @lru_cache(maxsize=16)
@@ -201,49 +213,43 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, gather: Gather, dropout: Dropout | None, weighed: bool, ctx: SequenceContext
 ) -> _Part:
     """Attention of one gather. q [B, H, Nq, D], k/v [B, Hkv, N, D], contiguous."""
+
+    def outputs(
+        q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, sources: Sources | None = None, heads: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse, which is 0 where nobody weighs by it."""
+        if weighed:
+            return sharded_attention_with_lse(q, k, v, layout, ctx, sources=sources, kv_heads=heads, dropout=dropout)
+        out = sharded_attention(q, k, v, layout, ctx, sources=sources, kv_heads=heads, dropout=dropout)
+        return out, out.new_zeros(out.shape[:3])
+
     group, nkv = q.shape[1] // k.shape[1], k.shape[2]
     if gather.positions is None:
         first = 0 if ctx.shard is not None else nkv - gather.layout.num_keys
-        own = own_rows(gather.layout, ctx)
-        out, lse = sharded_attention(q, k[:, :, first:], v[:, :, first:], own, ctx, dropout=dropout, return_lse=weighed)
-        return _Part(None, out.flatten(0, 2), _flat_lse(out, lse))
+        out, lse = outputs(q, k[:, :, first:], v[:, :, first:], own_rows(gather.layout, ctx))
+        return _Part(None, out.flatten(0, 2), lse.flatten())
 
     q_heads = (gather.kv_heads[:, None] * group + torch.arange(group, device=q.device)).flatten()
     if ctx.shard is None:
         layout, sources = gather.layout, None
         of_queries = gather.positions[:, :, -layout.num_queries :] - ctx.q_start
-        forgotten = ctx.q_start + q.shape[2] - nkv  # tokens before those of k, which nobody reads
+        forgotten = ctx.q_start + q.shape[2] - nkv  # tokens before those of k, no longer read
         kv_rows = _rows(gather.positions - forgotten, gather.kv_heads, k)
         k, v = _taken(k, kv_rows), _taken(v, kv_rows)
     else:
         layout, of_queries, sources = share(gather, k, ctx)
     of_queries = of_queries.repeat_interleave(group, 1)
     q_rows = _rows(of_queries, q_heads, q)
-    out, lse = sharded_attention(
-        _taken(q, q_rows),
-        k,
-        v,
-        layout,
-        ctx,
-        sources=sources,
-        kv_heads=len(gather.kv_heads),
-        dropout=dropout,
-        return_lse=weighed,
-    )
+    out, lse = outputs(_taken(q, q_rows), k, v, layout, sources, len(gather.kv_heads))
     # Spare slots and tokens that are no queries here go to a row behind the last.
     rows = torch.where(of_queries >= 0, q_rows, q.shape[:3].numel())
-    return _Part(rows.flatten(), out.flatten(0, 2), _flat_lse(out, lse))
-
-
-def _flat_lse(out: Tensor, lse: Tensor | None) -> Tensor:
-    """[B · h · S]; zeros where none was asked for."""
-    return out.new_zeros(out.shape[:3]).flatten() if lse is None else lse.flatten()
+    return _Part(rows.flatten(), out.flatten(0, 2), lse.flatten())
 
 
 def _rows(positions: Tensor, heads: Tensor, of: Tensor) -> Tensor:
     """Rows of `of` [B, H, N, D], flattened to [B · H · N, D], for positions [B|1, h, S] of heads [h]: int64 [B, h, S].
 
-    Where there is no position (below 0) the head's first row stands in; nobody reads it there.
+    Where there is no position (below 0) the head's first row stands in, and is not read.
     """
     batch, num_heads, n, _ = of.shape
     sample = torch.arange(batch, device=of.device)[:, None, None]

@@ -19,24 +19,24 @@ from lightsparse.attention.core import AttentionResult, AttentionShape, Sequence
 from lightsparse.attention.pooling.block_means import gather_block_means
 from lightsparse.attention.selection.dense_warning import warn_if_dense
 from lightsparse.attention.selection.indexer import Index, Indexer
-from lightsparse.attention.selection.indexer_loss import Found, Keys, choose, choose_and_learn, learn_from_dense
+from lightsparse.attention.selection.indexer_loss import IndexerResult, Keys, choose, choose_and_learn, learn_from_dense
 from lightsparse.attention.selection.kept_mass import kept_mass, queries_at, sampled_queries
+from lightsparse.attention.selection.row_parts import row_parts, single_rows
 from lightsparse.attention.selection.stages import StagedAttention, StagedConfig
 from lightsparse.attention.sharded_call import sequence_length, sharded_attention
 from lightsparse.context_parallel.shard import sum_over
 from lightsparse.kernels import Dropout
 from lightsparse.patterns import BlockLayout, ElementMask, interval_mask
-from lightsparse.patterns.layout import no_dense_rows
 
-_TABLE = 1 << 24  # entries of the table held at once; more are worked on in parts, chosen again for the backward
-_UNIT = 16  # tokens that ranks do not cut, and of which the last one's choice is reported
+_TABLE = 1 << 24  # entries of the table in memory at once; more are worked on in parts, chosen again for the backward
+_UNIT = 16  # tokens that ranks do not cut; the choice of the last of them is reported
 
 
 @dataclass(frozen=True)
 class DsaConfig(StagedConfig):
-    top_k: int = 2048  # tokens that a query reads
-    index_heads: int = 64  # of the indexer
-    index_dim: int = 128  # width of an index head and of the one index key, even
+    top_k: int = 512  # tokens that a query reads
+    index_heads: int = 4  # of the indexer
+    index_dim: int = 32  # width of an index head and of the one index key, even
     kl_weight: float = 1.0  # of the indexer's loss
 
     def __post_init__(self) -> None:
@@ -68,12 +68,12 @@ class TokenSelection(NamedTuple):
 
 
 class DsaAttention(StagedAttention):
-    """Each token reads the top_k tokens of its document, that the indexer scores highest, up to itself.
+    """Each token reads the top_k tokens of its document up to itself that the indexer scores highest.
 
     Equal scores go to the earlier token: zeros are common, as every index head may find nothing. Nothing is forced in,
     not even the token itself.
-    With ranks that share a sequence the index keys are gathered on all of them, for the loss the keys, too; the
-    exchange of keys and values brings what is chosen.
+    Ranks that share a sequence gather the index keys, and for the loss the keys, too; of keys and values they exchange
+    only what is chosen.
 
     Stats: density; kept_mass, the share of dense attention's weight on what is chosen, or would be in the dense stage,
     on a few sampled queries; selection_kl, the indexer's loss in nats per query; uniform_kl, the same for equal weights
@@ -104,22 +104,22 @@ class DsaAttention(StagedAttention):
             for start in range(0, length, unit)
         ]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         index = self._index(x, ctx)
         if ctx.states is not None:
             ctx.states[self.shape.layer]["index_keys"] = index.keys.detach()
         keys = self._keys(q, k, ctx) if torch.is_grad_enabled() and not ctx.q_start else None
         if self.dense_now:
-            result, found = self.dense(q, k, v, x=x, ctx=ctx), None
+            result, indexed = self.dense(q, k, v, x=x, ctx=ctx), None
             if keys is not None:
-                found = learn_from_dense(index, self._mask(slice(0, q.shape[2]), k, ctx), keys)
+                indexed = learn_from_dense(index, self._mask(slice(0, q.shape[2]), k, ctx), keys)
         else:
-            result, found = self._attend(q, k, v, index, keys, ctx)
+            result, indexed = self._attend(q, k, v, index, keys, ctx)
         if not ctx.q_start:
             result.stats["kept_mass"] = self._kept_mass(q, k, index, ctx)
-        if found is None:
+        if indexed is None:
             return result
-        sums = torch.stack([found.divergence, found.uniform])
+        sums = torch.stack([indexed.divergence, indexed.uniform])
         if ctx.shard is not None:
             sums = sum_over(sums, ctx.shard)
         loss, uniform = sums / (q.shape[0] * sequence_length(k, ctx))
@@ -127,36 +127,35 @@ class DsaAttention(StagedAttention):
         return replace(result, aux_loss=self.options.kl_weight * loss)
 
     def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> TokenSelection:
-        """What forward reads in the sparse stage, for pictures: the table of all queries at once."""
+        """What attend reads in the sparse stage, for pictures: the table of all queries at once."""
         mask = self._mask(slice(0, q.shape[2]), k, ctx)
-        return TokenSelection(_layout(choose(self._index(x, ctx), mask, self.options.top_k), mask))
+        return TokenSelection(single_rows(choose(self._index(x, ctx), mask, self.options.top_k), mask))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, index: Index, keys: Keys | None, ctx: SequenceContext
-    ) -> tuple[AttentionResult, Found | None]:
+    ) -> tuple[AttentionResult, IndexerResult | None]:
         """The sparse stage; `keys` are there where the indexer learns."""
-        dropout = ctx.dropout(
-            self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
-        )
-        done, parts = [], self._parts(q, k, ctx)
+        dropout = self.dropout(q, ctx)
+        per_query = len(q) * min(self.options.top_k, sequence_length(k, ctx))
+        done, parts = [], row_parts(q.shape[2], per_query, _UNIT, _TABLE, ctx)
         for part in parts:
             mask = self._mask(part, k, ctx)
             of_part = Index(index.q[:, part], index.weight[:, part], index.keys[:, : mask.num_keys])
             if keys is None:
-                found = Found(choose(of_part, mask, self.options.top_k), *index.q.new_zeros(3))
+                indexed = IndexerResult(choose(of_part, mask, self.options.top_k), *index.q.new_zeros(3))
             else:
-                found = choose_and_learn(of_part, mask, self.options.top_k, keys.part(part, mask.num_keys))
-            layout = _layout(found.table, mask)
+                indexed = choose_and_learn(of_part, mask, self.options.top_k, keys.part(part, mask.num_keys))
+            layout = single_rows(indexed.table, mask)
             read = k.shape[2] if ctx.shard is not None else mask.num_keys
-            given = (q[:, :, part], k[:, :, :read], v[:, :, :read], of_part, mask, ctx, dropout)
+            arguments = (q[:, :, part], k[:, :, :read], v[:, :, :read], of_part, mask, ctx, dropout)
             if torch.is_grad_enabled() and len(parts) > 1:
                 once = [layout]
-                out = checkpoint(self._read, once, *given, use_reentrant=False, preserve_rng_state=False)
+                out = checkpoint(self._read, once, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                out = self._read([layout], *given)
+                out = self._read([layout], *arguments)
             tokens = mask.q_pos[0]
             ends = (tokens % _UNIT == _UNIT - 1) | (tokens == sequence_length(k, ctx) - 1)
-            done.append((out, *layout.areas(), layout.kv_indices[:, :, ends], *found[1:]))
+            done.append((out, *layout.areas(), layout.kv_indices[:, :, ends], *indexed[1:]))
         out, computed, dense, choice, divergence, uniform, rows = zip(*done, strict=True)
         whole = out[0] if len(out) == 1 else torch.cat(out, 2)
         if ctx.q_start:
@@ -165,8 +164,8 @@ class DsaAttention(StagedAttention):
         if ctx.shard is not None:
             area, of_dense = sum_over(area, ctx.shard), sum_over(of_dense, ctx.shard)
         stats = {"density": (area / of_dense[:, None]).mean().float()}
-        found_all = Found(choice[0], *(torch.stack(of).sum() for of in (divergence, uniform, rows)))
-        return AttentionResult(whole, stats=stats, choice=torch.cat(choice, 2)), None if keys is None else found_all
+        indexed_all = IndexerResult(choice[0], *(torch.stack(of).sum() for of in (divergence, uniform, rows)))
+        return AttentionResult(whole, stats=stats, choice=torch.cat(choice, 2)), None if keys is None else indexed_all
 
     def _read(
         self,
@@ -180,16 +179,8 @@ class DsaAttention(StagedAttention):
         dropout: Dropout | None,
     ) -> Tensor:
         """Attention of some queries. once: what they chose, for the forward pass; the backward chooses it again."""
-        layout = once.pop() if once else _layout(choose(index, mask, self.options.top_k), mask)
-        return sharded_attention(q, k, v, layout, ctx, dropout=dropout)[0]
-
-    def _parts(self, q: Tensor, k: Tensor, ctx: SequenceContext) -> list[slice]:
-        """Queries whose table is held at once; ranks that share a sequence take all of theirs, in step."""
-        per_query = q.shape[0] * min(self.options.top_k, sequence_length(k, ctx))
-        at_once = max(_TABLE // per_query // _UNIT, 1) * _UNIT
-        if ctx.shard is not None:
-            at_once = q.shape[2]
-        return [slice(start, min(start + at_once, q.shape[2])) for start in range(0, q.shape[2], at_once)]
+        layout = once.pop() if once else single_rows(choose(index, mask, self.options.top_k), mask)
+        return sharded_attention(q, k, v, layout, ctx, dropout=dropout)
 
     def _mask(self, part: slice, k: Tensor, ctx: SequenceContext) -> ElementMask:
         """Of some of the queries here, and the tokens up to the last one; with a shard, all tokens of the sequence."""
@@ -208,13 +199,13 @@ class DsaAttention(StagedAttention):
             return index._replace(keys=gather_block_means(index.keys[:, None], ctx.shard, 1)[:, 0])
         if not ctx.q_start:
             return index
-        held = (ctx.states or {}).get(self.shape.layer, {}).get("index_keys")
-        if held is None or held.shape[1] != ctx.q_start:
+        earlier = (ctx.states or {}).get(self.shape.layer, {}).get("index_keys")
+        if earlier is None or earlier.shape[1] != ctx.q_start:
             raise ValueError(
                 f"ctx.q_start is {ctx.q_start} but ctx.states holds no index keys of {ctx.q_start} tokens for "
                 f"layer {self.shape.layer}; decode with the states of the passes that read them, one KVCache per layer"
             )
-        return index._replace(keys=torch.cat([held, index.keys], 1))
+        return index._replace(keys=torch.cat([earlier, index.keys], 1))
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -231,8 +222,3 @@ class DsaAttention(StagedAttention):
         mask = interval_mask(index.keys.shape[1], documents=ctx.documents, device=k.device).of_queries(at)
         table = choose(Index(index_q, weight, index.keys), mask, self.options.top_k)
         return kept_mass(queries_at(q, at, ctx), k, table[:, None].expand(-1, q.shape[1], -1, -1), at, 1, ctx)
-
-
-def _layout(table: Tensor, mask: ElementMask) -> BlockLayout:
-    """Rows of single queries that read single tokens, those of a table [B, R, K]."""
-    return BlockLayout(table[:, None], 1, 1, mask, no_dense_rows(table.device))

@@ -13,16 +13,21 @@ from lightsparse.attention.core import (
     KeyExpiry,
     SequenceContext,
 )
-from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention
+from lightsparse.attention.sharded_call import (
+    own_rows,
+    sequence_length,
+    sharded_attention,
+    sharded_attention_with_lse,
+)
 from lightsparse.patterns import BlockLayout, LayoutKey, Pattern, PersistentPatternCache
 from lightsparse.patterns.parts import of_keys
 
 LAYOUTS = PersistentPatternCache()  # of the whole process: layers, steps and evaluations share it
-_ROWS = 1024  # rows of a pattern looked at at once
+_ROWS = 1024  # rows of a pattern in memory at once
 
 
 class FixedPatternAttention(AttentionCore):
-    """Base of the variants whose blocks do not depend on the data. Subclasses set `block` and say `pattern_at`."""
+    """Base of the variants whose blocks do not depend on the data. Subclasses set `block`, write `pattern_at`."""
 
     block: int  # tokens
     needs_hidden_states = False
@@ -37,16 +42,14 @@ class FixedPatternAttention(AttentionCore):
         """The pattern over a sequence of `num_keys` tokens."""
         raise NotImplementedError(f"{type(self).__name__} has no pattern_at()")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
-        length = sequence_length(k, ctx) if ctx.cached_block_ids is None else ctx.q_start + q.shape[2]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+        length = sequence_length(k, ctx)
         layout = self.layout(length, ctx, q.device)
-        dropout = ctx.dropout(
-            self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
-        )
-        rows, with_lse = of_cached_keys(own_rows(layout, ctx), ctx), self.sink is not None
-        out, lse = sharded_attention(q, k, v, rows, ctx, ring=True, dropout=dropout, return_lse=with_lse)
-        if self.sink is not None and lse is not None:
-            out = with_sink(out, lse, self.sink)
+        dropout, rows = self.dropout(q, ctx), of_cached_keys(own_rows(layout, ctx), ctx)
+        if self.sink is None:
+            out = sharded_attention(q, k, v, rows, ctx, ring=True, dropout=dropout)
+        else:
+            out = with_sink(*sharded_attention_with_lse(q, k, v, rows, ctx, ring=True, dropout=dropout), self.sink)
         return AttentionResult(
             out, stats={} if ctx.q_start else {"density": torch.tensor(layout.density(), device=q.device)}
         )
@@ -78,7 +81,7 @@ class FixedPatternAttention(AttentionCore):
         return ctx.layouts[of_pass]
 
     def key_expiry(self, until: int, documents: Tensor | None = None) -> KeyExpiry | None:
-        """From the rows of all blocks to come: O(until / block · K) time, and no more than _ROWS rows held at once."""
+        """From the rows of all blocks to come: O(until / block · K) time, and at most _ROWS rows in memory at once."""
         shape, block, pattern = self.shape, self.block, self.pattern_at(until)
         blocks = -(-until // block)
         last_row = torch.full((blocks,), -1)
@@ -89,7 +92,7 @@ class FixedPatternAttention(AttentionCore):
             )
             table = layout.kv_indices
             reader = torch.arange(rows.start, rows.stop)[:, None].expand_as(table)
-            of_tokens = (table >= 0) & (table < blocks)  # what follows the tokens is no matter of the cache
+            of_tokens = (table >= 0) & (table < blocks)  # what stands behind the tokens is not in the cache
             last_row.scatter_reduce_(0, table[of_tokens].long(), reader[of_tokens], "amax")
             if len(layout.dense_rows):
                 dense = rows.start + int(layout.dense_rows.max())
@@ -104,8 +107,7 @@ class FixedPatternAttention(AttentionCore):
 
 @torch.compiler.disable
 def of_cached_keys(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
-    """The layout over the keys that the cache still has: those of ctx.cached_block_ids, and what the layout has behind
-    its tokens.
+    """The layout over the keys still in the cache: those of ctx.cached_block_ids, and what stands behind the tokens.
 
     Layers of the same pass share it.
     """

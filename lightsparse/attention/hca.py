@@ -22,13 +22,13 @@ from lightsparse.attention.pooling.compressed import (
     beside,
     tokens_of,
 )
-from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.kernels import Dropout, block_sparse_attention_with_lse
 from lightsparse.patterns import BlockLayout
 
 
 @dataclass(frozen=True)
 class HcaConfig(CompressedConfig):
-    stride: int = 128  # tokens per compressed entry
+    stride: int = 32  # tokens per compressed entry; the paper: 128
 
     def small(self) -> Self:
         return replace(self, window=21, stride=16, block=16)
@@ -43,7 +43,7 @@ class HcaAttention(CompressedAttention):
         self, q: Tensor, x: Tensor, near_lse: Tensor, entries: Entries, ctx: SequenceContext, dropout: Dropout | None
     ) -> tuple[Far, AttentionResult]:
         layout = self.all_entries(entries.count, tokens_of(q, ctx), 1 if ctx.q_start else self.block, ctx)
-        out, lse = block_sparse_attention(q, entries.keys, entries.values, layout, dropout=dropout, return_lse=True)
+        out, lse = block_sparse_attention_with_lse(q, entries.keys, entries.values, layout, dropout=dropout)
         return Far(out, lse, layout.areas()[0].mean(1)), AttentionResult(out)
 
     def layout(self, num_keys: int, ctx: SequenceContext, device: torch.device) -> BlockLayout:

@@ -90,8 +90,8 @@ class BlockSparseHierarchical(FixedPatternAttention):
     cancel, and what is left of them tells less about position the longer the stride. Its value is the plain mean. The
     summaries are functions of k and v and carry gradients to every token they stand for.
 
-    Causal only: without causality a summary would be read from far before and from far behind its tokens, two
-    intervals, where a key has one. Decoding keeps every summary, and tokens as long as they are read one by one.
+    Causal only: otherwise a summary would be read from far before its tokens and from far behind them, two intervals
+    of query positions, where a key has one. Decoding keeps every summary, and each token as long as it is read itself.
     """
 
     Config = HierarchicalConfig
@@ -117,9 +117,7 @@ class BlockSparseHierarchical(FixedPatternAttention):
         """The pattern with its near window such that the density is reached at the training context."""
         shape = self.shape
         if shape.context is None:
-            raise ValueError(
-                f"attention.density is {density}; it needs AttentionShape.context, the length it refers to"
-            )
+            raise ValueError(f"attention.density is {density}; give context, the length it refers to")
         wanted = AtDensity(self.pattern, density, "window", at=shape.context, uniform=uniform)
         sparser, _, _ = wanted.solved(
             shape.context, block=self.block, heads=shape.heads, kv_heads=shape.kv_heads, causal=shape.causal
@@ -133,10 +131,10 @@ class BlockSparseHierarchical(FixedPatternAttention):
         coarsest = max(stride for _, stride in self.pattern.coarser) if isinstance(self.pattern, PooledHierarchy) else 1
         return math.lcm(self.block, coarsest)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         if not isinstance(self.pattern, PooledHierarchy):
-            return super().forward(q, k, v, x=x, ctx=ctx)
-        length = sequence_length(k, ctx) if ctx.cached_block_ids is None else ctx.q_start + q.shape[2]
+            return super().attend(q, k, v, x=x, ctx=ctx)
+        length = sequence_length(k, ctx)
         layout = self.layout(length, ctx, q.device)
         stats = {} if ctx.q_start else {"density": torch.tensor(layout.density(), device=q.device)}
         layout = own_rows(layout, ctx)
@@ -151,15 +149,13 @@ class BlockSparseHierarchical(FixedPatternAttention):
                 sources = self._sources(segments, ctx, q.device)
             keys, values = (with_summaries(t, here, self.block) for t in (k, v))
         bias = log_counts(layout, segments, q.dtype) if self.log_count and len(segments) > 1 else None
-        dropout = ctx.dropout(
-            self.config.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
-        )
+        dropout = self.dropout(q, ctx)
         layout = of_cached_keys(layout, ctx)
-        out, _ = sharded_attention(q, keys, values, layout, ctx, sources=sources, block_bias=bias, dropout=dropout)
+        out = sharded_attention(q, keys, values, layout, ctx, sources=sources, block_bias=bias, dropout=dropout)
         return AttentionResult(out, stats=stats)
 
     def _sources(self, segments: tuple[Segment, ...], ctx: SequenceContext, device: torch.device) -> Sources:
-        """Made once for a split: the same object each time, by which plans are found again."""
+        """Made once for a split: plans are cached by this object."""
         shard = ctx.shard
         assert shard is not None
         make = partial(summary_sources, shard.split, segments, self.block, device)

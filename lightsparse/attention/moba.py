@@ -22,8 +22,8 @@ from lightsparse.attention.selection.token_blocks import Scored, TokenBlocksAtte
 
 @dataclass(frozen=True)
 class MobaConfig(TokenBlocksConfig):
-    block: int = 512  # tokens per key block; the paper's for a context of 8k, 4096 for one of 1M
-    top_k: int = 3  # blocks that a query reads, its own included; 12 for the 1M context
+    block: int = 128  # tokens per key block; the paper: 512 for a context of 8k, 4096 for one of 1M
+    top_k: int = 6  # blocks that a query reads, its own included; the paper: 3 of 16 blocks, 12 of 256
 
     def small(self) -> Self:
         return replace(self, block=16, top_k=3)
@@ -43,8 +43,8 @@ class MobaAttention(TokenBlocksAttention):
     def scored(self, q: Tensor, k: Tensor, ctx: SequenceContext) -> Scored:
         return Scored(q.detach(), self._block_means(k, ctx))
 
-    def keep(self, found: Scored, length: int, state: dict[str, Tensor]) -> None:
-        state["block_means"] = found.blocks[:, :, : length // self.options.block]  # of complete blocks: they are final
+    def keep(self, scored: Scored, length: int, state: dict[str, Tensor]) -> None:
+        state["block_means"] = scored.blocks[:, :, : length // self.options.block]  # of complete blocks: they are final
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -55,11 +55,11 @@ class MobaAttention(TokenBlocksAttention):
             if ctx.shard is not None:
                 documents = None if documents is None else ctx.shard.take(documents)
                 return gather_block_means(block_means(k, block, documents, "last"), ctx.shard, block)
-            held = None
+            earlier = None
             if ctx.q_start and ctx.states is not None:
-                held = ctx.states[self.shape.layer].get("block_means")
-            done = 0 if held is None else held.shape[2] * block
+                earlier = ctx.states[self.shape.layer].get("block_means")
+            done = 0 if earlier is None else earlier.shape[2] * block
             new = block_means(
                 k[:, :, done:], block, None if documents is None else documents[:, done : k.shape[2]], "last"
             )
-            return new if held is None else torch.cat([held, new], 2)
+            return new if earlier is None else torch.cat([earlier, new], 2)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
@@ -20,31 +21,29 @@ from lightsparse.attention.pooling.nsa_keys import KeysValues, SummaryKeys, Wind
 from lightsparse.attention.pooling.nsa_picture import together
 from lightsparse.attention.selection.dense_warning import warn_if_dense
 from lightsparse.attention.selection.kept_mass import kept_mass, queries_at, sampled_queries
-from lightsparse.attention.selection.nsa_gates import BRANCHES, Gates, mean_gates
 from lightsparse.attention.selection.nsa_select import Selector
 from lightsparse.attention.selection.row_parts import BlockSelection, RowPart, attend_in_parts, row_layout
 from lightsparse.attention.sharded_call import sequence_length
 from lightsparse.attention.sliding_window import SlidingWindowAttention, SlidingWindowConfig
 from lightsparse.context_parallel.shard import sum_over
-from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.kernels import block_sparse_attention
 from lightsparse.patterns import BlockLayout
 
+BRANCHES = ("compressed", "selected", "window")
 _APART = 1 << 20  # between the layer numbers under which the branches draw their dropout
 
 
 @dataclass(frozen=True)
 class NsaConfig(AttentionConfig):
-    """The defaults are the paper's (section 4.1); conf/attention/nsa.yaml has smaller ones."""
-
     compress_block: int = 32  # l: tokens that a summary stands for
     compress_stride: int = 16  # d: tokens from one summary to the next; divides compress_block and select_block
     compress: Literal["mlp", "mean"] = "mlp"
     compress_hidden: int | None = None  # width of the MLP; null: head_dim. Not given in the paper
     select_block: int = 64  # l': tokens per block that is chosen, and the tile of the computation
-    top_n: int = 16  # n: blocks that a query reads, those of `first` and `local` included
-    first: int = 1  # blocks at the document's start that everyone reads
+    top_n: int = 8  # n: blocks that a query reads, those of `first` and `local` included; the paper: 16
+    first: int = 1  # blocks at the document's start that every query reads
     local: int = 2  # the own block and those right before it
-    window: int = 512  # w: tokens
+    window: int = 256  # w: tokens; the paper: 512
     branch_kv: Literal["shared", "own"] = "shared"  # the layer's keys and values for all branches, or its own for each
 
     def __post_init__(self) -> None:
@@ -87,12 +86,38 @@ class NsaConfig(AttentionConfig):
         return replace(self, top_n=1 << 24, window=1 << 24)
 
 
+class Gates(nn.Module):
+    """How much of each branch a token takes (eq. 5): σ(W x + b) per branch and query head; ½ at the start."""
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__()
+        rows = len(BRANCHES) * shape.heads
+        self.weight = nn.Parameter(torch.randn(rows, shape.embed_dim) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(rows))
+
+    def forward(self, x_BNE: Tensor) -> tuple[Tensor, ...]:
+        """Of each branch, in the order of BRANCHES: [B, H, N], at least fp32."""
+        dtype = torch.promote_types(x_BNE.dtype, torch.float32)
+        with torch.autocast(x_BNE.device.type, enabled=False):
+            logits = F.linear(x_BNE.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return logits.sigmoid().unflatten(-1, (len(BRANCHES), -1)).permute(2, 0, 3, 1).unbind(0)
+
+
+@torch.no_grad()
+def mean_gates(gates: tuple[Tensor, ...], length: int, ctx: SequenceContext) -> dict[str, Tensor]:
+    """Scalars for the log, over all `length` tokens of the sequence."""
+    sums = torch.stack([gate.mean((0, 1)).sum() for gate in gates])
+    if ctx.shard is not None:
+        sums = sum_over(sums, ctx.shard)
+    return {f"gate_{branch}": mean.float() for branch, mean in zip(BRANCHES, sums / length, strict=True)}
+
+
 class NsaAttention(AttentionCore):
     """Each token reads summaries of its whole past, the blocks whose summaries it attends to most, and a window.
 
     A block is chosen per token and key/value head, by fp32 scores with autocast off; equal ones go to the lower block.
     With documents, first blocks and summaries are those of the query's document; a summary that would cross a border
-    is read by nobody, and a query that sees no summary gets 0 from that branch.
+    is never read, and a query that sees no summary gets 0 from that branch.
     With branch_kv=own the layer's keys and values are the selected branch's, and the other two project their own.
 
     Stats: density, of all three branches; kept_mass, the share of dense attention's weight on the chosen blocks, on a
@@ -144,7 +169,7 @@ class NsaAttention(AttentionCore):
         read = t // of.compress_stride + chosen + t.clamp(max=of.window)
         return [float(keys.sum()) for keys in read.split(unit)]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         n = sequence_length(k, ctx)
         of_summaries = self.summaries(k, v, x, n, ctx)
         compressed, area = self._compressed(q, of_summaries, n, ctx)
@@ -167,13 +192,11 @@ class NsaAttention(AttentionCore):
 
     def _compressed(self, q: Tensor, of: KeysValues, n: int, ctx: SequenceContext) -> tuple[Tensor, Tensor]:
         """[B, H, Nq, D] and the query–key area of its tiles, fp64 [B|1, 1]. Every rank has all summaries."""
-        if not of.k.shape[2]:  # nothing to read yet; the parameters are in the graph all the same
+        if not of.k.shape[2]:  # nothing to read yet, but the parameters stay in the graph
             return q * 0 + (of.k.sum() + of.v.sum()).to(q.dtype), q.new_zeros(1, 1, dtype=torch.float64)
         layout = self._summary_layout(n, self._tokens(q, ctx), ctx)
-        k, v, dropout = of.k.to(q.dtype), of.v.to(q.dtype), self._dropout(q, ctx, branch=0)
-        out = block_sparse_attention(q, k, v, layout, dropout=dropout)
-        assert isinstance(out, Tensor)  # no lse
-        return out, layout.areas()[0]
+        k, v, dropout = of.k.to(q.dtype), of.v.to(q.dtype), self.dropout(q, ctx)
+        return block_sparse_attention(q, k, v, layout, dropout=dropout), layout.areas()[0]
 
     @torch.compiler.disable
     def _summary_layout(self, n: int, tokens: Tensor, ctx: SequenceContext) -> BlockLayout:
@@ -197,10 +220,6 @@ class NsaAttention(AttentionCore):
             return ctx.shard.tokens.to(q.device)
         return torch.arange(ctx.q_start, ctx.q_start + q.shape[2], device=q.device)
 
-    def _dropout(self, q: Tensor, ctx: SequenceContext, branch: int) -> Dropout | None:
-        layer = self.shape.layer + branch * _APART
-        return ctx.dropout(self.options.dropout, layer=layer, training=self.training, batch=len(q), device=q.device)
-
     def _selected(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, n: int, ctx: SequenceContext) -> RowPart:
         block, keys = self.options.select_block, keys.detach()
 
@@ -208,7 +227,7 @@ class NsaAttention(AttentionCore):
             return self._layout(q[:, :, part], keys, ctx.q_start + part.start, n, ctx)
 
         entries = q.shape[0] * self.shape.kv_heads * min(self.options.top_n, -(-n // block))
-        dropout = self._dropout(q, ctx, branch=1)
+        dropout = self.dropout(q, ctx, _APART)
         return attend_in_parts(layout_of, q, k, v, entries, block, n, ctx, dropout)
 
     def _layout(
@@ -224,7 +243,7 @@ class NsaAttention(AttentionCore):
             ctx,
         )
 
-    @torch.compiler.disable  # it goes by values
+    @torch.compiler.disable  # depends on values
     @torch.no_grad()
     def choose(self, q: Tensor, keys: Tensor, tokens: Tensor, length: int, ctx: SequenceContext) -> Tensor:
         """The blocks of some queries [B, H, R, D] at `tokens` [R], ascending: int32 [B, Hkv, R, K].
@@ -236,7 +255,7 @@ class NsaAttention(AttentionCore):
 
     @torch.no_grad()
     def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> BlockSelection:
-        """What forward reads in all three branches, for pictures: summaries behind the tokens, repeats kept."""
+        """What attend reads in all three branches, for pictures: summaries behind the tokens, repeats kept."""
         n = sequence_length(k, ctx)
         keys = self.summaries(k, k, x, n, ctx).k
         chosen, tokens = self._layout(q, keys, ctx.q_start, n, ctx)

@@ -6,7 +6,7 @@ The gate is block_gate.py, the loss block_kl.py. The loss trains the gate alone,
 it reads of the model, q, k and the target, is detached, and a choice has no gradient.
 The paper's recipe freezes a trained model and distils its gates under dense attention:
 init_from=… trainer.selector_only_steps=-1 attention.dense_steps=<all steps but the last>. A checkpoint is evaluated in
-the stage of its last step: so it is with the gates at work.
+the stage of its last step, here with the gates at work.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from lightsparse.patterns.mask import document_starts
 @dataclass(frozen=True)
 class SeerConfig(TokenBlocksConfig):
     block: int = 64  # tokens per key block
-    top_k: int = 64  # blocks that a query reads at most, its own included
+    top_k: int = 12  # blocks that a query reads at most, its own included
     threshold: float = 0.0  # share of the gate from which a block is read; 0 = always top_k
     first_block: bool = False  # always read the first block of the document, too; it counts in top_k
-    gate_dim: int = 128  # width of the gate's product
+    gate_dim: int = 64  # width of the gate's product
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,8 +84,8 @@ class SeerAttention(TokenBlocksAttention):
     def scored(self, q: Tensor, k: Tensor, ctx: SequenceContext) -> Scored:
         return self._features(q, k, ctx)
 
-    def keep(self, found: Scored, length: int, state: dict[str, Tensor]) -> None:
-        state["gate_keys"] = found.blocks[:, :, : length // self.options.block]  # of complete blocks: they are final
+    def keep(self, scored: Scored, length: int, state: dict[str, Tensor]) -> None:
+        state["gate_keys"] = scored.blocks[:, :, : length // self.options.block]  # of complete blocks: they are final
 
     @torch.compiler.disable
     def learned(self, q: Tensor, k: Tensor, ctx: SequenceContext) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -94,7 +94,7 @@ class SeerAttention(TokenBlocksAttention):
         if not self.training:
             return nothing, {}
         block, n = self.options.block, sequence_length(k, ctx)
-        found = self._features(q, k, ctx)
+        features = self._features(q, k, ctx)
         tokens, documents = torch.arange(n, device=q.device), None
         if ctx.shard is not None:
             tokens = ctx.shard.tokens.to(q.device)
@@ -102,7 +102,7 @@ class SeerAttention(TokenBlocksAttention):
                 k = gather_block_means(k.detach(), ctx.shard, 1)
         if ctx.documents is not None:
             documents = Documents(ctx.documents[:, tokens], block_documents(ctx.documents, block, "last"))
-        sums = block_kl(found.queries, found.blocks, q, k, tokens, block, ctx.documents, documents)
+        sums = block_kl(features.queries, features.blocks, q, k, tokens, block, ctx.documents, documents)
         if ctx.shard is not None:
             sums = type(sums)(*(sum_over(each, ctx.shard) for each in sums))
         rows = sums.rows.clamp(min=1)
@@ -124,12 +124,12 @@ class SeerAttention(TokenBlocksAttention):
             own = None if documents is None else ctx.shard.take(documents)
             pooled = pooled_keys(unrotated(k, ctx.shard.take(position), ctx.rotary), block, own)
             return self.gate.of_blocks(gather_block_means(pooled, ctx.shard, block), of_blocks, ctx.rotary)
-        kept = None
+        earlier = None
         if ctx.q_start and ctx.states is not None:
-            kept = ctx.states[self.shape.layer].get("gate_keys")
-        done = 0 if kept is None else kept.shape[2]
-        new = slice(done * block, n)
-        plain = unrotated(k[:, :, new], position[:, new], ctx.rotary)
-        pooled = pooled_keys(plain, block, None if documents is None else documents[:, new])
-        found = self.gate.of_blocks(pooled, of_blocks[:, done:], ctx.rotary)
-        return found if kept is None else torch.cat([kept, found], 2)
+            earlier = ctx.states[self.shape.layer].get("gate_keys")
+        done = 0 if earlier is None else earlier.shape[2]
+        rest = slice(done * block, n)
+        plain = unrotated(k[:, :, rest], position[:, rest], ctx.rotary)
+        pooled = pooled_keys(plain, block, None if documents is None else documents[:, rest])
+        new = self.gate.of_blocks(pooled, of_blocks[:, done:], ctx.rotary)
+        return new if earlier is None else torch.cat([earlier, new], 2)

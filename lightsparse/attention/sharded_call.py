@@ -8,12 +8,12 @@ from torch import Tensor
 from lightsparse.attention.core import SequenceContext
 from lightsparse.context_parallel.attend import attend
 from lightsparse.context_parallel.key_owners import Sources
-from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.kernels import Dropout, block_sparse_attention, block_sparse_attention_with_lse
 from lightsparse.patterns import BlockLayout
 from lightsparse.patterns.parts import of_rows
 
 
-@torch.compiler.disable  # a table is cut by values: nothing to compile
+@torch.compiler.disable  # cuts a table by its values: nothing to compile
 def own_rows(layout: BlockLayout, ctx: SequenceContext) -> BlockLayout:
     """The rows of this rank's queries; all of them where no rank shares the sequence."""
     if ctx.shard is None:
@@ -38,35 +38,48 @@ def sharded_attention(
     ring: bool = False,
     block_bias: Tensor | None = None,
     dropout: Dropout | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """out [B, H, Nq, D] and the lse (None unless asked for); `layout` holds the rows of the queries here (`own_rows`).
+) -> Tensor:
+    """out [B, H, Nq, D]; `layout` holds the rows of the queries here (`own_rows`).
 
     sources, kv_heads and ring matter where ctx.shard is set: see lightsparse.context_parallel.attend.
     """
-    if ctx.shard is not None:
-        return attend(
-            q,
-            k,
-            v,
-            layout,
-            ctx.shard,
-            sources=sources,
-            kv_heads=kv_heads,
-            ring=ring,
-            block_bias=block_bias,
-            dropout=dropout,
-            return_lse=return_lse,
-        )
-    found = block_sparse_attention(q, k, v, layout, block_bias=block_bias, dropout=dropout, return_lse=return_lse)
-    return found if isinstance(found, tuple) else (found, None)
+    if ctx.shard is None:
+        return block_sparse_attention(q, k, v, layout, block_bias=block_bias, dropout=dropout)
+    shard, bias = ctx.shard, block_bias
+    return attend(
+        q, k, v, layout, shard, sources=sources, kv_heads=kv_heads, ring=ring, block_bias=bias, dropout=dropout
+    )[0]
+
+
+def sharded_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    ctx: SequenceContext,
+    *,
+    sources: Sources | None = None,
+    kv_heads: int | None = None,
+    ring: bool = False,
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `sharded_attention`, and the lse [B, H, Nq]."""
+    if ctx.shard is None:
+        return block_sparse_attention_with_lse(q, k, v, layout, dropout=dropout)
+    shard = ctx.shard
+    out, lse = attend(
+        q, k, v, layout, shard, sources=sources, kv_heads=kv_heads, ring=ring, dropout=dropout, with_lse=True
+    )
+    return out, lse
 
 
 def sequence_length(k: Tensor, ctx: SequenceContext) -> int:
-    """Keys of the whole sequence, of which k [B, Hkv, n, D] may hold this rank's only.
+    """Keys of the whole sequence, of which k [B, Hkv, n, D] may hold this rank's only, or those still in the cache.
 
     Raises ValueError where they are not this rank's.
     """
+    if ctx.cached_block_ids is not None:
+        return ctx.q_start + ctx.positions.shape[1]
     if ctx.shard is None:
         return k.shape[2]
     own = len(ctx.shard.tokens)

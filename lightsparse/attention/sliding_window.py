@@ -23,7 +23,7 @@ from lightsparse.patterns.pattern import side_by_side
 @dataclass(frozen=True)
 class SlidingWindowConfig(AttentionConfig):
     window: int = 1024  # tokens: a query reads keys with 0 ≤ i − j < window (bidirectional: |i − j| < window)
-    sinks: int = 4  # tokens at the start of each document that everyone reads
+    sinks: int = 4  # tokens at the start of each document that every query reads
     learned_sink: bool = False  # a learned logit per query head, from 0, in the softmax's denominator
     block: int = 64  # tokens per tile of the computation; changes the speed and the density, never the result
 
@@ -62,7 +62,10 @@ class _Covering(Pattern):
 
 
 class SlidingWindowAttention(FixedPatternAttention):
-    """Each token reads the `window` tokens up to itself and the first `sinks` tokens of its document."""
+    """Each token reads the `window` tokens up to itself and the first `sinks` tokens of its document; O(N · window).
+
+    Shapes of a call: AttentionCore.forward. Raises ValueError for a density that cannot be reached at `context`.
+    """
 
     Config = SlidingWindowConfig
 
@@ -72,9 +75,7 @@ class SlidingWindowAttention(FixedPatternAttention):
         self.pattern: Pattern = _Covering(config.window, config.sinks)
         if config.density is not None:
             if shape.context is None:
-                raise ValueError(
-                    f"attention.density is {config.density}; it needs AttentionShape.context, the length it refers to"
-                )
+                raise ValueError(f"attention.density is {config.density}; give context, the length it refers to")
             wanted = AtDensity(self.pattern, config.density, "window", uniform=True)
             self.pattern, _, _ = wanted.solved(
                 shape.context, block=self.block, heads=shape.heads, kv_heads=shape.kv_heads, causal=shape.causal

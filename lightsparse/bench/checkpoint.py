@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightsparse.bench import options
 from lightsparse.bench.contenders import Contender, Setup
@@ -24,6 +24,7 @@ from lightsparse.bench.timing import alternate, runtime
 from lightsparse.bench.verify import VerificationError
 from lightsparse.training.checkpoints.background_writer import CheckpointWriter
 from lightsparse.training.checkpoints.files import read_checkpoint
+from lightsparse.utils.compat.torch import tree_leaves
 from lightsparse.utils.machine import MIB
 
 EXAMPLE = "lightsparse bench checkpoint --context 2048 --threads 1"
@@ -51,10 +52,14 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             "background": CheckpointWriter(True, 600),
         }
 
+        stalled: dict[CheckpointWriter | None, float] = dict.fromkeys(writers.values(), 0.0)  # seconds
+
         def rounds(writer: CheckpointWriter | None) -> None:
             for _ in range(args.steps):
                 if writer is not None:
+                    started = time.perf_counter()
                     writer.save_checkpoint(_content(contender), path)
+                    stalled[writer] += time.perf_counter() - started
                 contender.step()
             if writer is not None:
                 writer.finish()
@@ -62,7 +67,6 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         for writer in writers.values():
             if writer is not None:
                 _verify(contender, writer, path)
-                writer.stalled_s = 0.0
         laps = alternate({name: partial(rounds, writer) for name, writer in writers.items()}, args.repeats)
         state = sum(leaf.nbytes for leaf in tree_leaves(_content(contender)) if isinstance(leaf, Tensor))
         for name, writer in writers.items():
@@ -78,7 +82,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
                     "ms_per_step": statistics.median(lap.wall for lap in laps[name]) / args.steps * 1e3,
                     "cost": statistics.median(ratios) - 1,
                     "cpu_cost": statistics.median(work) - 1,
-                    "stall_ms": writer.stalled_s / saves * 1e3 if writer is not None else 0.0,
+                    "stall_ms": stalled[writer] / saves * 1e3,
                     "repeats": args.repeats,
                 }
             )

@@ -139,7 +139,7 @@ def _count_all(
         shard = ContextShard(parts, torch.distributed.group.WORLD, exchange)  # type: ignore[arg-type]
         sizes = [(1, heads, len(shard.tokens), args.head_dim) for heads in (args.heads, kv_heads, kv_heads)]
         q, k, v = (torch.randn(size, dtype=options.DTYPES[dtype]).requires_grad_() for size in sizes)
-        core(q, k, v, x=q, ctx=SequenceContext(shard.tokens[None], shard=shard)).out.sum().backward()
+        core(q, k, v, ctx=SequenceContext(shard.tokens[None], shard=shard)).out.sum().backward()
         sent = shard.traffic.sent
         found.append((sent.get("keys", 0), sent.get("key gradients", 0)))
     return found

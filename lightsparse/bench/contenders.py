@@ -29,7 +29,7 @@ from lightsparse.patterns import BlockLayout, LocalWindow, Pattern
 
 NAMES = ("lightsparse", "lightsparse-dense", "transformers")
 VOCABULARY = 256
-CHUNK = ModelConfig(depth=1).chunk  # tokens at a time where ours recomputes
+CHUNK = ModelConfig().chunk  # tokens at a time where ours recomputes
 
 OPTIMIZERS: dict[str, Callable[[list], Optimizer]] = {
     "adamw": lambda groups: AdamW(groups, lr=3e-4, weight_decay=0.1, fused=True),
@@ -68,6 +68,7 @@ class Setup:
             kv_heads=self.kv_heads,
             head_dim=64,
             mlp_dim=self.mlp_dim,
+            qk_norm=False,  # as Llama
             activation_checkpointing=self.recompute,
             chunk=CHUNK if self.recompute else 1 << 30,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from torch.utils._python_dispatch import TorchDispatchMode
+from lightsparse.utils.compat.torch import TorchDispatchMode
 
 
 class _KernelTime(TorchDispatchMode):

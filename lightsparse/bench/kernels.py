@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.attention.flex_attention import flex_attention
 
 from lightsparse.bench import measure_variants, options
@@ -25,11 +24,12 @@ from lightsparse.bench.choice import KINDS, pattern_at
 from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import alternate, runtime
 from lightsparse.bench.verify import Attend, Inputs, check, inputs, ours, sampled_rows
-from lightsparse.kernels.native_op import available
+from lightsparse.kernels.native.call import available
 from lightsparse.patterns import BlockLayout
 from lightsparse.utils.allocator import keep_freed
+from lightsparse.utils.compat.torch import compilation_error
 
-_DOES_NOT_COMPILE = (TorchDynamoException, NotImplementedError)
+_DOES_NOT_COMPILE = (compilation_error(), NotImplementedError)
 
 log = logging.getLogger(__name__)
 BLOCKS, DENSITIES = (64, 128), (0.05, 0.2)  # of patterns
@@ -175,7 +175,7 @@ def _flex(layout: BlockLayout, given: Inputs) -> tuple[Attend, float]:
     """Compiled FlexAttention over the layout, and its largest relative error. Raises _DOES_NOT_COMPILE."""
     heads = given.q.shape[1]
     block_mask = layout.to_flex(batch=1, heads=heads)
-    torch._dynamo.reset()  # past its limit of recompilations it would run eagerly, over every tile
+    torch.compiler.reset()  # past its limit of recompilations it would run eagerly, over every tile
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from lightsparse.bench.against_dense import product_notes
 from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import runtime
 from lightsparse.bench.verify import Inputs, inputs, ours
-from lightsparse.kernels.native_op import available
+from lightsparse.kernels.native.call import available
 from lightsparse.patterns import LocalWindow
 from lightsparse.utils.machine import MIB, current_rss, in_child, peak_rss
 

@@ -22,7 +22,7 @@ SETTINGS = {
         *("dtype", "seq", "variant", "pattern", "heads", "kv_heads", "head_dim", "block", "threads"),
         *("matmul_precision", "device", "backend", "pass", "asked"),
     ),
-    "routed": (
+    "per_query": (
         *("dtype", "seq", "backend", "heads", "kv_heads", "head_dim", "block", "chosen", "threads", "matmul_precision"),
     ),
     "memory": (
@@ -53,7 +53,7 @@ RESULTS = {
         *("density", "ms", "select_ms", "attend_ms", "dense_ms", "speedup", "cpu_speedup"),
         *("flop_ratio", "efficiency"),
     ),
-    "routed": ("ms", "us_per_token", "error"),
+    "per_query": ("ms", "us_per_token", "error"),
     "memory": ("seq", "increase_mib", "bytes_per_token", "growth", "peak_rss_mib"),
     "comm": ("predicted_mib", "counted_mib", "of_ring"),
     "train": (
@@ -69,7 +69,7 @@ RESULTS = {
 class Report:
     """One run of one benchmark."""
 
-    kind: str  # kernels, routed, memory, train, checkpoint, comm or data
+    kind: str  # kernels, per_query, memory, train, checkpoint, comm or data
     command: str  # what to type to run it again
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was compared, and what was left out and why

@@ -13,60 +13,58 @@ says so when all is there. Split, lengths and packing are chosen when the shards
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
-from lightsparse.config.parse import compose
+from lightsparse.cli.words import command, console, options_beside_overrides
+from lightsparse.config.compose import composed
 from lightsparse.config.targets import ConfigError
-from lightsparse.data import DataError, TextConfig
-from lightsparse.data.prepare import prepare
-from lightsparse.data.shards import SHARD_TOKENS
-
-OWN = ("out", "shard_tokens")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare; returns the exit code: 0, or 2 after the one sentence that says what is wrong."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    console, errors = Console(soft_wrap=True, highlight=False, markup=False), Console(stderr=True, soft_wrap=True)
-    if {"-h", "--help"} & set(given):
-        console.print(__doc__)
-        return 0
+@dataclass(frozen=True)
+class Options:
+    out: str
+    shard_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_tokens is not None and self.shard_tokens < 1:
+            raise ValueError(f"shard_tokens is {self.shard_tokens}; it counts tokens and must be at least 1")
+
+
+@command
+def main(words: list[str]) -> Iterable[str]:
+    asked, overrides = options_beside_overrides(Options, words)
+    raw = composed(overrides, own=list(Options.__dataclass_fields__))
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lightsparse").setLevel(logging.INFO)
     try:
-        for line in _prepare(given, errors):
-            console.print(line)
-    except (ConfigError, DataError) as error:
-        errors.print(str(error), markup=False, highlight=False)
-        return 2
+        return _prepared(raw, Path(asked.out), asked.shard_tokens)
     except KeyboardInterrupt:
-        errors.print("stopped; the same command continues after the last complete shard", highlight=False)
-        return 130
-    return 0
+        console(stderr=True).print("stopped; the same command continues after the last complete shard")
+        raise
 
 
-def _prepare(words: Sequence[str], console: Console) -> list[str]:
-    own = {key: value for key, mark, value in (word.partition("=") for word in words) if mark and key in OWN}
-    data = compose([word for word in words if word.partition("=")[0] not in OWN or "=" not in word]).data
+def _prepared(raw: Mapping[str, Any], folder: Path, shard_tokens: int | None) -> list[str]:
+    from lightsparse.config.parse import on_this_machine, parse
+    from lightsparse.data import TextConfig
+    from lightsparse.data.prepare import prepare
+    from lightsparse.data.shards import SHARD_TOKENS
+
+    data = parse(on_this_machine(raw)).data
     if not isinstance(data, TextConfig):
         raise ConfigError(
             f"data is {type(data).__name__}, which is no text to be prepared; use data=files, hub or stdlib"
         )
-    if not own.get("out"):
-        raise ConfigError("out is missing; name the folder for the shards: out=<folder>")
-    folder, shard_tokens = Path(own["out"]), own.get("shard_tokens", str(SHARD_TOKENS))
-    if not shard_tokens.isdecimal() or int(shard_tokens) < 1:
-        raise ConfigError(f"shard_tokens is {shard_tokens}; it counts tokens and must be at least 1")
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("lightsparse").setLevel(logging.INFO)
+    errors = console(stderr=True)
     started = time.perf_counter()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[tokens]}"))
-    quiet = not console.is_terminal  # nothing to redraw
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=quiet) as bar:
+    quiet = not errors.is_terminal  # nothing to redraw
+    with Progress(*columns, TimeElapsedColumn(), console=errors, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=data.text_bytes(), tokens="")
         count = 0
 
@@ -75,14 +73,15 @@ def _prepare(words: Sequence[str], console: Console) -> list[str]:
             count = tokens
             bar.update(task, completed=text_bytes)
             if tokens:
-                console.print(f"continues after {tokens:,} tokens of {text_bytes:,} bytes", highlight=False)
+                errors.print(f"continues after {tokens:,} tokens of {text_bytes:,} bytes")
 
         def report(text_bytes: int, tokens: int) -> None:
             nonlocal count
             count += tokens
             bar.update(task, advance=text_bytes, tokens=f"{count:,} tokens")
 
-        manifest, was_there = prepare(data, folder, shard_tokens=int(shard_tokens), begin=begin, report=report)
+        tokens = shard_tokens or SHARD_TOKENS
+        manifest, was_there = prepare(data, folder, shard_tokens=tokens, begin=begin, report=report)
     seconds = time.perf_counter() - started
     done = "is complete and intact" if was_there else f"prepared in {seconds:.0f} s"
     return [
@@ -90,7 +89,3 @@ def _prepare(words: Sequence[str], console: Console) -> list[str]:
         f"{manifest.tokens:,} tokens ({manifest.tokenizer}) in {len(manifest.shards)} shards",
         f"train on it with: python train.py data=prepared data.path={folder}",
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

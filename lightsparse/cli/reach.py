@@ -7,46 +7,40 @@ Takes the overrides of train.py. Every layer is taken to use the chosen attentio
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 
-from lightsparse.analysis.coverage import Coverage, coverage
-from lightsparse.config.parse import compose
+from lightsparse.cli.words import command
+from lightsparse.config.compose import composed
 from lightsparse.config.targets import ConfigError
-from lightsparse.training.preflight.check import layout_of
+
+if TYPE_CHECKING:
+    from lightsparse.analysis.coverage import Coverage
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; returns the exit code: 0, or 2 after the one sentence that says what is wrong."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
-    if {"-h", "--help"} & set(given):
-        console.print(__doc__, markup=False, highlight=False)
-        return 0
+@command
+def main(words: list[str]) -> Iterator[RenderableType]:
+    raw = composed(words)
+    from lightsparse.analysis.coverage import coverage
+    from lightsparse.config.parse import on_this_machine, parse
+    from lightsparse.training.preflight.check import layout_of
+
+    config = parse(on_this_machine(raw))
     try:
-        config = compose(given)
         layout = layout_of(config)
-    except NotImplementedError:
-        errors.print(
+    except NotImplementedError as error:
+        raise ConfigError(
             f"attention is {config.attention.name}, whose blocks depend on the input; compare it with dense attention "
             "by lightsparse.analysis.attention_mass on a trained model's q and k"
-        )
-        return 2
-    except ConfigError as error:
-        errors.print(str(error), markup=False, highlight=False)
-        return 2
-    found = coverage(layout, sorted({1, 2, config.model.depth}))
-    console.print(
+        ) from error
+    yield (
         f"{config.attention.name}, density {layout.density():.4g}, {layout.num_tokens} tokens: "
-        "share of past tokens that reach a query",
-        markup=False,
-        highlight=False,
+        "share of past tokens that reach a query"
     )
-    console.print(_table(found))
-    return 0
+    yield _table(coverage(layout, sorted({1, 2, config.model.depth})))
 
 
 def _table(found: Sequence[Coverage]) -> Table:
@@ -60,7 +54,3 @@ def _table(found: Sequence[Coverage]) -> Table:
     table.add_section()
     table.add_row("all", *(f"{one.mean:.3f}" for one in found))
     return table
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,110 +9,28 @@ Runs that differ in their seed only are one group. Only finished runs count; the
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
-from lightsparse.analysis import report_picture
-from lightsparse.analysis.report_page import page, remark_lines
-from lightsparse.analysis.report_table import METRICS, QUALITY, Group, Run, csv_text, flat, groups, measured
+from lightsparse.cli.words import command, options
 from lightsparse.config.targets import ConfigError
-from lightsparse.sweep.record import SweepRecord, load_record
-from lightsparse.training.checkpoints.run_directory import RunDirectory
-from lightsparse.training.metrics.metrics_file import read_metrics
-from lightsparse.training.metrics.summary import sweep_metric
-from lightsparse.utils.atomic_files import write_text
-
-_SHOWN = METRICS[:5]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report; returns the exit code: 0, or 2 after the one sentence that says what is wrong."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
-    if not given or {"-h", "--help"} & set(given):
-        console.print(__doc__, markup=False, highlight=False)
-        return 0
-    try:
-        found, remarks, written = report(given)
-    except ConfigError as error:
-        errors.print(str(error), markup=False, highlight=False)
-        return 2
-    console.print(_table(found))
-    for line in (*remarks, *map(str, written)):
-        console.print(line, markup=False, highlight=False)
-    return 0
+@dataclass(frozen=True)
+class Options:
+    out: str | None = None
 
 
-def report(words: Sequence[str]) -> tuple[list[Group], list[str], list[Path]]:
-    """Write report.html, report.csv and report.png; returns the groups, what to remark, and the files.
+@command
+def main(words: list[str]) -> Iterable[RenderableType]:
+    folders = [word for word in words if "=" not in word or Path(word).exists()]
+    asked = options(Options, [word for word in words if word not in folders])
+    if not folders:
+        raise ConfigError("no run is named; write lightsparse report runs/<sweep>, or run directories")
+    from lightsparse.cli.work.report import as_table, report
 
-    words  the command line: one sweep directory or several run directories, and out=FOLDER
-    Raises ConfigError for a folder that is neither, and where no run has finished.
-    """
-    outs = [Path(word.removeprefix("out=")) for word in words if word.startswith("out=")]
-    folders = [Path(word) for word in words if not word.startswith("out=")]
-    failed: dict[str, str] = {}
-    runs: list[Path] = []
-    sweeps = 0
-    for folder in folders:
-        sweep = load_record(folder)
-        if sweep is None:
-            runs.append(folder)
-        else:
-            sweeps += 1
-            runs += [_beside(sweep, trial.run) for trial in sweep.trials if trial.status != "failed"]
-            failed |= {trial.title: trial.error or "no word" for trial in sweep.with_status("failed")}
-    runs = list(dict.fromkeys(runs))
-    for run in runs:
-        if not RunDirectory(run).config.is_file() and not sweeps:
-            raise ConfigError(f"{run} holds neither config.yaml nor sweep.json; name runs/<sweep>, or run directories")
-    whole = [run for run in runs if RunDirectory(run).summary.is_file()]
-    remarks = remark_lines(failed, [run for run in runs if run not in whole])
-    if not whole:
-        raise ConfigError(f"none of {', '.join(map(str, folders))} has a finished run; {'; '.join(remarks)}")
-    found = groups([_load(run) for run in whole])
-    out = outs[-1] if outs else folders[0] if sweeps else Path()
-    out.mkdir(parents=True, exist_ok=True)
-    title = folders[0].resolve().name if len(folders) == 1 else f"{len(whole)} runs"
-    write_text(out / "report.html", page(title, found, remarks))
-    write_text(out / "report.csv", csv_text(found))
-    report_picture.save(found, out / "report.png")
-    return found, remarks, [out / f"report.{end}" for end in ("html", "csv", "png")]
-
-
-def _beside(sweep: SweepRecord, run: str) -> Path:
-    """Runs lie beside their sweep, wherever both have been moved or from where this is called."""
-    beside = sweep.directory.parent / Path(run).name
-    return beside if beside.exists() else Path(run)
-
-
-def _load(path: Path) -> Run:
-    directory = RunDirectory(path)
-    summary = json.loads(directory.summary.read_text(encoding="utf-8"))
-    summary[QUALITY] = sweep_metric(summary)
-    return Run(path, flat(directory.stored), summary, read_metrics(directory.metrics))
-
-
-def _table(found: Sequence[Group]) -> Table:
-    keys = list(dict.fromkeys(key for group in found for key in group.values))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for key in keys:
-        table.add_column(key)
-    table.add_column("runs", justify="right")
-    shown = [metric for metric in measured(found) if metric in _SHOWN]
-    for _, heading, _ in shown:
-        table.add_column(heading, justify="right")
-    for group in found:
-        cells = [group.values.get(key, "–") for key in keys]
-        table.add_row(*cells, str(len(group.runs)), *(str(group.spread(name)) for name, _, _ in shown))
-    return table
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    found, remarks, written = report([Path(folder) for folder in folders], Path(asked.out) if asked.out else None)
+    return [as_table(found), *remarks, *map(str, written)]

@@ -1,19 +1,33 @@
-"""From command-line overrides to the raw config: Hydra composes conf/, and its errors become one sentence each."""
+"""From words on a command line to the raw config: Hydra composes conf/, and its errors become one sentence each.
+
+Needs no torch: a wrong key or choice is refused before anything heavy is imported. What conf/ has for a group is all
+that its schema takes (a test holds that), so the composed config tells which key is wrong.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightsparse.config.targets import ConfigError, did_you_mean
+from lightsparse.config.unknown_key import about_unknown_key
+from lightsparse.utils.compat.hydra import (
+    is_from_hydra,
+    missing_choice,
+    place_of,
+    single_words,
+    unknown_key,
+    unreadable_word,
+    word_with_several_values,
+)
 
 HYDRA_VERSION = "1.3"  # the behaviour we ask for, whatever 1.x is installed
 
@@ -25,10 +39,16 @@ def conf_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
+def composed(overrides: Sequence[str], own: Sequence[str] = ()) -> dict[str, Any]:
+    """`compose_raw`; raises ConfigError for what Hydra refuses. own: see `refused_in_words`."""
+    with refused_in_words(overrides, own):
+        return compose_raw(overrides)
+
+
 def compose_raw(overrides: Sequence[str]) -> dict[str, Any]:
     """conf/config.yaml under these overrides, interpolations resolved, as plain dicts, lists and values.
 
-    Raises Hydra's own errors; `sentence` puts them in words.
+    Raises Hydra's own errors.
     """
     with hydra.initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION):
         return plain(hydra.compose("config", list(overrides)))
@@ -39,56 +59,81 @@ def plain(composed: DictConfig) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+        raise ConfigError(f"{place_of(error)}: {_first_line(error)}") from error
     assert isinstance(resolved, dict)  # conf/config.yaml is a mapping
-    return {str(key): value for key, value in resolved.items()}
+    return {str(key): _at_home(value, str(key)) for key, value in resolved.items()}
 
 
-def unknown_key(error: Exception) -> str | None:
-    """The key of an override that has no place in the composed config, when that is what `error` says."""
-    found = re.match(r"Could not override '([^']+)'", str(error))
-    return found[1] if found else None
+def _at_home(node: Any, key: str) -> Any:
+    """With ~/ at the start of a value as a shell reads it: in a YAML, or in quotes, no shell does."""
+    if isinstance(node, dict):
+        return {name: _at_home(value, f"{key}.{name}") for name, value in node.items()}
+    if isinstance(node, list):
+        return [_at_home(value, key) for value in node]
+    if not isinstance(node, str) or not node.startswith("~/"):
+        return node
+    path = os.path.expanduser(node)
+    if path == node:
+        raise ConfigError(f"{key} is {node}, and this user has no home directory; write the path from / on")
+    return path
 
 
-def raised_by_hydra(error: Exception) -> bool:
-    """Whether Hydra's own code raised it: its own classes, and bare ones for odd overrides such as attention=3."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    is_bare = last is not None and last.tb_frame.f_globals["__name__"].startswith("hydra.")
-    return isinstance(error, HydraException) or is_bare
+@contextmanager
+def refused_in_words(overrides: Sequence[str], own: Sequence[str] = ()) -> Iterator[None]:
+    """Turn what Hydra raises within, as it composes these overrides, into a ConfigError of one sentence.
+
+    own  keys of the command itself, beside those of conf/
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_from_hydra(error):
+            raise
+        raise ConfigError(explain(error, overrides, own)) from error
 
 
-def with_added(overrides: Sequence[str], key: str) -> list[str]:
-    """The overrides with `+` before that of `key`, and of every sweep only its first value."""
-    lines = []
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        line = str(override.input_line)
-        if override.is_discrete_sweep():
-            line = f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
-        lines.append(f"+{line}" if override.key_or_group == key and not line.startswith("+") else line)
-    return lines
+def explain(error: Exception, overrides: Sequence[str], own: Sequence[str] = ()) -> str:
+    """What went wrong as Hydra composed these overrides, in one sentence. own: see `refused_in_words`."""
+    key = unknown_key(error)
+    if key is None or key.startswith("hydra."):
+        return sentence(error)
+    try:
+        raw = _composed_without(key, overrides)
+    except HydraException as other:
+        return sentence(other)
+    value = next((value for name, _, value in (word.partition("=") for word in overrides) if name == key), "")
+    return about_unknown_key(key, value, raw, conf_dir(), own)
+
+
+def _composed_without(key: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Without the override of `key`, any other that reaches nothing, and all values of a sweep but the first."""
+    kept = [word for word in single_words(overrides) if word.partition("=")[0] != key]
+    try:
+        return compose_raw(kept)
+    except HydraException as error:
+        another = unknown_key(error)
+        if another is None or len(kept) == len(overrides):
+            raise
+        return _composed_without(another, kept)
 
 
 def sentence(error: Exception) -> str:
     """What went wrong while composing, in one sentence."""
-    if isinstance(error, OverrideParseException):
+    unreadable, missing, several = unreadable_word(error), missing_choice(error), word_with_several_values(error)
+    if unreadable is not None:
         return (
-            f"{error.override} cannot be read as an override; write key=value, "
+            f"{unreadable} cannot be read as an override; write key=value, "
             "and put lists and values with spaces in quotes: 'key=[1,2]'"
         )
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        options = list(error.options or ())
-        return f"{group} is {choice}; conf/{group} has {', '.join(options) or 'no such file'}" + did_you_mean(
-            choice, options
-        )
+    if missing is not None:
+        group, choice, options = missing
+        has = ", ".join(options) or "no such file"
+        return f"{group} is {choice}; conf/{group} has {has}{did_you_mean(choice, options)}"
+    if several is not None:
+        key, _, values = several.partition("=")
+        return f"{several} gives several values; add -m to run one after the other, or write '{key}=[{values}]'"
     if not isinstance(error, HydraException):
         return f"Hydra: {_first_line(error)}; write group=<name of a file in conf/group> or key=value"
-    several = re.match(r"Ambiguous value for argument '(.+)'", str(error))
-    if several:
-        key, _, values = several[1].partition("=")
-        return f"{several[1]} gives several values; add -m to run one after the other, or write '{key}=[{values}]'"
     lines = [_first_line(each) for each in (error, error.__cause__) if each is not None]
     return ": ".join(line for line in lines if line)
 

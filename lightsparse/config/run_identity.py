@@ -7,10 +7,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lightsparse.kernels.compute_dtype import default_precision
+from lightsparse.config.schema import TrainerConfig, samples_per_step
+from lightsparse.config.typed import chosen, typed, value_of
+from lightsparse.distributed.strategy_config import StrategyConfig
 
 # Keys that may change between the parts of one run: they say how long, where and how watched, not what is trained.
-# Of ranks and batches only their product counts, the samples of an optimizer step; `_fixed_values` adds it.
+# Of ranks and batches only their product counts, the samples of an optimizer step.
 FREE_KEYS = (
     "name",
     "doctor",
@@ -45,56 +47,40 @@ FREE_KEYS = (
 )
 
 
-def config_hash(raw: Mapping[str, Any]) -> str:
+def config_hash(composed: Mapping[str, Any]) -> str:
     """Eight hex digits that differ between configs that train differently; FREE_KEYS do not count."""
-    text = json.dumps(_fixed_values(raw), sort_keys=True)
+    text = json.dumps(_what_is_trained(composed), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """The keys in which two raw configs train differently, one line each with both values; FREE_KEYS do not count."""
-    before, now = _fixed_values(stored), _fixed_values(present)
+    """The keys in which two composed configs train differently, a line each with both values; see `config_hash`."""
+    before, now = _what_is_trained(stored), _what_is_trained(present)
     return [
         f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, _ABSENT) != now.get(key, _ABSENT)
+        if key not in before or key not in now or before[key] != now[key]
     ]
 
 
-_ABSENT = object()
-_AS_ABSENT = (("init_from", None), ("trainer.selector_only_steps", None), ("trainer.selector_only_steps", 0))
-
-
-def _fixed_values(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _what_is_trained(composed: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key → value of all that a resumed run may not change."""
+    allow, data = composed.get("allow_targets", ()), composed.get("data", {})
+    trainer = typed(TrainerConfig, composed.get("trainer"), "trainer", allow)
+    strategy = chosen(StrategyConfig, composed.get("strategy"), "strategy", allow)
+    samples = samples_per_step(trainer, strategy, value_of(int, data.get("batch_size"), "data.batch_size"))
+    return {"samples per optimizer step": samples} | {
+        key: value
+        for key, value in _leaves(composed).items()
+        if not (key.startswith("strategy.") and value in (None, "none"))  # a hook that is not used
+    }
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value, without FREE_KEYS and what lies below them."""
     values: dict[str, Any] = {}
     for key, value in node.items():
-        dotted = f"{prefix}{key}"
-        if dotted in FREE_KEYS or (prefix == "strategy." and value in (None, "none")):  # a hook that is not used
-            continue
-        if (dotted, value) in _AS_ABSENT:
-            continue
-        if isinstance(value, Mapping):
-            values |= _fixed_values(value, f"{dotted}.")
-        else:
-            values[dotted] = value
-    if not prefix:
-        values["samples per optimizer step"] = _samples_per_step(node)
-        if "precision" in values:
-            values["precision"] = precision_here(values["precision"])
+        if f"{prefix}{key}" not in FREE_KEYS:
+            below = _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+            values.update(below)
     return values
-
-
-def _samples_per_step(raw: Mapping[str, Any]) -> int:
-    """`Config.samples_per_step` of a raw config; a stored one may lack what is newer."""
-    trainer, strategy, data = (raw.get(group, {}) for group in ("trainer", "strategy", "data"))
-    if trainer.get("global_batch"):
-        return trainer["global_batch"]
-    ranks = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
-    readers = ranks // (strategy["context_parallel_size"] or ranks) if "context_parallel_size" in strategy else ranks
-    return data.get("batch_size", 1) * (trainer.get("accumulate_grad_batches") or 1) * readers
-
-
-def precision_here(given: object) -> object:
-    """null as this machine has it; a number, as `precision=32` reads, as the schema has it."""
-    return default_precision() if given is None else str(given) if type(given) is int else given

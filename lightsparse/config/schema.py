@@ -1,16 +1,17 @@
 """The typed schema of conf/config.yaml: every key, its type, its unit, its rule.
 
 The schema of a group lives with the code it configures (attention cores, ModelConfig, the DataConfigs, schedules); this
-file adds what belongs to the run as a whole. Defaults stand in conf/ and nowhere else.
+file adds what belongs to the run as a whole, whose defaults stand in conf/config.yaml alone.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightsparse.config.build import AttentionChoice, OptimizerChoice
+from lightsparse.config.build import AttentionChoice, ClassChoice
 from lightsparse.config.eval_plan import TrainingTasks
 from lightsparse.data import DataConfig, TokenizerConfig
 from lightsparse.distributed.mesh import RankGrid
@@ -30,20 +31,13 @@ class TrainerConfig:
     num_nodes: int  # machines, likewise
     progress: bool  # the progress bar
     log_every_n_steps: int  # optimizer steps between rows of metrics.csv
-    selector_only_steps: int | None = 0  # first steps that train only what selects; −1 = all of them, null = 0
+    selector_only_steps: int  # optimizer steps at the start that train only what selects; −1 = all of them
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_steps",
-            "accumulate_grad_batches",
-            "global_batch",
-            "devices",
-            "num_nodes",
-            "log_every_n_steps",
-        ):
-            if getattr(self, name) is not None:
-                _at_least(1, f"trainer.{name}", getattr(self, name))
-        if self.selector_only_steps is not None and self.selector_only_steps < -1:
+        counts = ("max_steps", "accumulate_grad_batches", "global_batch", "devices", "num_nodes", "log_every_n_steps")
+        for name in counts:
+            _at_least(1, f"trainer.{name}", getattr(self, name))
+        if self.selector_only_steps < -1:
             raise ValueError(
                 f"trainer.selector_only_steps is {self.selector_only_steps}; it counts optimizer steps, 0 or more, "
                 "and -1 is the whole run"
@@ -58,10 +52,14 @@ class TrainerConfig:
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"trainer.grad_clip is {self.grad_clip}; a norm is above 0, and null is no clipping")
 
+    @property
+    def ranks(self) -> int:
+        """Processes of the whole job."""
+        return self.devices * self.num_nodes
+
     def trains_only_selection(self, step: int) -> bool:
         """Whether the optimizer step after `step` finished ones leaves all but the selection as it is."""
-        only = self.selector_only_steps or 0
-        return only < 0 or step < only
+        return self.selector_only_steps < 0 or step < self.selector_only_steps
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class KernelsConfig:
     backend: Literal[
-        "auto", "native", "blocked", "routed", "reference", "flex", "sdpa"
+        "auto", "native", "blocked", "per_query", "reference", "flex", "sdpa"
     ]  # of attention; see kernels/dispatch.py
     flash: Literal["auto", "fa3", "fa4", "none"]  # of dense attention on CUDA; see kernels/flash.py
 
@@ -121,11 +119,11 @@ class Config:
     """One run. `lightsparse.config.parse.parse` makes it from the composed YAML."""
 
     name: str  # directory below runs_dir
-    doctor: bool  # look into the run instead of training; see training/doctor.py
+    doctor: bool  # look into the run instead of training; see training/preflight/doctor.py
     seed: int
     resume: Literal["auto", "must", "never"]
     precision: Literal["32", "bf16-mixed", "bf16-true"]
-    init_from: str | None  # folder of a transformers model to start from; see training/start.py
+    init_from: str | None  # folder of a transformers model to start from; see training/init_from.py
     compile: bool
     objective: Literal["causal", "mlm"]
     mlm_ratio: float  # share of tokens that are masked; read by objective=mlm only
@@ -139,7 +137,7 @@ class Config:
     tokenizer: TokenizerConfig
     data: DataConfig  # that of text holds the tokenizer, too
     strategy: StrategyConfig
-    optimizer: OptimizerChoice
+    optimizer: ClassChoice
     schedule: Schedule
     logger: dict[str, Any]  # name → node of a Lightning logger, or null
     callbacks: dict[str, Any]  # name → node of a Lightning callback, or null
@@ -147,16 +145,19 @@ class Config:
     checkpoint: CheckpointConfig
     health: HealthConfig
     eval: EvalConfig
+    # What it was made from, plain values; no key itself. The run directory, checkpoints and loggers keep it.
+    composed: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata={"key": False})
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.,=+-]*", self.name):
             raise ValueError(f"name is {self.name}; it names one directory: letters, digits and . , = + - _")
+        if len(self.name.encode()) > 255:
+            raise ValueError(f"name has {len(self.name.encode())} bytes; a directory's name takes at most 255")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must lie in [0, 2³²)")
         if not 0.0 < self.mlm_ratio < 1.0:
             raise ValueError(f"mlm_ratio is {self.mlm_ratio}; it is a share of tokens and must lie in (0, 1)")
-        if self.threads is not None:
-            _at_least(1, "threads", self.threads)
+        _at_least(1, "threads", self.threads)
         if self.data.has_answers and self.objective == "mlm":
             raise ValueError("objective is mlm, but the data is a task whose answers follow; use objective=causal")
         if self.eval.stop_accuracy is not None and not self.data.has_answers:
@@ -172,8 +173,7 @@ class Config:
             )
         if self.eval.tasks.names and self.objective == "mlm":
             raise ValueError("eval.tasks.names is given and objective is mlm; tasks are answered by objective=causal")
-        self.strategy.context_ranks(self.ranks)  # raises where they do not fit
-        whole, micro = self.trainer.global_batch, self.data.batch_size * self.grid.data
+        whole, micro = self.trainer.global_batch, self.data.batch_size * self.grid.data  # raises where ranks do not fit
         if whole is not None and whole % micro:
             raise ValueError(
                 f"trainer.global_batch is {whole}, no multiple of data.batch_size={self.data.batch_size} times the "
@@ -194,27 +194,30 @@ class Config:
     @property
     def ranks(self) -> int:
         """Processes of the whole job."""
-        return self.trainer.devices * self.trainer.num_nodes
+        return self.trainer.ranks
 
     @property
     def accumulate_grad_batches(self) -> int:
         """Micro-batches of a rank per optimizer step."""
-        whole = self.trainer.global_batch
-        if whole is not None:
-            return whole // (self.data.batch_size * self.grid.data)
-        return self.trainer.accumulate_grad_batches or 1
+        return self.samples_per_step // (self.data.batch_size * self.grid.data)
 
     @property
     def samples_per_step(self) -> int:
         """Samples per optimizer step, over all ranks."""
-        return self.data.batch_size * self.accumulate_grad_batches * self.grid.data
+        return samples_per_step(self.trainer, self.strategy, self.data.batch_size)
 
     @property
     def grid(self) -> RankGrid:
         """Who reads which samples, and who shares a sequence."""
-        return RankGrid(self.ranks, self.strategy.context_ranks(self.ranks))
+        return self.strategy.grid(self.ranks)
 
 
-def _at_least(lowest: int, name: str, value: int) -> None:
-    if value < lowest:
+def samples_per_step(trainer: TrainerConfig, strategy: StrategyConfig, batch_size: int) -> int:
+    """Samples per optimizer step, over all ranks; batch_size counts those of a micro-batch and rank."""
+    readers = strategy.grid(trainer.ranks).data
+    return trainer.global_batch or batch_size * (trainer.accumulate_grad_batches or 1) * readers
+
+
+def _at_least(lowest: int, name: str, value: int | None) -> None:
+    if value is not None and value < lowest:
         raise ValueError(f"{name} is {value}; it must be at least {lowest}")

@@ -11,6 +11,8 @@ import importlib
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from lightsparse.utils.refusal import Refusal
+
 PACKAGES = (
     "lightsparse",
     "torch.optim",
@@ -22,8 +24,8 @@ PACKAGES = (
 )
 
 
-class ConfigError(ValueError):
-    """A wrong config in one sentence: the field, its value, what is allowed, the way out. Commands print it alone."""
+class ConfigError(Refusal):
+    """A wrong config in one sentence: the field, its value, what is allowed, the way out."""
 
 
 def resolve(target: object, path: str, allow: Sequence[str] = ()) -> type:

@@ -18,7 +18,7 @@ from lightsparse.context_parallel.exchange import Fetch, RowExchange, plan_excha
 from lightsparse.context_parallel.key_owners import NOWHERE, Sources, as_table, from_table, token_sources
 from lightsparse.context_parallel.ring import RingPlan, plan_ring, ring_attention
 from lightsparse.context_parallel.shard import ContextShard, most_over
-from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.kernels import Dropout, block_sparse_attention, block_sparse_attention_with_lse
 from lightsparse.patterns import BlockLayout
 from lightsparse.patterns.parts import members, named_blocks, of_keys, of_rows
 
@@ -64,8 +64,8 @@ def attend(
     ring: bool = False,
     block_bias: Tensor | None = None,
     dropout: Dropout | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    with_lse: bool = False,
+) -> tuple[Tensor, ...]:
     """Like block_sparse_attention over the whole sequence, restricted to this rank's rows. All ranks call it together.
 
     q           [B, H, n, D]; k, v [B, Hkv, m, D]: this rank's own
@@ -76,28 +76,28 @@ def attend(
     Memory: keys and values of the blocks that this rank's rows name, those of any sample and head, for all of them. So
     it falls with the ranks for fixed patterns; where samples and heads choose differently the union may be everything,
     though each only fetches its own.
-    Returns out [B, H, n, D] and the lse [B, H, n] (None unless asked for); differentiable in q, k, v and the bias of
-    every rank. Raises ValueError for exchange=ring where it cannot be used.
+    Returns out [B, H, n, D] and, if asked for, the lse [B, H, n]; differentiable in q, k, v and the bias of every rank.
+    Raises ValueError for exchange=ring where it cannot be used.
     """
     if shard.exchange == "ring" and not ring:
         raise ValueError("strategy.key_exchange is ring, which this attention cannot use; use sparse")
     heads = Heads(q.shape[0], q.shape[1], k.shape[1] if kv_heads is None else kv_heads)
     plan = shard.plans.get(layout, (sources, heads, ring), lambda: _plan(layout, sources, shard, heads, ring))
     if isinstance(plan, RingPlan):
-        return ring_attention(q, k, v, plan, shard, dropout, return_lse)
+        return ring_attention(q, k, v, plan, shard, dropout)[: 1 + with_lse]
 
     fetch = Fetch(plan.exchange, as_table(k, v, side_by_side=plan.side_by_side), shard, "keys")
     parts = []
     if plan.near is not None:
-        parts.append((plan.near, *_compute(q, k, v, plan.near, block_bias, dropout, return_lse)))
+        parts.append((plan.near, _compute(q, k, v, plan.near, block_bias, dropout, with_lse)))
     fetched = from_table(fetch.result(), plan.side_by_side, heads.batch, heads.kv)
     if plan.far is not None:
         far_k, far_v = fetched.split(k.shape[-1], dim=-1)
-        parts.append((plan.far, *_compute(q, far_k, far_v, plan.far, block_bias, dropout, return_lse)))
-    out, lse = _together(parts) if parts else _nothing(q, return_lse)
+        parts.append((plan.far, _compute(q, far_k, far_v, plan.far, block_bias, dropout, with_lse)))
+    out, *lse = _together(parts) if parts else _nothing(q, with_lse)
     if plan.far is None:  # other ranks wait for this one's part in the backward, though it has fetched nothing
         out = _Tied.apply(out, fetched)
-    return out, lse
+    return out, *lse
 
 
 class Heads(NamedTuple):
@@ -181,32 +181,31 @@ def _part(layout: BlockLayout, rows: Tensor, blocks: Tensor) -> Part:
 
 def _compute(
     q: Tensor, k: Tensor, v: Tensor, part: Part, bias: Tensor | None, dropout: Dropout | None, with_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, ...]:
     if len(part.queries) < q.shape[2]:
         q = q[:, :, part.queries]
     if bias is not None:
         bias = bias[:, :, part.rows, : part.layout.kv_indices.shape[3]]
     if dropout is not None:
         dropout = replace(dropout, key_ids=part.key_ids)
-    found = block_sparse_attention(q, k, v, part.layout, block_bias=bias, dropout=dropout, return_lse=with_lse)
-    return found if isinstance(found, tuple) else (found, None)
+    if with_lse:
+        return block_sparse_attention_with_lse(q, k, v, part.layout, block_bias=bias, dropout=dropout)
+    return (block_sparse_attention(q, k, v, part.layout, block_bias=bias, dropout=dropout),)
 
 
-def _together(parts: list[tuple[Part, Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+def _together(parts: list[tuple[Part, tuple[Tensor, ...]]]) -> tuple[Tensor, ...]:
     """Rows of all parts in the order of the queries."""
     if len(parts) == 1:
-        return parts[0][1:]
-    order = torch.cat([part.queries for part, _, _ in parts]).argsort()
-    out = torch.cat([out for _, out, _ in parts], 2).index_select(2, order)
-    if parts[0][2] is None:
-        return out, None
-    return out, torch.cat([lse for _, _, lse in parts if lse is not None], 2).index_select(2, order)
+        return parts[0][1]
+    order = torch.cat([part.queries for part, _ in parts]).argsort()
+    of_parts = zip(*(results for _, results in parts), strict=True)
+    return tuple(torch.cat(rows, 2).index_select(2, order) for rows in of_parts)
 
 
-def _nothing(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _nothing(q: Tensor, with_lse: bool) -> tuple[Tensor, ...]:
     """The result for no queries."""
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)  # as the kernels give it
-    return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=lse_dtype) if with_lse else None
+    lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))  # as the kernels give it
+    return (torch.zeros_like(q), lse)[: 1 + with_lse]
 
 
 class _Tied(torch.autograd.Function):

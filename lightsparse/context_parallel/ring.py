@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightsparse.context_parallel.shard import ContextShard, most_over
-from lightsparse.kernels import Dropout, block_sparse_attention
+from lightsparse.kernels import Dropout, block_sparse_attention_with_lse
 from lightsparse.patterns import BlockLayout
 from lightsparse.patterns.parts import members, of_keys
 from lightsparse.utils.rank_errors import ranks_named
@@ -53,35 +53,28 @@ def plan_ring(layout: BlockLayout, shard: ContextShard) -> RingPlan:
 
 
 def ring_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: RingPlan,
-    shard: ContextShard,
-    dropout: Dropout | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """out [B, H, n, D] of this rank's queries, and the lse [B, H, n] if asked for."""
-    out, lse = _Ring.apply(q, k, v, plan, shard, dropout)
-    return out, lse if return_lse else None
+    q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, shard: ContextShard, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, n, D] of this rank's queries, and the lse [B, H, n]."""
+    return _Ring.apply(q, k, v, plan, shard, dropout)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, shard: ContextShard, dropout: Dropout | None):
         total = torch.zeros(q.shape, dtype=_precise(q), device=q.device)
-        lse = torch.full(q.shape[:3], float("-inf"), dtype=_precise(q), device=q.device)
+        lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float64, device=q.device)  # as in kernels/operator.py
         for hop, share in _passing(torch.cat([k, v], -1), plan, shard):
             if plan.layouts[hop] is None:
                 continue
             out_c, lse_c = _partial(q, share, plan, hop, dropout)
             both = torch.logaddexp(lse, lse_c)
-            total = total * _weight(lse, both) + out_c * _weight(lse_c, both)
+            total.mul_(_weight(lse, both)).add_(out_c * _weight(lse_c, both))
             lse = both
         out = total.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.shard, ctx.dropout = plan, shard, dropout
-        return out, lse
+        return out, lse.to(_precise(q))
 
     @staticmethod
     @once_differentiable
@@ -99,7 +92,7 @@ class _Ring(torch.autograd.Function):
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in (q, share)]
                 out_c, lse_c = _partial(inputs[0], inputs[1], plan, hop, ctx.dropout)
-            weight = _weight(lse_c.detach(), lse)
+            weight = _weight(lse_c.detach(), lse).to(grad_q.dtype)
             along = (grad_out * (out_c.detach() - out)).sum(-1) + grad_lse
             found = torch.autograd.grad(
                 (out_c, lse_c), inputs, ((weight * grad_out).to(q.dtype), weight[..., 0] * along)
@@ -159,7 +152,7 @@ def _partial(q: Tensor, share: Tensor, plan: RingPlan, hop: int, dropout: Dropou
     if dropout is not None:
         dropout = replace(dropout, key_ids=plan.key_ids[hop])
     k, v = share.chunk(2, -1)
-    return block_sparse_attention(q, k, v, layout, dropout=dropout, return_lse=True)  # type: ignore[return-value]
+    return block_sparse_attention_with_lse(q, k, v, layout, dropout=dropout)
 
 
 def _weight(part: Tensor, whole: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightsparse.utils.refusal import Refusal
 from lightsparse.utils.text import first_line
 
 T = TypeVar("T")
 
 
-class DataError(ValueError):
-    """The data cannot be used as asked: one sentence for the user, to be shown without a traceback."""
+class DataError(Refusal):
+    """The data cannot be used as asked."""
 
 
 @contextmanager

@@ -17,14 +17,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-
 from lightsparse.data.documents import Document, TextFile, column_text
 from lightsparse.data.errors import DataError, reading
 from lightsparse.data.text import TextConfig
+from lightsparse.utils.compat.datasets import READERS_LOGGER
 from lightsparse.utils.text import first_line
 
-logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # at ERROR it says what it raises, too
+logging.getLogger(READERS_LOGGER).setLevel(logging.CRITICAL)
 
 ROWS = 256  # of a parquet file that are read at once; by default as many as its first group has, which may be none
 # By suffix; every other file is text.
@@ -162,6 +161,8 @@ def table_rows(path: Path, reader: str, options: Mapping[str, Any]) -> Iterator[
     with reading(path), path.open("rb") as file:
         if not file.read(1):
             return
+    from datasets import load_dataset
+
     try:
         files = [glob.escape(str(path))]
         yield from load_dataset(reader, data_files=files, split="train", streaming=True, **options)

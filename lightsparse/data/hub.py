@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ReadInstruction, load_dataset, load_dataset_builder
-from datasets import config as datasets_config
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -22,6 +21,7 @@ from lightsparse.data.documents import Document, column_text
 from lightsparse.data.errors import DataError
 from lightsparse.data.files import ROWS, files_digest, matching_files, same_file
 from lightsparse.data.text import TextConfig
+from lightsparse.utils.compat.datasets import is_offline
 from lightsparse.utils.text import first_line
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def check_reachable(name: str, revision: str | None) -> str | None:
 
     DataError within seconds if the hub, or this data set on it, cannot be read.
     """
-    if datasets_config.HF_HUB_OFFLINE:
+    if is_offline():
         return None
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=CONNECT_SECONDS).sha

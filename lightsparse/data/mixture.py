@@ -35,7 +35,7 @@ class MixtureData(DataConfig):
     pack: Literal["isolate", "concat"] = "isolate"  # may a token see the document packed before its own: no | yes
     sources: dict[str, DataConfig] = field(default_factory=dict)  # by name
     weights: dict[str, float] = field(default_factory=dict)  # share of the samples by the same names, of any sum
-    tokenizer: TokenizerConfig = field(default_factory=Bytes)  # the choice tokenizer=…
+    tokenizer: TokenizerConfig = field(default=Bytes(), metadata={"key": False})  # the choice tokenizer=…
 
     def __post_init__(self) -> None:
         super().__post_init__()

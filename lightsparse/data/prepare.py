@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,6 +17,7 @@ from lightsparse.data.subwords import TOKENIZER, SubwordTokenizer
 from lightsparse.data.tokenizer import TokenizerConfig, load_folder
 from lightsparse.data.tokens import Tokenizer
 from lightsparse.utils.atomic_files import remove_partial_files, write_text
+from lightsparse.utils.file_lock import LockHeldError, sign, take
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +103,14 @@ def _claim(folder: Path, asked: dict[str, object]) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """No other process prepares this folder meanwhile; the system lets go however this one ends."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("data: another process prepares %s; waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """No other process prepares this folder meanwhile."""
+    try:
+        lock = take(folder, DataError)
+    except LockHeldError as error:
+        log.info("data: %s prepares %s; waiting for it", error, folder)
+        lock = take(folder, DataError, wait=True)
+    sign(lock)
+    try:
         yield
+    finally:
+        lock.release()

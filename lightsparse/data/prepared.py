@@ -22,7 +22,7 @@ class PreparedData(PackedConfig):
         if not self.path:
             raise ValueError("data.path is empty; give the folder of lightsparse prepare … out=<folder>")
         if not Path(self.path).is_dir():
-            raise ValueError(f"data.path is {self.path!r}, which is no folder; give that of lightsparse.cli.prepare")
+            raise ValueError(f"data.path is {self.path!r}, which is no folder; give that of lightsparse prepare")
 
     @property
     def vocab_size(self) -> int:

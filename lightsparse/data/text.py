@@ -104,7 +104,7 @@ class PackedConfig(DataConfig):
 class TextConfig(PackedConfig):
     """What every source of text has. A source adds its own and yields `documents()`."""
 
-    tokenizer: TokenizerConfig = field(default_factory=Bytes)  # the choice tokenizer=…, which the whole config hands on
+    tokenizer: TokenizerConfig = field(default=Bytes(), metadata={"key": False})  # the choice tokenizer=…
     cache: str | None = None  # folder for tokens as memory-mapped shards, one folder per text in it; null = in memory
 
     def documents(self) -> Iterator[Document]:
@@ -135,8 +135,6 @@ class TextConfig(PackedConfig):
     def choose_tokenizer(self, tokenizer: TokenizerConfig) -> TextConfig:
         if isinstance(tokenizer, Own):
             raise ValueError(f"tokenizer is own, but {type(self).__name__} brings none; use tokenizer=bytes, bpe or hf")
-        if self.tokenizer != Bytes():
-            raise ValueError("data.tokenizer is given; the tokenizer is chosen beside the data, as in tokenizer=bpe")
         return replace(self, tokenizer=tokenizer)
 
     def build_tokenizer(self) -> Tokenizer:

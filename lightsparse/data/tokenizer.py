@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,7 +78,7 @@ class HuggingFace(TokenizerConfig):
                 "tokenizer.path is empty; name a tokenizer.json, a folder with one, or a model on the hub, as in "
                 "tokenizer=hf tokenizer.path=openai-community/gpt2"
             )
-        local = Path(self.path).expanduser()
+        local = Path(os.path.expanduser(self.path))
         if local.is_dir() and not (local / TOKENIZER).is_file():
             raise ValueError(
                 f"tokenizer.path is {self.path!r}, a folder without {TOKENIZER}; make one with transformers' "
@@ -96,7 +97,7 @@ class HuggingFace(TokenizerConfig):
         return self._load().fingerprint
 
     def _load(self) -> SubwordTokenizer:
-        local = Path(self.path).expanduser()
+        local = Path(os.path.expanduser(self.path))
         if local.exists():
             folder, name = (local, TOKENIZER) if local.is_dir() else (local.parent, local.name)
             return load_folder(folder, name, self.vocab_size)

@@ -29,16 +29,14 @@ NamedParameters = Iterable[tuple[str, Tensor]]
 class HookState:
     """What a hook keeps on one rank.
 
-    group           the ranks of the DDP module; None is all of them
-    sent            bytes sent to other ranks since the start
-    sent_last_step  bytes of the last finished step
-    steps           steps finished, those before a resumed checkpoint included
+    group  the ranks of the DDP module; None is all of them
+    sent   bytes sent to other ranks since the start
+    steps  steps finished, those before a resumed checkpoint included
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
-        self.sent = self.sent_last_step = self.steps = 0
-        self._sent_before = 0
+        self.sent = self.steps = 0
 
     @property
     def ranks(self) -> int:
@@ -47,9 +45,7 @@ class HookState:
     def count(self, bucket: dist.GradBucket, size: int) -> None:
         """Add the bytes that one bucket has cost; DDP hands in a step's buckets one by one, the last one marked."""
         self.sent += size
-        if bucket.is_last():
-            self.sent_last_step, self._sent_before = self.sent - self._sent_before, self.sent
-            self.steps += 1
+        self.steps += bucket.is_last()
 
     def all_reduced(self, size: int) -> int:
         """Bytes this rank sends when `size` bytes are all-reduced; rounded down where R does not divide them."""
@@ -85,7 +81,7 @@ class HookState:
         self.steps = state["steps"]
 
     def forget_non_finite(self) -> None:
-        """After a step that was not taken: what is kept for later ones must hold nothing but numbers."""
+        """After a skipped step: what is kept for later ones must be finite."""
 
     def _residuals(self) -> dict[Tensor, Tensor]:
         return {}
@@ -267,7 +263,7 @@ def _topk(state: TopK, bucket: dist.GradBucket) -> Future[Tensor]:
 
 def largest(x: Tensor, count: int) -> Tensor:
     """Indices of the `count` entries of x [n] largest in magnitude: int64 [count]. Ties go to the lower index, and
-    what is not a number comes first, so that the count holds and nobody misses it."""
+    NaN comes first, so that the count holds and every rank sees it."""
     size = x.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
     least = torch.topk(size, count, sorted=False).values.amin()
     above = (size > least).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Ranks that end together: Lightning's launcher, with a watch over the processes that started or were started.
+"""The ranks of this machine: started as this process was, and ended together, by a watch over the family.
 
 A rank notices the end of another one in their next collective. Before the first collective, between two that lie far
 apart, and where a stopped process can't notice anything, only the family tree of the processes is left to look at.
@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 import psutil
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.plugins.environments import ClusterEnvironment
 
+from lightsparse.utils.compat.lightning import Launcher
+from lightsparse.utils.compat.torch import TORCHRUN_ID
+from lightsparse.utils.machine import usable_cores
 from lightsparse.utils.rank_errors import EXIT_CODE
 
 _PARENT = "LIGHTSPARSE_LAUNCHER"  # set for the ranks that a first rank starts: its process id
@@ -26,25 +29,55 @@ _POLL, _GRACE = 0.5, 5.0  # seconds between looks; seconds that a process has to
 _AGREED = 30.0  # the same, where the ranks have agreed to end; torchrun gives as much
 
 
-class RankLauncher(_SubprocessScriptLauncher):
+class RankLauncher(Launcher):
     """Starts ranks 1, 2, … of this machine unless torchrun or SLURM has; no rank outlives the others by long.
 
-    Lightning's own observer would kill rank 0 without a word when another rank has ended.
+    ranks     what Lightning knows of the job's processes
+    here      ranks on this machine
+    machines  of the job
     """
 
-    _watch: _Watch | None = None
+    is_interactive_compatible = False  # a notebook's command line starts no second rank
+
+    def __init__(self, ranks: ClusterEnvironment, here: int, machines: int) -> None:
+        self._ranks, self._here, self._machines = ranks, here, machines
+        self._children: list[Popen] = []
+        self._watch: _Watch | None = None
 
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not self.cluster_environment.creates_processes_externally:
-            os.environ[_PARENT] = str(os.getpid())
-            self._call_children_scripts()
-        _set_num_threads_if_needed(num_processes=self.num_processes)
-        self._watch = watch = _Watch(self.procs)
+        self._ranks.validate_settings(num_devices=self._here, num_nodes=self._machines)
+        if "OMP_NUM_THREADS" not in os.environ:  # else every rank would take all cores
+            os.environ["OMP_NUM_THREADS"] = str(max(usable_cores() // self._here, 1))
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        if not self._ranks.creates_processes_externally:
+            self._start_others()
+        self._watch = watch = _Watch(self._children)
         watch.start()
         result = function(*args, **kwargs)
         watch.stop()  # not after an error: that must end, too
         return result
+
+    def kill(self, signum: int) -> None:
+        """Lightning's handler of SIGTERM, where ours is not in place yet, hands the signal on."""
+        for child in self._children:
+            child.send_signal(signum)
+
+    def _start_others(self) -> None:
+        """This very command once more for each, whether it was `python train.py …` or `lightsparse train …`.
+
+        Lightning's own launcher would make it up from sys.argv, which has lost the verb.
+        """
+        os.environ |= {
+            _PARENT: str(os.getpid()),
+            "MASTER_ADDR": self._ranks.main_address,
+            "MASTER_PORT": str(self._ranks.main_port),
+            "NODE_RANK": str(self._ranks.node_rank()),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(self._here * self._machines),
+        }
+        command = [sys.executable, *sys.orig_argv[1:]]
+        for local_rank in range(1, self._here):
+            self._children.append(Popen(command, env=os.environ | {"LOCAL_RANK": str(local_rank)}))
 
     def expect_end(self) -> None:
         """The ranks have agreed to end: that one has done so before this one has written everything is no loss."""
@@ -54,7 +87,7 @@ class RankLauncher(_SubprocessScriptLauncher):
     def end_family(self, at_once: bool = False) -> None:
         """After an error that ends this rank: end what it started, and a stopped process that started it."""
         agreed = self._watch is not None and self._watch.expected
-        _end(self.procs, 0.0 if at_once else _AGREED if agreed else _GRACE)
+        _end(self._children, 0.0 if at_once else _AGREED if agreed else _GRACE)
         parent = _launching_parent()
         if parent is not None and os.getppid() == parent and psutil.Process(parent).status() == psutil.STATUS_STOPPED:
             os.kill(parent, signal.SIGKILL)  # nobody else could; it has lost this rank already
@@ -63,11 +96,11 @@ class RankLauncher(_SubprocessScriptLauncher):
 class _Watch(threading.Thread):
     """Ends this process when one that it started has failed, or the one that started it is gone."""
 
-    def __init__(self, children: list[subprocess.Popen]) -> None:
+    def __init__(self, children: list[Popen]) -> None:
         super().__init__(daemon=True, name="rank-watch")
         self._children = children
         self._parent = _launching_parent()
-        if self._parent is None and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent
+        if self._parent is None and TORCHRUN_ID in os.environ:  # torchrun's agent
             self._parent = os.getppid()
         self._stopped = threading.Event()
         self.expected = 0  # the code, beside 0, with which a rank may end
@@ -99,11 +132,11 @@ def _launching_parent() -> int | None:
     return parent if parent not in (0, os.getpid()) else None
 
 
-def _end(children: list[subprocess.Popen], seconds: float = _GRACE) -> None:
+def _end(children: list[Popen], seconds: float = _GRACE) -> None:
     """Wait so long for each, then kill those that are left: a stopped process takes no other signal."""
     for child in children:
         try:
             child.wait(seconds)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             child.kill()
             child.wait()

@@ -24,36 +24,28 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    FileSystemReader,
+    FileSystemWriter,
+    Metadata,
+    SavePlan,
+    SavePlanner,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
+
+from lightsparse.utils.compat.torch import DCP_INDEX, DCP_INDEX_CLASSES, READS_ALONE
 
 Shards = Mapping[str, DTensor]
 
 _PLACE, _OWNER = "__shard__", "__parameter__"  # keys of what stands in rest.pt for a shard
 REST = "rest.pt"
-_METADATA, _LAST = ".metadata", "checksums.json"
+_LAST = "checksums.json"
 _PIECE = 1 << 24  # bytes read at a time
-# What DCP's .metadata, a pickle, may name; anything else in it is not ours.
-_HARMLESS = {
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
-            *("BytesStorageMetadata", "StorageMeta"),
-        )
-    ),
-}
 
 
 def separated(tree: Any, owner: Callable[[tuple[Any, ...]], str | None]) -> tuple[Any, dict[str, DTensor]]:
@@ -80,7 +72,7 @@ def separated(tree: Any, owner: Callable[[tuple[Any, ...]], str | None]) -> tupl
 def start_writing(folder: Path, shards: Shards, group: dist.ProcessGroup, *, background: bool) -> Future[None]:
     """Write the shards of all ranks into a new folder; every rank calls this. Done, they are on disk.
 
-    group       of all ranks, on the CPU; used by nothing else while this goes on
+    group       of all ranks, on the CPU; used by nothing else until this is done
     background  copy the shards to main memory, return, and write from there
     """
     writer = _SummedWriter(folder)
@@ -105,7 +97,7 @@ def finish_writing(folder: Path, rest: Any) -> None:
         torch.save(rest, file)
         file.flush()
         os.fsync(file.fileno())
-    _write_sums(folder / _LAST, [folder / _METADATA, folder / REST])
+    _write_sums(folder / _LAST, [folder / DCP_INDEX, folder / REST])
 
 
 def read(folder: Path, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -114,10 +106,10 @@ def read(folder: Path, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
     own  this rank's parameters by name, to which shards come back split alike, every rank calling this; None: as whole
          tensors on the CPU, each process by itself
     """
-    content, found = _with_room(folder, own, "cpu")
+    content, tensors = _with_room(folder, own, "cpu")
     with _named_errors(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it is meant here
-        dcp.load(found, storage_reader=_SafeReader(folder), no_dist=own is None)
+        warnings.filterwarnings("ignore", READS_ALONE, UserWarning)
+        dcp.load(tensors, storage_reader=_SafeReader(folder), no_dist=own is None)
     return content
 
 
@@ -129,7 +121,7 @@ def described(folder: Path) -> dict[str, Any]:
 def _with_room(folder: Path, own: Mapping[str, Any] | None, device: str) -> tuple[Any, dict[str, Tensor]]:
     """The content with empty tensors where the shards belong, and those by name."""
     sizes = _SafeReader(folder).read_metadata().state_dict_metadata
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def filled(node: Any) -> Any:
         if isinstance(node, Mapping):
@@ -139,15 +131,15 @@ def _with_room(folder: Path, own: Mapping[str, Any] | None, device: str) -> tupl
             assert isinstance(kind, TensorStorageMetadata)  # as `separated` puts no others there
             like = None if own is None else own.get(node[_OWNER])
             if isinstance(like, DTensor) and like.shape == kind.size:
-                found[name] = torch.empty_like(like, dtype=kind.properties.dtype)
+                tensors[name] = torch.empty_like(like, dtype=kind.properties.dtype)
             else:
-                found[name] = torch.empty(kind.size, dtype=kind.properties.dtype, device=device)
-            return found[name]
+                tensors[name] = torch.empty(kind.size, dtype=kind.properties.dtype, device=device)
+            return tensors[name]
         if isinstance(node, list | tuple):
             return type(node)(filled(value) for value in node)
         return node
 
-    return filled(torch.load(folder / REST, map_location="cpu", weights_only=True)), found
+    return filled(torch.load(folder / REST, map_location="cpu", weights_only=True)), tensors
 
 
 @contextmanager
@@ -160,7 +152,7 @@ def _named_errors() -> Iterator[None]:
 
 
 def damage_of_folder(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None. Reads all of it."""
+    """What is wrong with a checkpoint folder, or None. Reads all of it; raises OSError for what cannot be opened."""
     sums: dict[str, int] = {}
     try:
         for path in folder.glob("checksums*.json"):
@@ -176,8 +168,8 @@ def damage_of_folder(folder: Path) -> str | None:
         torch.load(folder / REST, map_location="meta", weights_only=True)
     except (ValueError, pickle.UnpicklingError) as error:
         return f"cannot be understood: {str(error).splitlines()[0]}"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
     missing = sorted(stored - sums.keys())
     return f"{missing[0]} has no checksum" if missing else None
 
@@ -197,7 +189,7 @@ class _SafeReader(FileSystemReader):
     """DCP's reader, for which .metadata may hold data only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / _METADATA).open("rb") as file:
+        with (Path(self.path) / DCP_INDEX).open("rb") as file:
             metadata = _Unpickler(file).load()
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
@@ -208,8 +200,8 @@ class _SafeReader(FileSystemReader):
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(f"{_METADATA} names {module}.{name}, which has no place there")
+        if not is_dtype and (module, name) not in DCP_INDEX_CLASSES:
+            raise pickle.UnpicklingError(f"{DCP_INDEX} names {module}.{name}, which has no place there")
         return super().find_class(module, name)
 
 

@@ -8,28 +8,28 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from lightsparse.distributed.comm_hooks import gradient_hook
 from lightsparse.distributed.launcher import RankLauncher
 from lightsparse.distributed.mesh import RankGrid
 from lightsparse.distributed.sharded_files import read, separated
 from lightsparse.distributed.strategy_config import Replicas, SeveralRanks, StrategyConfig
+from lightsparse.utils.compat.lightning import join_ranks
+from lightsparse.utils.compat.torch import TORCHRUN_ATTEMPT, TORCHRUN_OWNS_STORE
 
 _START = 300.0  # seconds that a rank waits at least for the others to appear; machines do not start at once
 
@@ -54,15 +54,15 @@ class GridStrategy(ParallelStrategy):
         """Who reads which samples: the ranks of a sequence read the same."""
         return {"num_replicas": self.grid.data, "rank": self.grid.data_rank(self.global_rank)}
 
-    def _configure_launcher(self) -> None:
+    @cached_property
+    def launcher(self) -> RankLauncher:
         assert self.cluster_environment is not None and self.parallel_devices is not None
         here = len(self.parallel_devices)
-        self._launcher = RankLauncher(self.cluster_environment, here, self.grid.ranks // here)
+        return RankLauncher(self.cluster_environment, here, self.grid.ranks // here)
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        if isinstance(self._launcher, RankLauncher):
-            self._launcher.end_family(at_once=isinstance(exception, KeyboardInterrupt))
+        self.launcher.end_family(at_once=isinstance(exception, KeyboardInterrupt))
 
     def _start_timeout(self) -> timedelta:
         return timedelta(seconds=max(self.timeout_s, _START))
@@ -74,14 +74,14 @@ class GridStrategy(ParallelStrategy):
         machines and `--rdzv-backend=c10d`, attempts are counted apart: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the
         agents' environment gives every attempt a store of its own.
         """
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        attempt = os.environ.get(TORCHRUN_ATTEMPT, "0")
         ranks = self.cluster_environment
-        if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        if attempt == "0" or os.environ.get(TORCHRUN_OWNS_STORE) != "True" or dist.is_initialized():
             return
         assert ranks is not None
         store = dist.TCPStore(ranks.main_address, ranks.main_port, is_master=False, timeout=self._start_timeout())
         dist.init_process_group(
-            _get_default_process_group_backend_for_device(self.root_device),
+            dist.get_default_backend_for_device(self.root_device),
             store=dist.PrefixStore(f"attempt-{attempt}", store),
             rank=ranks.global_rank(),
             world_size=ranks.world_size(),
@@ -91,7 +91,8 @@ class GridStrategy(ParallelStrategy):
     def _joined(self) -> None:
         """The ranks have met: from now on they wait for each other no longer than strategy.timeout."""
         timeout = timedelta(seconds=self.timeout_s)
-        _set_pg_timeout(timeout)
+        assert dist.group.WORLD is not None
+        dist.group.WORLD.set_timeout(timeout)
         if self.grid.context > 1:
             self.context_group = self.grid.context_group(timeout)
 
@@ -110,9 +111,9 @@ class ReplicatedStrategy(GridStrategy, DDPStrategy):
         super().setup_distributed()
         self._joined()
 
-    def _register_ddp_hooks(self) -> None:
-        # Lightning registers hooks on CUDA only.
-        if self.hook is not None:
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        if self.hook is not None:  # Lightning registers those it is given on CUDA only
             assert isinstance(self.model, DistributedDataParallel)
             self.model.register_comm_hook(*self.hook)
 
@@ -142,7 +143,7 @@ class ShardedStrategy(GridStrategy, ModelParallelStrategy):
     """Every rank holds a shard of each parameter, of its gradient and of its optimizer state (FSDP2).
 
     A checkpoint is a folder into which each rank writes its shards (sharded_files.py). Its content is that of every
-    other strategy, so that any number of ranks under any strategy goes on from it, and this one from a plain file.
+    other strategy, so that any number of ranks under any strategy resumes from it, and this one from a plain file.
     Lightning's own would number the optimizer's state by another order of parameters than the optimizer's.
     """
 
@@ -154,12 +155,15 @@ class ShardedStrategy(GridStrategy, ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._meet()
-        self._setup_distributed()
+        join_ranks(self)
         self._joined()
-        self._device_mesh = self.grid.flat_mesh(self.root_device.type)
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
         assert isinstance(group, dist.ProcessGroup)  # of all ranks
         self.save_group = group
+
+    @cached_property
+    def device_mesh(self) -> DeviceMesh:
+        return self.grid.flat_mesh(self.root_device.type)
 
     def shard(self, module: LightningModule, parts: Iterable[nn.Module]) -> None:
         """Shard the parameters of each part, and the rest as one; to be called in configure_model, once."""
@@ -180,7 +184,7 @@ class ShardedStrategy(GridStrategy, ModelParallelStrategy):
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return inner.state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -239,7 +243,8 @@ class ShardedStrategy(GridStrategy, ModelParallelStrategy):
             tensor = shard.full_tensor()  # a collective: on every rank, in the same order
             return tensor.cpu() if self.is_global_zero else tensor.new_empty(0)
 
-        return tree_map_only(DTensor, whole, self.lightning_module.state_dict())
+        held = self.lightning_module.state_dict()
+        return {name: whole(value) if isinstance(value, DTensor) else value for name, value in held.items()}
 
 
 def _shard_like(own: Any, value: Any) -> Any:

@@ -3,9 +3,9 @@
            parameters                    a sequence lies on
 single     on the one rank               one rank
 ddp        a replica per rank            one rank
-context    a replica per rank            `context` ranks
+context    a replica per rank            `context_parallel_size` ranks
 fsdp       sharded over all ranks        one rank
-fsdp_context  sharded over all ranks     `context` ranks
+fsdp_context  sharded over all ranks     `context_parallel_size` ranks
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from lightsparse.context_parallel.shard import Exchange
 from lightsparse.context_parallel.split import SplitKind
 from lightsparse.distributed.comm_hooks import HookName, gradient_hook
+from lightsparse.distributed.mesh import RankGrid
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class StrategyConfig:
     def context_ranks(self, ranks: int) -> int:
         """How many of the job's ranks hold one sequence together. Raises ValueError where they cannot."""
         return 1
+
+    def grid(self, ranks: int) -> RankGrid:
+        """Who reads which samples, and who shares a sequence. Raises ValueError as `context_ranks` does."""
+        return RankGrid(ranks, self.context_ranks(ranks))
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Single(StrategyConfig):
 class SeveralRanks(StrategyConfig):
     """What all kinds for several ranks read."""
 
-    timeout: float  # seconds, the longest that a rank waits for the others; then the job ends
+    timeout: float = 300.0  # seconds, the longest that a rank waits for the others; then the job ends
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
@@ -58,10 +63,10 @@ class SeveralRanks(StrategyConfig):
 class Replicas(SeveralRanks):
     """A replica of the parameters on each rank; gradients are averaged, whole or shortened by a hook."""
 
-    comm_hook: HookName  # how gradients travel; see parallel/comm_hooks.py
-    powersgd_rank: int | None  # rank of the two factors of a gradient; null: 4
-    powersgd_start: int | None  # optimizer steps averaged in full before the first factored one; null: 100
-    topk_share: float | None  # share of a gradient's entries that is sent; null: 0.01
+    comm_hook: HookName = "none"  # how gradients travel; see comm_hooks.py
+    powersgd_rank: int | None = None  # rank of the two factors of a gradient; null: 4
+    powersgd_start: int | None = None  # optimizer steps averaged in full before the first factored one; null: 100
+    topk_share: float | None = None  # share of a gradient's entries that is sent; null: 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,9 +89,9 @@ class Replicas(SeveralRanks):
 class ContextRanks(SeveralRanks):
     """What the kinds read that split a sequence over ranks."""
 
-    context_parallel_size: int | None  # ranks per sequence; null: all
-    split: SplitKind  # who holds which tokens; see context_parallel/split.py
-    key_exchange: Exchange  # how keys and values travel; see context_parallel/shard.py
+    context_parallel_size: int | None = None  # ranks per sequence; null: all
+    split: SplitKind = "balanced"  # who holds which tokens; see context_parallel/split.py
+    key_exchange: Exchange = "auto"  # how keys and values travel; see context_parallel/shard.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +130,3 @@ class Context(ContextRanks, Replicas):
 class FSDPContext(ContextRanks):
     kind = "fsdp_context"
     sharded = True
-
-
-KINDS: tuple[type[StrategyConfig], ...] = (Single, DDP, FSDP, Context, FSDPContext)

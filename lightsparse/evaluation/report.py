@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from lightsparse.utils.atomic_files import write_text
 
 _COLOURS = "cividis"  # told apart in grey and by the colour-blind
@@ -34,6 +32,8 @@ def save_heat_map(rows: Sequence[Mapping[str, Any]], value: str, path: Path, tit
 
     value  the column that is drawn, in [0, 1]
     """
+    from matplotlib.figure import Figure
+
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows}, key=lambda depth: -1.0 if depth is None else depth)
     cells = {(row["depth"], row["length"]): row[value] for row in rows}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightsparse.analysis.curves import Unit, save_loss_by_position
 from lightsparse.config.eval_plan import EvalPlan
 from lightsparse.data.source import DataConfig, SampleSet
 from lightsparse.data.tasks.task import TaskConfig
@@ -49,6 +48,8 @@ class Evaluation:
 
     def positions(self, samples: SampleSet, context: int | None = None) -> list[dict[str, Any]]:
         """Loss by position; positions.json, .csv and .png, or positions-<context>.… for samples of another context."""
+        from lightsparse.analysis.curves import Unit, save_loss_by_position
+
         name = "positions" if context is None else f"positions-{context}"
         rows = by_position(self.subject, samples, self.tokenizer.token_bytes())
         save_rows(rows, self.folder / name, self.about)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from omegaconf import OmegaConf
 
-from lightsparse.config.build import chosen
 from lightsparse.config.compose import conf_dir
 from lightsparse.config.targets import ConfigError
+from lightsparse.config.typed import chosen
 from lightsparse.data.source import DataConfig
 from lightsparse.data.tasks.needles import Needles
 from lightsparse.data.tasks.task import TaskConfig

@@ -8,16 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lightsparse.attention.core import AttentionCore, AttentionResult, AttentionShape
+from lightsparse.attention.core import AttentionCore, AttentionShape
 from lightsparse.config.build import AttentionChoice
 from lightsparse.hf.key_mask import Part, parts_of
 from lightsparse.models.layer_pattern import common_core
-
-# What transformers hands to every attention and what changes nothing of its result.
-_WITHOUT_EFFECT = (
-    *("use_cache", "cache_position", "num_items_in_batch"),
-    *("output_hidden_states", "output_router_logits", "return_dict"),
-)
+from lightsparse.utils.compat.transformers import WITHOUT_EFFECT, layer_of, reads_the_past_alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +55,9 @@ class Variant:
         if torch.is_autocast_enabled(query.device.type):  # RoPE leaves queries and keys in fp32, as sdpa expects
             query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
         (_, heads, _, head_dim), kv_heads = query.shape, key.shape[1]
-        layer = getattr(module, "layer_idx", None) or 0
         core = self.core(
-            AttentionShape(heads, kv_heads, head_dim, heads * head_dim, layer=layer, context=self.context), dropout
+            AttentionShape(heads, kv_heads, head_dim, heads * head_dim, layer=layer_of(module), context=self.context),
+            dropout,
         )
         if scaling is not None and not math.isclose(scaling, head_dim**-0.5, rel_tol=1e-6):
             query = query * (scaling * head_dim**0.5)
@@ -93,7 +88,7 @@ class Variant:
     def _check(
         self, module: nn.Module, query: Tensor, value: Tensor, is_causal: bool | None, others: dict[str, object]
     ) -> None:
-        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        if not reads_the_past_alone(module, is_causal):
             raise ValueError(f"{self.name} is causal and {type(module).__name__} reads both ways; use sdpa there")
         if query.shape[3] != value.shape[3]:
             raise ValueError(
@@ -106,15 +101,14 @@ class Variant:
                     f"{name} is given; {self.name} reads packed documents from restarting position_ids, leave it out"
                 )
         for name, given in others.items():
-            if name not in _WITHOUT_EFFECT and given is not None and given is not False:
+            if name not in WITHOUT_EFFECT and given is not None and given is not False:
                 raise ValueError(f"the model gives its attention {name}, which {self.name} cannot honour; use sdpa")
 
     def _attend(self, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, part: Part, seed: int) -> Tensor:
         """Queries, already without those skipped, over the part's keys: [S, H, Nq, D]."""
         ctx = replace(part.ctx, seed=seed, sample_ids=part.samples)
         k, v = k[:, :, part.first : part.stop], v[:, :, part.first : part.stop]
-        nothing = q.new_empty(len(q), q.shape[2], 0)  # the layer's input, which a core without parameters does not read
-        result: AttentionResult = core(q, k, v, x=nothing, ctx=ctx)
+        result = core(q, k, v, ctx=ctx)
         if result.aux_loss is not None:
             raise ValueError(f"{self.name} has a loss of its own, which a transformers model would lose")
         return result.out

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
-from transformers.masking_utils import causal_mask_function
 
 from lightsparse.attention.core import SequenceContext
 from lightsparse.patterns.mask import document_starts
+from lightsparse.utils.compat.torch import WeakTensorKeyDictionary
+from lightsparse.utils.compat.transformers import causal_mask_function
 
 HIDDEN, UNWRITTEN = -1, -2
 _REPLACED = (

@@ -14,11 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from lightsparse.attention.core import AttentionShape
 from lightsparse.config.build import AttentionChoice
-from lightsparse.config.compose import compose_raw, conf_dir, raised_by_hydra, sentence, unknown_key, with_added
+from lightsparse.config.compose import composed, conf_dir
 from lightsparse.config.targets import ConfigError
 from lightsparse.hf.attention import Variant
 from lightsparse.hf.key_mask import key_mask
 from lightsparse.models.layer_pattern import check_layers
+from lightsparse.utils.compat.transformers import KERNEL_WORD
 from lightsparse.utils.text import first_line
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ def register_variant(
     for word in overrides:
         if not re.match(r"\+{0,2}attention[.=]|~attention\.", word):
             raise ConfigError(f"{word} is given; only attention=… and attention.<key>=… can be chosen here")
-    return register_as(Variant(name, _choice(overrides), context, layer_pattern, local_window))
+    choice = AttentionChoice.of(composed(overrides)["attention"])
+    return register_as(Variant(name, choice, context, layer_pattern, local_window))
 
 
 def register_exported(folder: str | Path, name: str = "lightsparse_exported") -> str:
@@ -111,7 +113,7 @@ def refusal(choice: AttentionChoice, shape: AttentionShape) -> str | None:
 def register_as(variant: Variant) -> str:
     """Makes a variant known under its name; see `register_variant`."""
     name = variant.name
-    if not re.fullmatch(r"lightsparse_\w+", name) or "flash" in name:
+    if not re.fullmatch(r"lightsparse_\w+", name) or KERNEL_WORD in name:
         raise ConfigError(
             f"name is {name}; write lightsparse_<letters, digits, _> without the word flash: transformers looks for "
             "other names on the hub"
@@ -126,15 +128,3 @@ def register_as(variant: Variant) -> str:
     AttentionInterface.register(name, variant)
     AttentionMaskInterface.register(name, key_mask)
     return name
-
-
-def _choice(overrides: tuple[str, ...]) -> AttentionChoice:
-    try:
-        return AttentionChoice.of(compose_raw(overrides)["attention"])
-    except Exception as error:
-        if not raised_by_hydra(error):
-            raise
-        key = unknown_key(error)
-        if key is not None:  # the schema knows the right ones
-            AttentionChoice.of(compose_raw(with_added(overrides, key))["attention"])
-        raise ConfigError(sentence(error)) from error

@@ -18,6 +18,11 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if dtype is torch.bfloat16 and _multiplies_bf16_faster() else torch.float32
 
 
+def sum_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that sums over inputs like x are kept in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def default_precision() -> str:
     """What `precision: null` means on this machine: bf16-mixed where it multiplies bf16 faster than fp32, else 32."""
     if torch.cuda.is_available():

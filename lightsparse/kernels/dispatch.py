@@ -1,10 +1,14 @@
-"""One entry to all backends: each declares what it can do, the dispatcher refuses the rest and names the way out."""
+"""One entry to all backends: each says what it can do, the dispatcher refuses the rest and names the way out.
+
+State of the process: `_backend_of_process`, set by `set_backend`; `_preferred`, a ContextVar set by `use_backend`; and
+`_logged`, the (backend, device) pairs whose choice the log has told.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,14 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightsparse.kernels import blocked_op, flex, native_op, reference, routed_op, sdpa
+from lightsparse.kernels import flex, sdpa
 from lightsparse.kernels.dropout import Dropout
+from lightsparse.kernels.native import call as native_call
+from lightsparse.kernels.reference import reference_attention
+from lightsparse.kernels.torch_ops.blocked import blocked_attention
+from lightsparse.kernels.torch_ops.per_query import per_query_attention
 from lightsparse.patterns.layout import BlockLayout
 from lightsparse.patterns.mask import ElementMask
 
 log = logging.getLogger(__name__)
-_said: set[tuple[str, str]] = set()
-_of_process = "auto"  # no ContextVar: recomputation in the backward may run in a thread of autograd's own
+_logged: set[tuple[str, str]] = set()
+_backend_of_process = "auto"  # no ContextVar: recomputation in the backward may run in a thread of autograd's own
 _preferred: ContextVar[str | None] = ContextVar("lightsparse_backend", default=None)
 
 
@@ -31,60 +39,67 @@ class Request:
     bias: bool
     dropout: bool
     lse: bool
-    nq: int
-    nkv: int
     q: Tensor  # for its device, dtype and shape
     gradients: bool
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Capabilities, checked before any compute."""
+    """A backend's functions of (q, k, v, layout, scale, bias, dropout), and what it can do, checked before any compute.
 
-    name: str
+    with_lse  → out, lse, both differentiable; None where it has no differentiable lse
+    alone     → out; None: that of with_lse
+    limits    why it cannot serve a call for reasons of its own, or None
+    """
+
+    with_lse: Callable[..., tuple[Tensor, Tensor]] | None
+    alone: Callable[..., Tensor] | None = None
+    limits: Callable[[Request], str | None] = lambda _: None
     block_bias: bool = True
     dropout: bool = True
-    differentiable_lse: bool = True
-    any_layout: bool = True  # otherwise only layouts that are dense
     explicit_mask: bool = True  # layout.mask.dense
-    flex: bool = False  # FlexAttention, whose limits depend on device, dtype and size
-    routed: bool = False  # only layouts whose rows are single queries
-    native: bool = False  # the compiled kernel, which needs a CPU, its dtypes and a compiler
 
     def refusal(self, ask: Request) -> str | None:
         """Why it cannot serve the call, or None."""
-        if not self.any_layout and not sdpa.is_dense(ask.layout):
-            return "takes only layouts in which every query reads every key it may see"
         if ask.bias and not self.block_bias:
             return "takes no block_bias"
         if ask.dropout and not self.dropout:
             return "takes no dropout"
-        if ask.lse and not self.differentiable_lse:
+        if ask.lse and self.with_lse is None:
             return "returns no differentiable lse"
         if ask.layout.mask.dense is not None and not self.explicit_mask:
             return "takes no mask.dense"
-        if self.routed and ask.layout.q_block != 1:
-            return f"takes layouts with a row per query (q_block = 1), and this one has {ask.layout.q_block}"
-        if self.native:
-            return _native_refusal(ask)
-        return flex.refusal(ask.q, ask.layout, gradients=ask.gradients, lse=ask.lse) if self.flex else None
+        return self.limits(ask)
 
 
-def _native_refusal(ask: Request) -> str | None:
+def _sdpa_limits(ask: Request) -> str | None:
+    return None if sdpa.is_dense(ask.layout) else "takes only layouts in which every query reads every key it may see"
+
+
+def _per_query_limits(ask: Request) -> str | None:
+    rows = ask.layout.q_block
+    return None if rows == 1 else f"takes layouts with a row per query (q_block = 1), and this one has {rows}"
+
+
+def _native_limits(ask: Request) -> str | None:
     if ask.q.device.type != "cpu":
         return f"runs on CPU only, and the tensors are on {ask.q.device.type}"
-    if ask.q.dtype not in native_op.DTYPES:
+    if ask.q.dtype not in native_call.DTYPES:
         return f"takes torch.float32 and torch.bfloat16, not {ask.q.dtype}"
-    return None if native_op.available() else "could not be built here (the log says why)"
+    return None if native_call.available() else "could not be built here (the log says why)"
+
+
+def _flex_limits(ask: Request) -> str | None:
+    return flex.refusal(ask.q, ask.layout, gradients=ask.gradients, lse=ask.lse)
 
 
 BACKENDS = {
-    "reference": Backend("reference"),
-    "blocked": Backend("blocked"),
-    "native": Backend("native", explicit_mask=False, native=True),
-    "routed": Backend("routed", explicit_mask=False, routed=True),
-    "flex": Backend("flex", block_bias=False, dropout=False, flex=True),
-    "sdpa": Backend("sdpa", block_bias=False, dropout=False, differentiable_lse=False, any_layout=False),
+    "reference": Backend(reference_attention),
+    "blocked": Backend(blocked_attention),
+    "native": Backend(native_call.native_attention, limits=_native_limits, explicit_mask=False),
+    "per_query": Backend(per_query_attention, limits=_per_query_limits, explicit_mask=False),
+    "flex": Backend(flex.flex_with_lse, flex.flex_alone, _flex_limits, block_bias=False, dropout=False),
+    "sdpa": Backend(None, sdpa.sdpa_attention, _sdpa_limits, block_bias=False, dropout=False),
 }
 
 
@@ -102,14 +117,14 @@ def use_backend(name: str) -> Iterator[None]:
 def set_backend(name: str) -> None:
     """From now on calls with backend="auto" outside `use_backend` take this one, in all threads of the process.
 
-    With flex, rows of single queries (decoding) stay on automatic: they are no tiles. With routed, all others do.
+    With flex, rows of single queries (decoding) stay on automatic: they are no tiles. With per_query, all others do.
     Raises ValueError for an unknown name, and for flex where no CUDA device could train with it.
     """
-    global _of_process
+    global _backend_of_process
     _check_name(name)
     if name == "flex" and not torch.cuda.is_available():
         raise ValueError(_refused("flex", "has no backward on CPU", on_cpu=True))
-    _of_process = name
+    _backend_of_process = name
 
 
 def block_sparse_attention(
@@ -122,8 +137,7 @@ def block_sparse_attention(
     block_bias: Tensor | None = None,
     dropout: Dropout | None = None,
     backend: str = "auto",
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Softmax attention over the pairs a layout allows; exact, one softmax per row.
 
     q           [B, H, Nq, D]
@@ -132,76 +146,97 @@ def block_sparse_attention(
     scale       multiplies q·k; default 1/√D
     block_bias  [B|1, H|Hkv|1, NQ, K]: added to the scores of that entry of the layout's table, differentiable
     dropout     Dropout(rate, keys) on the attention weights
-    backend     auto | native | blocked | routed | reference | flex | sdpa; auto is sdpa for dense layouts, else flex on
-                CUDA and native on CPU where they can, else routed for rows of single queries, else blocked
-    return_lse  also return the log-sum-exp of each row's scores, [B, H, Nq] fp32, differentiable
+    backend     auto | native | blocked | per_query | reference | flex | sdpa; auto is sdpa for dense layouts, else flex
+                on CUDA and native on CPU where they can, else per_query for rows of single queries, else blocked
 
-    Returns out [B, H, Nq, D] in q's dtype; a row with nothing to read is 0 (lse −inf).
+    Returns out [B, H, Nq, D] in q's dtype; a row with nothing to read is 0.
     Raises ValueError for shapes, dtypes or devices that do not fit, and for what the backend cannot do.
     """
-    _check(q, k, v, layout, block_bias, dropout)
+    chosen = _chosen(q, k, v, layout, block_bias, dropout, backend, lse=False)
+    arguments = (q, k, v, layout, _default(scale, q), block_bias, dropout)
+    if chosen.alone is not None:
+        return chosen.alone(*arguments)
+    assert chosen.with_lse is not None  # a backend has one of the two
+    return chosen.with_lse(*arguments)[0]
+
+
+def block_sparse_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    block_bias: Tensor | None = None,
+    dropout: Dropout | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """As block_sparse_attention, and the log-sum-exp of each row's scores: [B, H, Nq] in fp32 (fp64 for fp64).
+
+    It is differentiable, and −inf for a row with nothing to read. auto is never sdpa, which has none.
+    """
+    chosen = _chosen(q, k, v, layout, block_bias, dropout, backend, lse=True)
+    assert chosen.with_lse is not None  # refused otherwise
+    return chosen.with_lse(q, k, v, layout, _default(scale, q), block_bias, dropout)
+
+
+def _default(scale: float | None, q: Tensor) -> float:
+    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
+def _chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    bias: Tensor | None,
+    dropout: Dropout | None,
+    backend: str,
+    lse: bool,
+) -> Backend:
+    """The backend that serves a call. Raises ValueError for what does not fit or cannot be done."""
+    _check(q, k, v, layout, bias, dropout)
     _check_name(backend)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    ask = Request(layout, block_bias is not None, dropout is not None, return_lse, q.shape[2], k.shape[2], q, gradients)
-    chosen = (_preferred.get() or _process_choice(layout)) if backend == "auto" else backend
-    if chosen == "auto":
-        chosen = _automatic(ask)
-    elif (reason := BACKENDS[chosen].refusal(ask)) is not None:
-        raise ValueError(_refused(chosen, reason, on_cpu=q.device.type == "cpu"))
-    if (
-        chosen == "blocked"
-        and torch.is_grad_enabled()
-        and layout.mask.dense is not None
-        and layout.mask.dense.requires_grad
-    ):
+    ask = Request(layout, bias is not None, dropout is not None, lse, q, gradients)
+    name = (_preferred.get() or _process_choice(layout)) if backend == "auto" else backend
+    if name == "auto":
+        name = _automatic(ask)
+    elif (reason := BACKENDS[name].refusal(ask)) is not None:
+        raise ValueError(_refused(name, reason, on_cpu=q.device.type == "cpu"))
+    explicit = layout.mask.dense
+    if name == "blocked" and explicit is not None and explicit.requires_grad and torch.is_grad_enabled():
         raise ValueError('backend "blocked" gives mask.dense no gradient; detach it or use backend=reference')
-    _say(chosen, ask)
-
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if chosen == "sdpa":
-        return sdpa.attention(q, k, v, layout, scale)
-    out: Tensor
-    lse: Tensor | None
-    if chosen == "flex":
-        out, lse = flex.attention(q, k, v, layout, scale, return_lse)
-    elif chosen == "reference":
-        with torch.autocast(q.device.type, enabled=False):  # or the truth would round its products to bf16
-            out, lse = reference.attention(q, k, v, layout, scale, block_bias, dropout)
-    elif chosen == "native":
-        out, lse = native_op.attention(q, k, v, layout, scale, block_bias, dropout)
-    elif chosen == "routed":
-        out, lse = routed_op.attention(q, k, v, layout, scale, block_bias, dropout)
-    else:
-        out, lse = blocked_op.attention(q, k, v, layout, scale, block_bias, dropout, return_lse)
-    return (out, lse) if lse is not None and return_lse else out
+    _log_once(name, ask)
+    return BACKENDS[name]
 
 
 def _process_choice(layout: BlockLayout) -> str:
-    fits = {"flex": layout.q_block > 1, "routed": layout.q_block == 1}
-    return _of_process if fits.get(_of_process, True) else "auto"
+    fits = {"flex": layout.q_block > 1, "per_query": layout.q_block == 1}
+    return _backend_of_process if fits.get(_backend_of_process, True) else "auto"
 
 
 def _automatic(ask: Request) -> str:
     """The first backend in the order of speed that can serve the call."""
-    names = ("sdpa", "flex", "routed") if ask.q.device.type == "cuda" else ("sdpa", "native", "routed")
+    names = ("sdpa", "flex", "per_query") if ask.q.device.type == "cuda" else ("sdpa", "native", "per_query")
     return next((name for name in names if BACKENDS[name].refusal(ask) is None), "blocked")
 
 
-def _refused(chosen: str, reason: str, on_cpu: bool) -> str:
+def _refused(name: str, reason: str, on_cpu: bool) -> str:
     way_out = "backend=blocked"
-    if chosen == "flex" and on_cpu:
+    if name == "flex" and on_cpu:
         way_out += " or auto, or move the tensors to CUDA"
-    return f'backend "{chosen}" {reason}; use {way_out}'
+    return f'backend "{name}" {reason}; use {way_out}'
 
 
-def _say(chosen: str, ask: Request) -> None:
+def _log_once(name: str, ask: Request) -> None:
     """Log the choice once per backend and device, and on CUDA why it is not flex."""
     on = ask.q.device.type
-    if (chosen, on) in _said:
+    if (name, on) in _logged:
         return
-    _said.add((chosen, on))
-    why = BACKENDS["flex"].refusal(ask) if on == "cuda" and chosen == "blocked" else None
-    log.info("attention backend on %s: %s%s", on, chosen, f" (flex {why})" if why else "")
+    _logged.add((name, on))
+    why = BACKENDS["flex"].refusal(ask) if on == "cuda" and name == "blocked" else None
+    log.info("attention backend on %s: %s%s", on, name, f" (flex {why})" if why else "")
 
 
 def _check_name(backend: str) -> None:
@@ -257,11 +292,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, bias: Tensor | 
 
 def _check_mask(mask: ElementMask, q: Tensor) -> None:
     for name in ("q_pos", "visible_from", "visible_until", "q_doc", "kv_doc"):
-        held = getattr(mask, name)
+        values = getattr(mask, name)
         # Here and above not `in (1, batch)`: torch.compile takes that for false where the batch is a symbol.
-        if held is not None and held.shape[0] != 1 and held.shape[0] != q.shape[0]:
+        if values is not None and values.shape[0] != 1 and values.shape[0] != q.shape[0]:
             raise ValueError(
-                f"mask.{name} is for batch {held.shape[0]}; q has batch {q.shape[0]}, of which it takes 1 or all"
+                f"mask.{name} is for batch {values.shape[0]}; q has batch {q.shape[0]}, of which it takes 1 or all"
             )
     if mask.dense is not None:
         batch, heads = mask.dense.shape[:2]

@@ -3,6 +3,9 @@
 FlexAttention (Dong et al. 2024, arXiv 2412.05496) compiles a kernel that walks the tiles a BlockMask lists and applies
 a token-level rule, here the layout's ElementMask, in those that are not read in full. Only the compiled kernel skips
 tiles: the eager one reads the rule alone, so it must never run in its place.
+
+State of the process: `_block_masks`, FlexAttention's form of each layout, as long as it lives; `_compiled`'s cache, a
+compiled function per kind of device.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ def refusal(q: Tensor, layout: BlockLayout, *, gradients: bool, lse: bool) -> st
         return "has no backward on CPU"
     if on == "cpu" and lse:
         return "returns no lse on CPU"
-    if on == "cpu" and not torch.cpu._is_avx2_supported():
+    if on == "cpu" and not torch.cpu.get_capabilities().get("avx2"):
         return "compiles for CPUs with AVX2 only"
     if layout.mask.dense is not None:
         return "takes no mask.dense"
@@ -72,20 +75,27 @@ def block_mask(layout: BlockLayout, heads: int) -> BlockMask:
     return _block_masks[layout]
 
 
+def flex_alone(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, bias: None, dropout: None) -> Tensor:
+    """out [B, H, Nq, D]; differentiable on CUDA."""
+    return _run(q, k, v, layout, scale, with_lse=False)[0]
+
+
+def flex_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, bias: None, dropout: None
+) -> tuple[Tensor, Tensor]:
+    """out and lse [B, H, Nq] in fp32; both differentiable on CUDA."""
+    out, lse = _run(q, k, v, layout, scale, with_lse=True)
+    # A row with nothing to read passes no gradient on, not even the NaN of a merge of two such rows.
+    return out, lse.masked_fill(lse == float("-inf"), float("-inf"))
+
+
 @torch.compiler.disable  # a model compiled around it would compile it anew, without the search for a tile that fits
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, with_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """out [B, H, Nq, D] and, if asked for, lse [B, H, Nq] in fp32; both differentiable on CUDA."""
+def _run(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, with_lse: bool) -> tuple[Tensor, ...]:
+    """out, and the lse if asked for."""
     if not torch.is_grad_enabled():
         q, k, v = q.detach(), k.detach(), v.detach()  # on CPU it refuses what requires a gradient, wanted or not
     options = tile_options(layout) if q.device.type == "cuda" else {}
-    out, lse = _compiled(q.device.type)(q, k, v, block_mask(layout, q.shape[1]), scale, with_lse, options)
-    if (
-        lse is not None
-    ):  # a row with nothing to read passes no gradient on, not even the NaN of a merge of two such rows
-        lse = lse.masked_fill(lse == float("-inf"), float("-inf"))
-    return out, lse
+    return _compiled(q.device.type)(q, k, v, block_mask(layout, q.shape[1]), scale, with_lse, options)
 
 
 def tile_options(layout: BlockLayout) -> dict[str, Any]:
@@ -101,7 +111,7 @@ def tile_options(layout: BlockLayout) -> dict[str, Any]:
 
 
 @cache
-def _compiled(device_type: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _compiled(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
     # On CUDA the one tile PyTorch takes without a search is up to 128 wide and does not divide smaller blocks. On CPU
     # PyTorch 2.13 writes C++ that does not compile for some lengths that vary, so every shape has its own kernel there.
     mode, dynamic = ("max-autotune-no-cudagraphs", None) if device_type == "cuda" else (None, False)
@@ -112,26 +122,17 @@ def _compiled(device_type: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, tiles: BlockMask, scale: float, with_lse: bool, options: Any
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, ...]:
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "torch.compile is switched off, and FlexAttention without it ignores the layout's blocks; "
             "unset TORCH_COMPILE_DISABLE or use backend=blocked"
         )
-    grouped = q.shape[1] != k.shape[1]
-    if with_lse:
-        out, aux = flex_attention(
-            q,
-            k,
-            v,
-            block_mask=tiles,
-            scale=scale,
-            enable_gqa=grouped,
-            kernel_options=options,
-            return_aux=AuxRequest(lse=True),
-        )
-        return out, aux.lse
-    return flex_attention(q, k, v, block_mask=tiles, scale=scale, enable_gqa=grouped, kernel_options=options), None
+    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1], "kernel_options": options}
+    if not with_lse:
+        return (flex_attention(q, k, v, block_mask=tiles, **options),)
+    out, aux = flex_attention(q, k, v, block_mask=tiles, return_aux=AuxRequest(lse=True), **options)
+    return out, aux.lse
 
 
 def _batch(layout: BlockLayout) -> int:

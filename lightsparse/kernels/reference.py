@@ -9,10 +9,17 @@ from lightsparse.kernels.dropout import Dropout, keep_scale
 from lightsparse.patterns.layout import BlockLayout
 
 
-def attention(
+def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, bias: Tensor | None, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, Nq, D] in q's dtype, lse [B, H, Nq] in fp32 (fp64 for fp64)."""
+    with torch.autocast(q.device.type, enabled=False):  # or the truth would round its products to bf16
+        return _dense_attention(q, k, v, layout, scale, bias, dropout)
+
+
+def _dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, bias: Tensor | None, dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys, values = (x.repeat_interleave(group, 1).to(dtype) for x in (k, v))
@@ -25,12 +32,12 @@ def attention(
     allowed = layout.to_dense()
     scores = scores.masked_fill(~allowed.repeat_interleave(heads // allowed.shape[1], 1), float("-inf"))
 
-    lse = scores.logsumexp(-1)
-    weights = torch.where(lse[..., None] > float("-inf"), (scores - lse[..., None]).exp(), 0.0)
+    nothing = (scores == float("-inf")).all(-1, keepdim=True)  # to read: softmax would be NaN there, and is 0
+    weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
     if dropout is not None:
         at = torch.arange(layout.num_keys, device=q.device)[None, None]
         weights = weights * keep_scale(dropout, torch.arange(heads, device=q.device), layout.mask.q_pos, at, dtype)
-    return (weights @ values).to(q.dtype), lse
+    return (weights @ values).to(q.dtype), scores.logsumexp(-1)
 
 
 def _per_pair(bias: Tensor, layout: BlockLayout, heads: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""The `sdpa` backend: a layout that is dense goes to PyTorch's own fused attention."""
+"""The `sdpa` backend: a layout that is dense goes to PyTorch's own fused attention.
+
+State of the process: `_dense`, what was found of each layout, as long as it lives.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,9 @@ def _reads_all_blocks(layout: BlockLayout) -> bool:
     return bool(((listed == last + 1) | torch.isin(row, layout.dense_rows)).all())
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float) -> Tensor:
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, bias: None, dropout: None
+) -> Tensor:
     """out [B, H, Nq, D]."""
     causal = layout.mask.causal and layout.num_queries > 1
     return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

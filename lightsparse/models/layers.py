@@ -23,6 +23,7 @@ from lightsparse.models.chunked import map_chunks
 from lightsparse.models.dropout import dropped
 from lightsparse.models.recompute import Recomputed
 from lightsparse.models.rope import Rotation
+from lightsparse.utils.compat.torch import silu_backward_
 
 INIT_STD = 0.02  # GPT-2's; matrices that write to the residual stream take INIT_STD / √(2 · depth)
 
@@ -127,9 +128,7 @@ class _GatedSilu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        grad_gate = grad * up
-        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-        return grad_gate, F.silu(gate).mul_(grad)
+        return silu_backward_(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class Gelu(nn.Module):

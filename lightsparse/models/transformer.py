@@ -23,7 +23,6 @@ from lightsparse.models.dropout import dropped
 from lightsparse.models.layer_pattern import check_layers, common_core
 from lightsparse.models.layers import INIT_STD, MLPS, Layer, RMSNorm, SelfAttention, matrix
 from lightsparse.models.rope import RopeConfig, RotaryEmbedding
-from lightsparse.patterns.mask import document_starts
 
 
 class Widths(NamedTuple):
@@ -38,7 +37,7 @@ class Widths(NamedTuple):
 class ModelConfig:
     """Size and form of the model. Null widths follow from depth; `widths` has the numbers."""
 
-    depth: int  # layers
+    depth: int = 4  # layers
     embed_dim: int | None = None  # null: 64 · depth
     heads: int | None = None  # query heads; null: embed_dim / head_dim
     kv_heads: int | None = None  # key/value heads, divides heads; null: heads
@@ -47,7 +46,7 @@ class ModelConfig:
     mlp: Literal["swiglu", "gelu", "none"] = "swiglu"
     positions: Literal["rope", "learned"] = "rope"  # learned: a vector per position of data.context, added once
     rope: RopeConfig = field(default_factory=RopeConfig)
-    qk_norm: bool = False  # RMSNorm on each head's query and key
+    qk_norm: bool = True  # RMSNorm on each head's query and key
     qkv_bias: bool = False  # biases on queries, keys and values, as in Qwen2
     tie_embeddings: bool = False  # the output matrix is the embedding
     dropout: float = 0.0  # share dropped in training of the embeddings and of what attention and MLP add
@@ -130,11 +129,9 @@ def context_for(
     documents  int32 [B, q_start + N] or None: document of every key token
     positions  int64 [B|1, N] or None: counted from the document's start
     """
-    if positions is None:
-        positions = torch.arange(q_start, q_start + tokens_BN.shape[1], device=tokens_BN.device)[None]
-        if documents is not None:
-            positions = positions - document_starts(documents)[:, q_start:]
-    return SequenceContext(positions=positions, documents=documents, q_start=q_start, seed=seed)
+    return SequenceContext.plain(
+        tokens_BN.shape[1], documents, positions, q_start=q_start, seed=seed, device=tokens_BN.device
+    )
 
 
 class Transformer(nn.Module):

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 HIDDEN = "hidden"  # 2-D weights inside the layers
 OUTER = "outer"  # other weights of two dimensions or more, but no embeddings: the output head
@@ -63,20 +62,25 @@ class ShardedMuon(Muon):
             super().step()
             return loss
         for group in self.param_groups:
-            matrices: list[Any] = []
-            gradients: list[Any] = []
-            momenta: list[Any] = []
-            self._init_group(group, matrices, gradients, momenta)
-            for matrix, gradient, momentum in zip(matrices, gradients, momenta, strict=True):
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                whole = _zeropower_via_newtonschulz(
-                    update.full_tensor(), group["ns_coefficients"], group["ns_steps"], group["eps"]
-                )
-                mine = distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix.grad))
+                momentum.lerp_(matrix.grad, 1 - group["momentum"])
+                update = matrix.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                whole = _moved(update.full_tensor(), group)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(mine, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], matrix.shape))
+                matrix.add_(distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None))
         return loss
+
+
+def _moved(update: Tensor, group: dict[str, Any]) -> Tensor:
+    """How far an update moves a whole matrix: a step of torch.optim.Muon from zero, without momentum and decay."""
+    matrix = nn.Parameter(torch.zeros_like(update))
+    matrix.grad = update
+    same = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+    Muon([matrix], weight_decay=0.0, momentum=0.0, nesterov=False, **same).step()
+    return matrix.detach()
 
 
 class MuonAdamW(Optimizer):

@@ -16,7 +16,7 @@ class Schedule:
     The first optimizer step runs at 1/warmup_steps of the base rate, step number `warmup_steps` at all of it.
     """
 
-    warmup_steps: int = 0  # optimizer steps
+    warmup_steps: int = 20  # optimizer steps
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
@@ -62,7 +62,7 @@ class WSD(Schedule):
     Hu et al. 2024 (MiniCPM), arXiv 2404.06395, section 4. The constant part may be extended without a restart.
     """
 
-    decay_share: float = 0.2  # of max_steps
+    decay_share: float = 0.3  # of max_steps
     final_share: float = 0.0  # of the base rate
 
     def __post_init__(self) -> None:

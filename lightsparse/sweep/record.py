@@ -1,6 +1,6 @@
 """sweep.json: the trials of a sweep and what became of them, rewritten whole at every change.
 
-A killed sweep leaves it as of the last change; the same command reads it and goes on.
+A killed sweep leaves it as of the last change; the same command reads it and resumes the sweep.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightsparse.config.targets import ConfigError
 from lightsparse.utils.atomic_files import write_text
 
 # running   under way, or the sweep was killed meanwhile
-# stopped   ended with code 75: not done, and the same command goes on
+# stopped   ended with code 75: not done, and the same command resumes it
 # failed    ended in another way; only asked for it is tried again
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -69,16 +69,16 @@ class SweepRecord:
 
     def save(self) -> None:
         """Write the file, atomically; the directory must exist."""
-        found = {"name": self.directory.name, "command": self.command, "trials": [asdict(one) for one in self.trials]}
-        write_text(self.path, json.dumps(found, indent=1) + "\n")
+        content = {"name": self.directory.name, "command": self.command, "trials": [asdict(one) for one in self.trials]}
+        write_text(self.path, json.dumps(content, indent=1) + "\n")
 
 
 def load_record(directory: Path) -> SweepRecord | None:
     """The sweep of a directory; None where there is none. Raises ConfigError for a file that is something else."""
     path = directory / "sweep.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return SweepRecord(directory, found["command"], [TrialRecord(**trial) for trial in found["trials"]])
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return SweepRecord(directory, content["command"], [TrialRecord(**trial) for trial in content["trials"]])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -11,21 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightsparse.training.preemption import Preemption
-from lightsparse.utils.rank_errors import EXIT_CODE
 
-_PROGRAM = ("-m", "lightsparse", "train")
 _POLL = 0.2  # seconds between looks
-_RANK_CODE = re.compile(r"^\s*exitcode\s*:\s*(-?\d+)", re.MULTILINE)  # torchrun's report of each rank that failed
-_RANK = re.compile(r"^\s*rank\s*:\s*(\d+)", re.MULTILINE)
-_OF_TORCHRUN = re.compile(r"torch[./]distributed[./](elastic|run)")
 
 
-def trial_command(overrides: Sequence[str], ranks: int) -> list[str]:
-    """What to execute: Python itself for one rank, one torchrun for several."""
-    if ranks == 1:
-        return [sys.executable, *_PROGRAM, *overrides]
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-    return [sys.executable, *torchrun, *_PROGRAM, *overrides]
+def trial_command(overrides: Sequence[str]) -> list[str]:
+    """What to execute; a trial of several ranks starts them by itself, and its exit code is theirs."""
+    return [sys.executable, "-m", "lightsparse", "train", *overrides]
 
 
 def trial_environment(sweep: str) -> dict[str, str]:
@@ -45,40 +36,21 @@ def run_trial(command: Sequence[str], environment: dict[str, str], log: Path, pr
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        start = output.tell()
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            told = False
-            while process.poll() is None:
-                if preemption.asked and not told:
-                    process.terminate()
-                    told = True
+            while process.poll() is None and not preemption.asked:
                 time.sleep(_POLL)
+            process.terminate()  # no signal where it has ended
+            return process.wait()
         finally:
             if process.poll() is None:  # KeyboardInterrupt: a second Ctrl-C
                 process.kill()
                 process.wait()
-    code = process.returncode
-    ranks = {int(found) for found in _RANK_CODE.findall(_written(log, start))}
-    return EXIT_CODE if code and EXIT_CODE in ranks else code  # torchrun's own code is 1 whatever its ranks' is
 
 
 def last_words(log: Path) -> str:
-    """The last line that a trial wrote about itself; where only torchrun has written, which rank ended how."""
-    written = _written(log, 0)
-    root = written.rpartition("Root Cause")[2]
-    lines = [line.strip() for line in written.splitlines()]
-    report = next((number for number, line in enumerate(lines) if _OF_TORCHRUN.search(line)), len(lines))
-    said = [line for line in lines[:report] if line]
-    if said:
-        return said[-1]
-    rank, code = _RANK.search(root), _RANK_CODE.search(root)
-    return f"rank {rank[1]} ended with code {code[1]}" if rank and code else "it wrote nothing"
-
-
-def _written(log: Path, start: int) -> str:
-    with log.open("rb") as file:
-        file.seek(start)
-        return file.read().decode(errors="replace")
+    """The last line that a trial wrote."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "it wrote nothing")

@@ -1,7 +1,7 @@
-"""Steps that would do harm: a loss or gradient that is no number, a loss far above the last ones.
+"""Steps that would do harm: a loss or gradient that is NaN or infinite, a loss far above the last ones.
 
-Such a step is not taken: weights, momenta and averages stay as they were, the schedule and the data go on. A few in a
-row end the run, with the batch on disk beside what it was read with (`lightsparse replay`).
+Such a step is skipped: weights, momenta and averages stay as they were, the schedule and the data advance. A few in a
+row end the run, with the batch and the weights on disk (`lightsparse replay`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightsparse.utils.atomic_files import atomic_write
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row would have done harm. The weights and every checkpoint are those from before them."""
+    """Too many steps in a row were skipped. The weights and every checkpoint are from before them."""
 
 
 class Health:
@@ -26,12 +26,12 @@ class Health:
 
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
-        self.skipped = 0  # steps not taken, of the whole run
+        self.skipped = 0  # steps, of the whole run
         self.in_a_row = 0  # of them, up to now
         self._losses: deque[float] = deque(maxlen=config.spike_window)  # of the last steps that were taken
 
     def objection(self, loss: float, grad_norm: float) -> str | None:
-        """Why the step is not to be taken, or None; counts it.
+        """Why the step is to be skipped, or None; counts it.
 
         loss       nats per target, over all ranks
         grad_norm  before clipping

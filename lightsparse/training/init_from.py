@@ -19,13 +19,13 @@ def check_start(config: Config, vocab_size: int) -> None:
         from lightsparse import hf  # not at the top: transformers is an extra, and takes seconds
     except ImportError as error:
         raise ConfigError(f"init_from is {folder}, which needs {error.name}; pip install 'lightsparse[hf]'") from error
-    there = hf.described(folder)
-    words = hf.differences(config.model, there.model)
+    source = hf.described(folder)
+    words = hf.differences(config.model, source.model)
     if words:
-        raise ConfigError(f"init_from is {folder}, a model of another form than `model`; add {' '.join(words)}")
-    if there.vocab_size != vocab_size:
+        raise ConfigError(f"init_from is {folder}, whose model differs from `model`; add {' '.join(words)}")
+    if source.vocab_size != vocab_size:
         raise ConfigError(
-            f"init_from is {folder}, with embeddings of {there.vocab_size} tokens, and the data's tokenizer has "
+            f"init_from is {folder}, with embeddings of {source.vocab_size} tokens, and the data's tokenizer has "
             f"{vocab_size}; use the model's own, and "
             "tokenizer.vocab_size where the model has more rows than that has ids"
         )
@@ -37,9 +37,9 @@ def load_start(config: Config, model: Transformer) -> str:
 
     folder = config.init_from
     assert folder is not None
-    there, fresh = hf.described(folder), hf.load_weights(model, folder)
-    parts = [f"weights  {folder}", there.architecture]
-    if there.model.rope != config.model.rope:
+    source, fresh = hf.described(folder), hf.load_weights(model, folder)
+    parts = [f"weights  {folder}", source.architecture]
+    if source.model.rope != config.model.rope:
         parts.append(f"positions stretched: {config.model.rope.scaling}, factor {config.model.rope.factor:g}")
     if fresh:
         parts.append(f"{len(fresh)} of the attention's own ({fresh[0].partition('.core.')[2]} …) start fresh")

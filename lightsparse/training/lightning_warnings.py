@@ -5,22 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 
-_TIPS = (
-    r".*does not have many workers which may be a bottleneck.*",  # data.num_workers is the user's choice
-    r".*dataloader is not resumable.*",  # it is: its order is a function of `consumed`
-    r".*GPU available but not used.*",
-    r".*Experiment logs directory .* exists and is not empty.*",  # resume
-    r".*Checkpoint directory .* exists and is not empty.*",
-    r".*you are using a .* with a `weights_only`.*",
-    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own use of torch
-    r"FSDP2-wrapped module .* returned a view tensor.*",  # nothing of ours writes into a layer's output
-    r".*It is recommended to use `self.log\(.*sync_dist=True\)`.*",
-)
+from lightsparse.utils.compat.lightning import LOGGERS, TIPS
+from lightsparse.utils.compat.torch import FSDP_VIEW
 
 
 def quiet_lightning() -> None:
     """Lightning reports warnings and errors only, and the known tips not at all."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in _TIPS:
+    for message in (*TIPS, FSDP_VIEW):  # nothing of ours writes into a layer's output
         warnings.filterwarnings("ignore", message=message)

@@ -1,8 +1,8 @@
 """The LightningModule: loss, gradients and validation, exact over micro-batches and ranks.
 
 Losses are sums of nats over real targets. A sum of sums divided once by the targets of the whole global step is what
-one big batch would give; a mean of micro-batch means is not, when some hold fewer targets than others. So it matters
-to no number whether ranks hold different samples or different tokens of one.
+one big batch would give; a mean of micro-batch means is not, when some hold fewer targets than others. So no
+number depends on whether ranks hold different samples or different tokens of one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lightsparse.config.context_split import context_split
 from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.context_parallel.shard import ContextShard
+from lightsparse.data.source import IGNORED
 from lightsparse.data.tokens import Tokenizer
 from lightsparse.distributed.environment import gather_objects
 from lightsparse.distributed.strategies import GridStrategy, ReplicatedStrategy, ShardedStrategy
@@ -30,12 +31,13 @@ from lightsparse.distributed.strategy_config import ContextRanks
 from lightsparse.models.transformer import ModelOutput, Transformer
 from lightsparse.optim.optimizers import parameter_groups
 from lightsparse.training.health import Health, NonFiniteError, replay_file, save_for_replay
-from lightsparse.training.metrics import attention_stats
-from lightsparse.training.metrics.loss_sums import StepResult, Totals
-from lightsparse.training.metrics.router_grad_check import RouterWatch
-from lightsparse.training.metrics.scores import Scores, score_sums
-from lightsparse.training.objectives import IGNORED, Objective
+from lightsparse.training.measures import attention_stats
+from lightsparse.training.measures.loss_sums import StepResult, Totals
+from lightsparse.training.measures.router_grad_check import RouterWatch
+from lightsparse.training.measures.scores import Scores, score_sums
+from lightsparse.training.objectives import Objective
 from lightsparse.utils.allocator import release_freed
+from lightsparse.utils.compat.torch import scale_
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ class LanguageModel(LightningModule):
     mask_id      the token that hides others under objective=mlm
     shard        this rank's part of every sequence, from the strategy; None where one rank holds a whole one
     After each step `step_result`, after each validation `validation` (and `by_position`, from the start of the context
-    to its end, and `scores` where the data asks) hold the numbers; who writes them where is not this module's matter.
+    to its end, and `scores` where the data asks) hold the numbers, for whoever writes them.
     """
 
     token_bytes: Tensor
@@ -86,7 +88,7 @@ class LanguageModel(LightningModule):
         self.scores: Scores | None = None
         self.health = Health(config.health)
         self._batches: list[Mapping[str, Tensor]] = []  # of the step under way
-        self.watched_columns = attention_stats.step_columns(config)
+        self.attention_columns = attention_stats.step_columns(config)
         self.choice_churn: float | None = None  # since the validation before
         self._choices: list[Tensor] = []  # what each layer chose in the first validation batch
 
@@ -110,10 +112,10 @@ class LanguageModel(LightningModule):
 
     def on_train_start(self) -> None:
         self.model.set_step(max(self.global_step - 1, 0), self.config.trainer.max_steps)  # a validation may come first
-        self._stop_at_goal()  # where it had been reached and the run was killed before it could say so
+        self._stop_at_goal()  # it may have been reached just before the run was killed
         # nats, targets, bytes, density, and what the attention reports of itself
         self.routers = RouterWatch(self.model.cores)
-        self._sums = torch.zeros(4 + len(self.watched_columns), device=self.device, dtype=torch.float32)
+        self._sums = torch.zeros(4 + len(self.attention_columns), device=self.device, dtype=torch.float32)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The sum of nats over this rank's targets in a micro-batch; `on_before_optimizer_step` divides, once."""
@@ -143,7 +145,7 @@ class LanguageModel(LightningModule):
         if self.config.trainer.trains_only_selection(self.global_step):
             self._freeze_all_but_selection()
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, micro_batches / max(targets, 1.0))
+        scale_(gradients, micro_batches / max(targets, 1.0))
         total = torch.nn.utils.get_total_norm(gradients)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)  # of shards: over all ranks
         totals = Totals(nats, targets, text_bytes)
@@ -157,7 +159,7 @@ class LanguageModel(LightningModule):
             density / micro_batches,
             norm,
             optimizer.param_groups[0]["lr"],
-            {name: value / micro_batches for name, value in zip(self.watched_columns, reports, strict=True)},
+            {name: value / micro_batches for name, value in zip(self.attention_columns, reports, strict=True)},
         )
         # All samples up to here are in these gradients: whoever saves a checkpoint from now on saves that number.
         samples = (self.global_step + 1) * self.config.samples_per_step
@@ -168,9 +170,9 @@ class LanguageModel(LightningModule):
 
         Not by requires_grad: DDP and FSDP2 wait for the gradients that they saw when they were built.
         """
-        kept = {id(parameter) for parameter in self.model.selector_parameters()}
+        selecting = {id(parameter) for parameter in self.model.selector_parameters()}
         for parameter in self.parameters():
-            if id(parameter) not in kept:
+            if id(parameter) not in selecting:
                 parameter.grad = None
 
     def _leave_out(self, objection: str) -> None:
@@ -181,7 +183,7 @@ class LanguageModel(LightningModule):
         if isinstance(strategy, ReplicatedStrategy) and strategy.hook is not None:
             strategy.hook[0].forget_non_finite()
         if not self.health.is_over:
-            log.warning("step %d is not taken: %s", step, objection)
+            log.warning("step %d is skipped: %s", step, objection)
             return
         weights = strategy.gathered_weights() if isinstance(strategy, ShardedStrategy) else self.state_dict()
         batches = [dict(batch) for batch in self._batches]
@@ -192,8 +194,8 @@ class LanguageModel(LightningModule):
         save_for_replay(path, content)
         strategy.barrier()  # a rank that has ended would have the others ended before they have written
         raise NonFiniteError(
-            f"{objection} at step {step}, and health.skip_steps={self.config.health.skip_steps} steps in a row may be "
-            f"left out; lower optimizer.lr, lengthen schedule.warmup_steps or set trainer.grad_clip "
+            f"{objection} at step {step}, after health.skip_steps={self.config.health.skip_steps} skipped steps in a "
+            "row; lower optimizer.lr, lengthen schedule.warmup_steps or set trainer.grad_clip "
             f"(lightsparse replay file={path} shows where it arises)"
         )
 
@@ -271,7 +273,7 @@ class LanguageModel(LightningModule):
         scores = checkpoint.get("scores")
         self.scores = None if scores is None else Scores(*scores)
         choices = checkpoint.get("choices", [])
-        if len(choices) == self.trainer.world_size:  # else the ranks held other rows: nothing to compare with
+        if len(choices) == self.trainer.world_size:  # else the ranks had other rows: nothing to compare with
             self._choices = [table.to(self.device) for table in choices[self.global_rank]]
         strategy = self.trainer.strategy
         if isinstance(strategy, ReplicatedStrategy) and strategy.hook is not None:

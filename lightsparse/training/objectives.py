@@ -13,9 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightsparse.data.source import IGNORED
 from lightsparse.utils.hashing import chain, mixed, uniform
-
-IGNORED = -100  # a label that does not count
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ collective. So a handler sets a flag, and the ranks agree on it after each optim
 
 Before the first step and after the last one there is nothing to save. There, the command line ends at once, with the
 same code (`leave_when_asked`).
+
+Hidden state: the handlers of the process, its wakeup pipe, and in `_outside` who listens to signals now. A forked
+worker has none of it.
 """
 
 from __future__ import annotations
@@ -15,18 +18,17 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Trainer
 
 from lightsparse.distributed.environment import is_first_rank
 from lightsparse.distributed.launcher import RankLauncher
-from lightsparse.utils.rank_errors import EXIT_CODE as EXIT_CODE  # not done, and worth another try
+from lightsparse.utils.rank_errors import EXIT_CODE, leave
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +40,12 @@ class Preemption:
     """Whether some rank has been asked to stop.
 
     max_time  seconds after which this rank asks by itself; None = never
+    asked     the number of the signal that came to this rank; 0 = none
     Signals need the main thread; outside it only the time counts. A second Ctrl-C raises KeyboardInterrupt at once.
     """
 
     def __init__(self, max_time: float | None = None) -> None:
-        self._asked = 0  # the number of the signal that came to this rank; 0 = not asked
-        self._agreed = 0  # the largest of all ranks'
+        self.asked = 0
         self._until = None if max_time is None else time.monotonic() + max_time
         self._before: dict[signal.Signals, Any] = {}  # the handlers that were there, while ours are
 
@@ -56,7 +58,7 @@ class Preemption:
             before = signal.signal(number, self._ask)
             if before != self._ask:
                 self._before[number] = before
-        self._asked = self._asked or _outside.asked  # it came while the handlers changed
+        self.asked = self.asked or _outside.asked  # it came while the handlers changed
 
     def stop_listening(self) -> None:
         for number, handler in self._before.items():
@@ -64,37 +66,32 @@ class Preemption:
         self._before.clear()
         _outside.listeners.discard(self)
 
-    def is_asked(self, trainer: Trainer) -> bool:
-        """Equal on all ranks, which all must call this."""
-        if not self._asked and self._until is not None and time.monotonic() >= self._until:
-            self._asked = _TIME_IS_UP
-        self._agreed = self._asked
+    def agreed(self, trainer: Trainer) -> int:
+        """The largest number that a rank was asked with, _TIME_IS_UP included; 0 = none. Every rank must call this."""
+        if not self.asked and self._until is not None and time.monotonic() >= self._until:
+            self.asked = _TIME_IS_UP
+        agreed = self.asked
         if trainer.world_size > 1:  # a signal that comes while the ranks talk is for the next step
-            asked = torch.tensor(float(self._agreed), device=trainer.strategy.root_device)
-            self._agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
-        if self._agreed and isinstance(trainer.strategy.launcher, RankLauncher):
+            asked = torch.tensor(float(agreed), device=trainer.strategy.root_device)
+            agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if agreed and isinstance(trainer.strategy.launcher, RankLauncher):
             trainer.strategy.launcher.expect_end()
-        return bool(self._agreed)
-
-    @property
-    def asked(self) -> bool:
-        """Whether this process has been asked to stop."""
-        return bool(self._asked)
-
-    @property
-    def reason(self) -> str:
-        return "trainer.max_time" if self._agreed == _TIME_IS_UP else signal.Signals(self._agreed).name
-
-    def requeue(self) -> None:
-        """Where SLURM runs the job and the time was up, ask it to start the job again."""
-        _requeue(self._agreed)
+        return agreed
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self._asked == signal.SIGINT:
+            if self.asked == signal.SIGINT:
                 raise KeyboardInterrupt
             log.info("finishing the step, then saving it; Ctrl-C again leaves at once")
-        self._asked = number
+        self.asked = number
+
+
+def end_run(asked: int, step: int) -> NoReturn:
+    """After the checkpoint of `step`: say by what the run is stopped, and end it. Every rank calls this."""
+    reason = "trainer.max_time" if asked == _TIME_IS_UP else signal.Signals(asked).name
+    log.info("stopped by %s; the same command continues from step %d", reason, step)
+    _requeue(asked)
+    raise SystemExit(EXIT_CODE)
 
 
 def leave_when_asked() -> None:
@@ -125,12 +122,9 @@ class _Outside:
         while True:
             (number,) = os.read(reading, 1)  # of any signal that has a handler
             if number in _SIGNALS and not self.listeners:
-                if is_first_rank():
-                    _requeue(number)
+                _requeue(number)
                 name = signal.Signals(number).name
-                sys.stderr.write(f"stopped by {name} outside of the training steps; the same command goes on\n")
-                sys.stderr.flush()
-                os._exit(EXIT_CODE)
+                leave(EXIT_CODE, f"stopped by {name} outside of the training steps; the same command resumes the run")
 
     def forget(self) -> None:
         """In a forked worker: its signals are not its parent's, which may end it and answers Ctrl-C for both."""
@@ -146,11 +140,14 @@ os.register_at_fork(after_in_child=_outside.forget)
 
 
 def _requeue(asked: int) -> None:
-    """`#SBATCH --signal=USR1@120` says that the time is up before it is. SIGTERM is no reason: it comes with scancel,
+    """Where SLURM runs the job and its time is up, have the first rank ask it to start the job again.
+
+    `#SBATCH --signal=USR1@120` says that the time is up before it is. SIGTERM is no reason: it comes with scancel,
     after which nobody wants the job back, and from a preemption, after which SLURM requeues by itself.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    if job is None or asked not in (signal.SIGUSR1, _TIME_IS_UP) or shutil.which("scontrol") is None:
+    reasons = (signal.SIGUSR1, _TIME_IS_UP)
+    if job is None or asked not in reasons or not is_first_rank() or shutil.which("scontrol") is None:
         return
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -18,13 +18,13 @@ _OWN = ("threads", "runs_dir")  # what may differ between machines
 
 
 class SameConfig(Callback):
-    """Compares the composed configs, and the step each rank goes on from, once the ranks have met.
+    """Compares the composed configs, and the step from which each rank resumes, once the ranks have met.
 
     Raises ConfigError on every rank where they differ.
     """
 
-    def __init__(self, raw: Mapping[str, Any], start: int) -> None:
-        self.values = {key: value for key, value in _flat(raw).items() if key not in _OWN}
+    def __init__(self, composed: Mapping[str, Any], start: int) -> None:
+        self.values = {key: value for key, value in _flat(composed).items() if key not in _OWN}
         self.values["newest whole checkpoint"] = start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

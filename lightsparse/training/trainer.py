@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
-from lightsparse.config.build import build, check_buildable
+from lightsparse.config.build import ClassChoice
 from lightsparse.config.schema import Config
 from lightsparse.distributed.environment import is_first_rank
 from lightsparse.distributed.strategies import strategy_for
@@ -18,7 +16,7 @@ from lightsparse.evaluation.callback import TaskEvaluation
 from lightsparse.training.checkpoints.background_writer import CheckpointWriter
 from lightsparse.training.checkpoints.callback import StepCheckpoint
 from lightsparse.training.checkpoints.run_directory import RunDirectory
-from lightsparse.training.metrics import attention_stats
+from lightsparse.training.measures import attention_stats
 from lightsparse.training.metrics.metrics_file import MetricsFile
 from lightsparse.training.metrics.progress import TrainingProgress
 from lightsparse.training.metrics.recorder import Recorder
@@ -26,47 +24,29 @@ from lightsparse.training.same_config_check import SameConfig
 
 
 def build_trainer(
-    config: Config,
-    raw: Mapping[str, Any],
-    start_step: int,
-    directory: RunDirectory,
-    recorder: Recorder,
-    console: Console,
+    config: Config, start_step: int, directory: RunDirectory, recorder: Recorder, console: Console
 ) -> Trainer:
     """Lightning's trainer with our files and clocks; validation before the first step and after the last one."""
     loggers: list[Logger] = [MetricsFile(directory.metrics, attention_stats.columns(config))]
     for name, node in config.logger.items():
         if node is not None:
-            target = check_buildable(node, f"logger.{name}", kind=Logger, allow=config.allow_targets)
+            choice = ClassChoice.of(node, f"logger.{name}", Logger, config.allow_targets)
             ours = {"save_dir": str(directory.path)}
             if is_first_rank():  # the others may be here before it, and do not log
                 ours["id"] = directory.run_id
-            takes = inspect.signature(target).parameters
+            takes = inspect.signature(choice.target).parameters
             given = {key: value for key, value in ours.items() if key in takes and key not in node}
-            loggers.append(build(node, f"logger.{name}", kind=Logger, allow=config.allow_targets, **given))
-    callbacks: list[Callback] = [SameConfig(raw, start_step), recorder]
+            loggers.append(choice.build(**given))
+    callbacks: list[Callback] = [SameConfig(config.composed, start_step), recorder]
     if config.trainer.progress:
         callbacks.append(TrainingProgress(recorder, console))
     if config.eval.tasks.names:
         callbacks.append(TaskEvaluation(config, directory.path / "evaluation"))
     for name, node in config.callbacks.items():
         if node is not None:
-            callbacks.append(build(node, f"callbacks.{name}", kind=Callback, allow=config.allow_targets))
+            callbacks.append(ClassChoice.of(node, f"callbacks.{name}", Callback, config.allow_targets).build())
     writer = CheckpointWriter(config.checkpoint.background, config.checkpoint.timeout)
-    callbacks.append(
-        StepCheckpoint(
-            directory.checkpoints,
-            writer,
-            every_n_steps=config.checkpoint.every_n_steps,
-            keep=config.checkpoint.keep,
-            keep_best=config.checkpoint.keep_best,
-            max_steps=config.trainer.max_steps,
-            validation_every=config.eval.every_n_steps,
-            max_time=config.trainer.max_time,
-            raw=raw,
-            saved=recorder.release,
-        )
-    )
+    callbacks.append(StepCheckpoint(config, directory.checkpoints, writer, saved=recorder.release))
     return Trainer(
         strategy=strategy_for(config.strategy, config.ranks),
         devices=config.trainer.devices,

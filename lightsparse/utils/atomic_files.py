@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
+from lightsparse.utils.refusal import Refusal
+
+log = logging.getLogger(__name__)
+
+_unsynced: set[int] = set()  # hidden state: devices whose file system has been named
 _SUFFIX = ".partial"  # no reader of a run directory looks at names that end so
 
 
 class DiskFullError(RuntimeError):
-    """A file of the run could not be written for want of space; what was there before is whole."""
+    """A file of the run could not be written for want of space; what it would have replaced is whole."""
+
+
+def writable(folder: Path, word: str = "out") -> Path:
+    """The folder itself, which is not made. Raises Refusal where nothing can be written there, with the word that
+    names another: before anything is computed.
+    """
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        with TemporaryFile(dir=there):
+            return folder
+    except OSError as error:
+        raise Refusal(f"{folder} cannot be written to ({error.strerror}); use {word}=<another folder>") from error
 
 
 @contextmanager
@@ -90,11 +109,20 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable; a no-op where folders cannot be opened (Windows)."""
+    """Make a rename inside `folder` durable; a no-op where folders cannot be opened (Windows).
+
+    A file system that does not sync folders is named in a warning, once.
+    """
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        if (device := os.fstat(descriptor).st_dev) not in _unsynced:
+            _unsynced.add(device)
+            log.warning("the file system of %s does not sync folders: a power cut may undo its last files", folder)
     finally:
         os.close(descriptor)

@@ -39,13 +39,13 @@ def hardware() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "os": f"{platform.system()} {platform.release()}"}
+    names = {"python": platform.python_version(), "os": f"{platform.system()} {platform.release()}"}
     for package in ("lightsparse", "torch", "transformers"):
         try:
-            found[package] = importlib.metadata.version(package)
+            names[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            names[package] = "not installed"
+    return names
 
 
 def usable_cores() -> int:

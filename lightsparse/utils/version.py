@@ -22,7 +22,7 @@ def _commit() -> str:
         return ""
     words = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
     try:
-        found = subprocess.run(words, capture_output=True, text=True, check=False, timeout=10)
+        git = subprocess.run(words, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):  # no git: the version alone has to tell
         return ""
-    return f" at {found.stdout.strip()}" if found.returncode == 0 else ""
+    return f" at {git.stdout.strip()}" if git.returncode == 0 else ""

@@ -12,7 +12,7 @@ from lightsparse.patterns.mask import document_starts
 N = 111
 DILATED = {
     "all": DilatedConfig(segment_lengths=(16, 40, 96), dilation_rates=(1, 2, 3), block=16),
-    "partition": DilatedConfig(segment_lengths=(20, 64), dilation_rates=(2, 5), heads="partition", block=16),
+    "partition": DilatedConfig(segment_lengths=(20, 64), dilation_rates=(2, 5), branches="partition", block=16),
     "pattern": DilatedConfig(
         segment_lengths=(32, 111), dilation_rates=(1, 2), block=16, pattern=LocalWindow(20) | GlobalTokens(3)
     ),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightsparse.attention.adaptive import AdaptiveConfig, BlockSparseAdaptive, Selection
+from lightsparse.attention.adaptive import AdaptiveConfig, BlockSparseAdaptive, RoutedBlocks
 from lightsparse.attention.core import AttentionResult, AttentionShape, SequenceContext
 
 BLOCK, DIM, HEADS, KV_HEADS = 8, 16, 4, 2
@@ -46,7 +46,7 @@ def context(n: int = N, ids: Tensor | None = None, seed: int = 5, **fields) -> S
     return SequenceContext(torch.arange(n)[None, fields.get("q_start", 0) :], ids, seed=seed, **fields)
 
 
-def select(core: BlockSparseAdaptive, qkv, ctx: SequenceContext) -> Selection:
+def select(core: BlockSparseAdaptive, qkv, ctx: SequenceContext) -> RoutedBlocks:
     return core.select(qkv[0], qkv[1], qkv[0].transpose(1, 2).flatten(2), ctx)
 
 

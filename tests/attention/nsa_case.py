@@ -9,9 +9,8 @@ from battery import Inputs, Shape, context, documents_at
 from torch import Tensor
 
 from lightsparse.attention.core import AttentionResult, AttentionShape
-from lightsparse.attention.nsa import NsaAttention, NsaConfig
+from lightsparse.attention.nsa import BRANCHES, NsaAttention, NsaConfig
 from lightsparse.attention.pooling.nsa_compress import MlpCompressor
-from lightsparse.attention.selection.nsa_gates import BRANCHES
 
 SMALL = NsaConfig().small()
 

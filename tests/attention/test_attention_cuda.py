@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightsparse.attention.core import AttentionCore
 
-# Uneven lengths; `flex` takes tiles of 32 and more and heads of 16 and more, other sizes go to blocked or routed.
+# Uneven lengths; `flex` takes tiles of 32 and more and heads of 16 and more, other sizes go to blocked or per_query.
 SHAPES = (battery.Shape(333, 2, 4, 2, 32), battery.Shape(111, 1, 2, 1, 64))
 
 

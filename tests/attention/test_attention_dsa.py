@@ -47,7 +47,7 @@ def test_all_that_is_visible_is_dense_attention() -> None:
         close(found, wanted, 1e-5, "a gradient")
 
 
-@pytest.mark.parametrize("backend", ["auto", "routed", "blocked"])
+@pytest.mark.parametrize("backend", ["auto", "per_query", "blocked"])
 def test_one_token_is_one_token(backend: str) -> None:
     """A public trap: a selection of one falls back to full attention."""
     shape = Shape(70, 2, 4, 2, 32)

@@ -203,7 +203,7 @@ def test_density_solves_the_near_window_at_the_training_context():
         assert density == pytest.approx(0.25, rel=0.02)
     with pytest.raises(ValueError, match="the least is"):
         core_of(HierarchicalConfig(density=0.001), context=16384)
-    with pytest.raises(ValueError, match="needs AttentionShape"):
+    with pytest.raises(ValueError, match="give context, the length it refers to"):
         core_of(HierarchicalConfig(density=0.2))
 
 
@@ -266,5 +266,5 @@ def test_levels_that_make_no_hierarchy_are_refused(fields, says):
 
 
 def test_reading_both_ways_is_refused_with_the_alternative():
-    with pytest.raises(ValueError, match="causal only; use objective=causal or another attention"):
+    with pytest.raises(ValueError, match="causal only; use objective=causal \(causal=True\) or another attention"):
         BlockSparseHierarchical(SMALL, AttentionShape(4, 2, 16, 64, causal=False))

@@ -13,9 +13,8 @@ from battery import Inputs, Shape, close, context, dense_attention, documents_at
 from nsa_case import as_map, make, only, run, softmax_under, squeezed, written_out
 
 from lightsparse.attention.core import AttentionShape
-from lightsparse.attention.nsa import NsaAttention, NsaConfig
+from lightsparse.attention.nsa import BRANCHES, NsaAttention, NsaConfig
 from lightsparse.attention.selection import dense_warning, nsa_select, row_parts
-from lightsparse.attention.selection.nsa_gates import BRANCHES
 from lightsparse.attention.selection.nsa_select import Selector
 from lightsparse.attention.sliding_window import SlidingWindowAttention, SlidingWindowConfig
 

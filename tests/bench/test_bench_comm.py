@@ -3,7 +3,7 @@ import multiprocessing
 
 import pytest
 
-from lightsparse.bench import __main__ as command
+from lightsparse.bench import command
 
 
 @pytest.mark.multiprocess

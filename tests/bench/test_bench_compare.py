@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from lightsparse.bench import __main__ as command
-from lightsparse.bench import compare
+from lightsparse.bench import command, compare
 from lightsparse.bench.report import RESULTS, Report
 
 

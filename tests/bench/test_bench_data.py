@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from lightsparse.bench import __main__ as command
-from lightsparse.bench import data
+from lightsparse.bench import command, data
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@ import json
 import pytest
 import torch
 
-from lightsparse.bench import __main__ as command
-from lightsparse.bench import memory
+from lightsparse.bench import command, memory
 from lightsparse.utils.machine import MIB, current_rss, in_child, peak_rss
 
 

@@ -4,7 +4,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from lightsparse.bench import __main__ as command
+from lightsparse.bench import command
 from lightsparse.bench.report import RESULTS, SETTINGS, Report, cell, load
 
 

@@ -4,8 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightsparse.bench import __main__ as command
-from lightsparse.bench import contenders, train
+from lightsparse.bench import command, contenders, train
 from lightsparse.bench.contenders import NAMES, Contender, Setup
 
 SETUP = Setup(

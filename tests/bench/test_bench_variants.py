@@ -7,8 +7,7 @@ import torch.nn.functional as F
 
 from lightsparse.attention.core import AttentionResult, AttentionShape
 from lightsparse.attention.dense import DenseAttention
-from lightsparse.bench import __main__ as command
-from lightsparse.bench import kernel_time, measure_variants, variant_check, variants
+from lightsparse.bench import command, kernel_time, measure_variants, variant_check, variants
 from lightsparse.bench.kernel_time import kernel_seconds
 from lightsparse.bench.measure_variants import faster_than_dense, slower_than_dense
 from lightsparse.bench.variant_check import equals_its_layout, equals_the_reference

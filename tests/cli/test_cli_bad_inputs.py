@@ -108,7 +108,7 @@ def unreachable_hub(place: Place) -> tuple[str, ...]:
     def refuse(*given: Any, **named: Any) -> None:
         raise ConnectionError("no route to host")
 
-    place.patch.setattr("lightsparse.data.hub.datasets_config.HF_HUB_OFFLINE", False)
+    place.patch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     place.patch.setattr(HfApi, "dataset_info", refuse)
     return ("data=hub", "data.context=64", "data.name=some/text")
 
@@ -151,7 +151,7 @@ def disk_fills_up(place: Place) -> tuple[str, ...]:
 
 def two_writers(place: Place) -> tuple[str, ...]:
     lock = (place.earlier / ".lock").open("w")
-    lock.write("process 77 on elsewhere\n")
+    lock.write("77\nelsewhere\n")
     lock.flush()
     fcntl.flock(lock, fcntl.LOCK_EX)
     place.held.append(lock)
@@ -221,7 +221,9 @@ BAD = {
     # the run that is there
     "changed text": Row(r".* data with fingerprint [0-9a-f]{16}, this run has [0-9a-f]{16}; restore", changed_text),
     "changed vocabulary": Row(
-        r".*ckpt has model\.embed_tokens\.weight of shape \[100, 32\], .* \[256, 32\]", changed_vocabulary
+        r".*ckpt is of another vocabulary .*: model\.embed_tokens\.weight is of shape \[100, 32\] there and of shape "
+        r"\[256, 32\] in this run's model; restore it",
+        changed_vocabulary,
     ),
     "changed config": Row(
         r".*another config; use the old values .*\n  model\.depth: 1 there, 2 here\n  seed: 0 there, 3",
@@ -230,8 +232,8 @@ BAD = {
     "must without run": Row(r".*new holds no checkpoint and resume is must; use resume=auto", ("resume=must",)),
     "never with run": Row(r".*earlier already holds a run at step 4; use resume=auto", (*EARLIER, "resume=never")),
     "two writers": Row(r".*earlier is being written by process 77 on elsewhere; wait", two_writers),
-    "summary damaged": Row(r".*summary\.json is not as a run leaves it \(", damaged("summary.json", b"{")),
-    "config damaged": Row(r".*config\.yaml is not as a run leaves it \(", damaged("config.yaml", b"a: [1\n\xff")),
+    "summary damaged": Row(r".*summary\.json is damaged \(", damaged("summary.json", b"{")),
+    "config damaged": Row(r".*config\.yaml is damaged \(", damaged("config.yaml", b"a: [1\n\xff")),
     # the disk
     "runs_dir is a file": Row(r"runs_dir is .*notes, but .*notes is no folder; set runs_dir=", runs_dir_is_a_file),
     "read-only": Row(r"runs_dir is .* cannot be written to; set runs_dir=", read_only),
@@ -315,7 +317,7 @@ BAD = {
         r"data\.context is 64, that is 4 units .* fewer ranks per sequence", ("strategy=context", "trainer.devices=64")
     ),
     "ranks do not divide": Row(
-        r"strategy\.context is 3, which does not divide the job's 4 ranks",
+        r"strategy\.context_parallel_size is 3, which does not divide the job's 4 ranks",
         ("strategy=context", "strategy.context_parallel_size=3", "trainer.devices=4"),
     ),
     "hook without its key": Row(
@@ -344,7 +346,7 @@ BAD = {
     ),
     # memory and numbers
     "context beyond memory": Row(
-        r"data\.context is 1000000000000; .* at the very least .*; lower data\.context",
+        r"data\.context is 1000000000000; .* takes at least .*; lower data\.context",
         ("data.context=1000000000000", "eval.tokens=1000000000000"),
     ),
     "out of memory": Row(
@@ -354,7 +356,7 @@ BAD = {
         begins=True,
     ),
     "loss not a number": Row(
-        r"the gradient's norm is nan at step 6, and .*; lower optimizer\.lr",
+        r"the gradient's norm is nan at step 6, after .*; lower optimizer\.lr",
         in_training_step(5, lambda loss: loss * float("nan"), *EARLIER, "health.skip_steps=0"),
         begins=True,
     ),

@@ -32,8 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(training_run, "draw_plots", lambda *given: None)
         patch.setattr(training_run, "matmul_peak", lambda *given: 1e11)
         for name, words in (("text", text), ("task", (*task, "model.positions=learned"))):
-            raw = compose_raw([*TINY, *words, f"name={name}", f"runs_dir={folder}"])
-            fit(parse(raw), raw)
+            fit(parse(compose_raw([*TINY, *words, f"name={name}", f"runs_dir={folder}"])))
     return folder
 
 
@@ -90,7 +89,7 @@ def test_the_own_task_of_a_run_by_length_and_by_distance(runs: Path) -> None:
         ("run=RUNS/task tasks=[own] lengths=[128]", "lengths has 128, but the model has learned 64 positions"),
         ("tasks=[passkey]", "name one model"),
         ("model=x tasks=[passkey]", "model=… needs out=<folder>"),
-        ("words", "words is no key=value"),
+        ("words", "words is not key=value; write lightsparse evaluate run="),
     ],
 )
 def test_a_wrong_word_is_one_sentence(

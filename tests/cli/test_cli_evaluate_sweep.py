@@ -39,8 +39,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
             ("dense", ["attention=dense"]),
             ("narrow", ["attention=sliding_window", "attention.window=8", "attention.sinks=0", "attention.block=8"]),
         ):
-            raw = compose_raw([*TINY, *words, f"name={name}", f"runs_dir={folder}"])
-            fit(parse(raw), raw)
+            fit(parse(compose_raw([*TINY, *words, f"name={name}", f"runs_dir={folder}"])))
             record.trials.append(
                 TrialRecord(words, [f"attention={name}", "seed=1"], f"elsewhere/{name}", 1, "finished")
             )

@@ -263,15 +263,15 @@ def test_what_cannot_be_exported_is_said_in_one_line_and_leaves_nothing(run, cap
     (directory.parent / "full" / "file").touch()
     for words, what in (
         ((f"run={directory}", f"out={out}"), "objective=mlm"),
-        ((f"run={directory}", f"out={out}", "dtype=int8"), "dtype is int8; use float32"),
+        ((f"run={directory}", f"out={out}", "dtype=int8"), "dtype is 'int8'; it must be one of float32"),
         ((f"run={directory}", f"out={out}", "shard=5"), "shard is 5"),
-        ((f"run={directory}", f"out={out}", "step=x"), "step is x"),
+        ((f"run={directory}", f"out={out}", "step=x"), "step is 'x'"),
         ((f"run={directory}", f"out={out}", "step=8"), "step is 8"),
         ((f"run={directory}", f"out={directory.parent / 'full'}"), "something lies already"),
         ((f"run={directory}", f"out={out}/deeper"), "make it first"),
         ((f"run={directory.parent}", f"out={out}"), "no config.yaml"),
-        ((f"run={directory}",), "out=… is missing"),
-        ((f"run={directory}", f"out={out}", "to=x"), "to=x is given"),
+        ((f"run={directory}",), "out is missing; write lightsparse export run="),
+        ((f"run={directory}", f"out={out}", "to=x"), "to is not a key"),
     ):
         assert main(list(words)) == 2
         said = capsys.readouterr().err

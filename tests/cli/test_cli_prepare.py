@@ -29,9 +29,9 @@ def test_the_command_says_what_it_made_and_how_to_train_on_it(texts, tmp_path, c
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ([], "out is missing; name the folder for the shards: out=<folder>"),
+        ([], "out is missing; write lightsparse prepare data=files"),
         (["out=x", "shard_tokens=0"], "shard_tokens is 0; it counts tokens and must be at least 1"),
-        (["out=x", "shard_tokens=many"], "shard_tokens is many"),
+        (["out=x", "shard_tokens=many"], "shard_tokens is 'many'"),
         (["out=x", "data=nope"], "data is nope; conf/data has"),
         (
             ["out=x", "data=mixture", "+data@data.sources.a=stdlib", "+data.weights={a: 1}"],

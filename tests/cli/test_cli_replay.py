@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from lightsparse.cli.replay import main, replay
+from lightsparse.cli.replay import main
+from lightsparse.cli.work.replay import replay
 from lightsparse.config.schema import Config
 from lightsparse.models.layers import RMSNorm
 from lightsparse.training import run
 from lightsparse.training.health import NonFiniteError
 from lightsparse.training.module import LanguageModel
 
-Tiny = Callable[..., tuple[Config, dict[str, Any]]]
+Tiny = Callable[..., Config]
 
 
 @pytest.fixture
 def ended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The replay file of a run whose second norm's weight became infinite before step 6."""
     monkeypatch.setattr(run, "matmul_peak", lambda *given: 1e11)
-    config, raw = tiny("health.skip_steps=1", "trainer.accumulate_grad_batches=2")
+    config = tiny("health.skip_steps=1", "trainer.accumulate_grad_batches=2")
     training_step = LanguageModel.training_step
 
     def breaking(self: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -34,7 +35,7 @@ def ended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(LanguageModel, "training_step", breaking)
     with pytest.raises(NonFiniteError) as stop:
-        run.fit(config, raw)
+        run.fit(config)
     path = Path(config.runs_dir) / config.name / "replay" / "step-7-rank-0.pt"
     assert f"file={path}" in str(stop.value)
     return path
@@ -64,4 +65,7 @@ def test_other_files_are_refused_in_a_sentence(tmp_path: Path, capsys: pytest.Ca
     assert main([f"file={tmp_path / 'absent.pt'}"]) == 2
     assert main([]) == 2
     first, second = capsys.readouterr().err.strip().splitlines()
-    assert "must be a file of a run's replay folder" in first and "give file=" in second
+    assert (
+        "must be a file of a run's replay folder" in first
+        and "file is missing; write lightsparse replay file=" in second
+    )

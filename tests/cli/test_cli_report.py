@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from lightsparse.analysis.report_page import page
 from lightsparse.analysis.report_table import Run, Spread, csv_text, front, groups
-from lightsparse.cli.report import main, report
+from lightsparse.cli.report import main
+from lightsparse.cli.work.report import report
 from lightsparse.sweep.record import SweepRecord, TrialRecord
 
 EVIL = "</script><script>alert(1)</script>&\"'"
@@ -164,8 +165,8 @@ def test_runs_that_minimise_wrong_answers_are_compared_by_them(tmp_path):
         summary = json.loads((folder / "summary.json").read_text())
         summary |= {"val_accuracy": accuracy, "minimised": "1 - val_accuracy"}
         (folder / "summary.json").write_text(json.dumps(summary))
-    found, _, _ = report([str(tmp_path / "s1"), str(tmp_path / "s2"), f"out={tmp_path}"])
-    assert found[0].spread("objective").mean == 0.375 and found[0].spread("val_accuracy").mean == 0.625
+    found, _, _ = report([tmp_path / "s1", tmp_path / "s2"], tmp_path)
+    assert found[0].spread("sweep_metric").mean == 0.375 and found[0].spread("val_accuracy").mean == 0.625
     assert "1 - accuracy" in (tmp_path / "report.html").read_text()
 
 
@@ -176,7 +177,7 @@ def test_a_run_without_a_wrong_answer_stands_first_and_only_curves_that_some_run
         summary |= {"val_accuracy": accuracy, "minimised": "1 - val_accuracy"}
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "metrics.csv").write_text("step,tokens,wall_s,val_bits_per_byte,val_accuracy\n0,0,0.1,,0.5\n")
-    found, _, _ = report([str(tmp_path / "d0.2"), str(tmp_path / "d0.5"), f"out={tmp_path}"])
+    found, _, _ = report([tmp_path / "d0.2", tmp_path / "d0.5"], tmp_path)
     assert [group.spread("val_accuracy").mean for group in found] == [1.0, 0.75]
     offered = re.findall(r'<option value="(\w+)">', (tmp_path / "report.html").read_text())
     assert offered == ["val_accuracy", "tokens", "step", "wall_s"]

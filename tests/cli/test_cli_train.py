@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightsparse.cli import train as command
+from lightsparse.cli.work import train as work
 from lightsparse.config.compose import compose_raw, conf_dir
 
 ROOT = Path(__file__).parents[2]
@@ -21,12 +22,12 @@ def run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     seen = []
 
-    def fit(config, raw):
-        assert raw["name"] in (None, config.name)
+    def fit(config):
+        assert config.composed["name"] in (None, config.name)
         seen.append(config)
         return {"val_bits_per_byte": 0.25 * config.seed}
 
-    monkeypatch.setattr(command, "fit", fit)
+    monkeypatch.setattr(work, "fit", fit)
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
@@ -76,13 +77,13 @@ def test_a_wrong_command_line_prints_one_sentence_alone_and_ends_with_code_2(run
 
 
 def test_an_error_of_ours_inside_training_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr(command, "fit", lambda config, raw: 1 / 0)
+    monkeypatch.setattr(work, "fit", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("experiment=smoke")
 
 
 def test_the_command_says_how_threads_wait_before_torch_loads():
-    asks = "import os, sys, lightsparse.training; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    asks = "import os, sys, lightsparse.cli.train; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
     environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["False", "10000"]

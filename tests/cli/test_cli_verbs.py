@@ -13,7 +13,7 @@ def test_every_verb_has_a_module_with_a_main():
         assert callable(importlib.import_module(f"lightsparse.{module}").main) and purpose
 
 
-@pytest.mark.parametrize(("words", "code"), [([], 0), (["--help"], 0), (["trian"], 2)])
+@pytest.mark.parametrize(("words", "code"), [([], 0), (["--help"], 0), (["xyzzy"], 2)])
 def test_the_verbs_are_listed(words, code, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lightsparse", *words])
     assert main() == code

@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelSummary, Timer
 from lightning.pytorch.loggers import Logger
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionShape
-from lightsparse.config.build import AttentionChoice, OptimizerChoice, build, check_buildable, typed
+from lightsparse.config.build import AttentionChoice, ClassChoice
 from lightsparse.config.targets import ConfigError, resolve
+from lightsparse.config.typed import typed
 from lightsparse.patterns import LocalWindow, Pattern
 
 EVIL = [
@@ -49,7 +50,7 @@ EVIL = [
     "lightsparse.__main__.main",
     "lightsparse.config.targets.importlib",
     "lightsparse.config.targets.resolve",
-    "lightsparse.config.build.hydra.utils.instantiate",
+    "lightsparse.config.compose.hydra.utils.instantiate",
     "lightsparse.nowhere.Thing",
     "lightsparse",
     "torch.optim.AdamW ",
@@ -73,7 +74,7 @@ def test_a_refused_target_is_refused_wherever_it_is_nested(target):
     for value in ({"_target_": target}, [{"_target_": target}], {"deep": [{"er": {"_target_": target}}]}):
         node = {"_target_": "lightning.pytorch.loggers.WandbLogger", "offline": True, "config": value}
         with pytest.raises(ConfigError, match="_target_ is"):
-            check_buildable(node, "logger.w", kind=Logger)
+            ClassChoice.of(node, "logger.w", Logger)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,7 @@ class StandIn(AttentionCore):
 
 
 def test_an_optimizer_trains_the_very_parameters_it_is_given():
-    choice = OptimizerChoice.of({"_target_": "torch.optim.AdamW", "lr": 0.1, "betas": [0.9, 0.99]})
+    choice = ClassChoice.of({"_target_": "torch.optim.AdamW", "lr": 0.1, "betas": [0.9, 0.99]}, "optimizer", Optimizer)
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = choice.build([{"params": [weight], "weight_decay": 0.0}])
     assert isinstance(optimizer, AdamW)
@@ -267,14 +268,16 @@ def test_an_optimizer_trains_the_very_parameters_it_is_given():
 def test_a_wrong_argument_of_an_optimizer_is_one_sentence(arguments, says):
     with pytest.raises(ConfigError, match=f"^{says}$|^{says};"):
         node = {"_target_": "torch.optim.AdamW"} | arguments
-        OptimizerChoice.of(node).build([torch.nn.Parameter(torch.ones(1))])
+        ClassChoice.of(node, "optimizer", Optimizer).build([torch.nn.Parameter(torch.ones(1))])
 
 
 def test_a_callback_is_built_with_nested_parts_and_the_runs_own_arguments():
     node = {"_target_": "lightning.pytorch.callbacks.Timer", "duration": {"hours": 1}}
-    timer = build(node, "callbacks.t", kind=Callback, interval="epoch")
+    timer = ClassChoice.of(node, "callbacks.t", Callback).build(interval="epoch")
     assert isinstance(timer, Timer) and timer.time_remaining() == 3600
-    assert isinstance(build({"_target_": "lightning.pytorch.callbacks.ModelSummary"}, "c", kind=Callback), ModelSummary)
+    assert isinstance(
+        ClassChoice.of({"_target_": "lightning.pytorch.callbacks.ModelSummary"}, "c", Callback).build(), ModelSummary
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,4 +295,40 @@ def test_a_callback_is_built_with_nested_parts_and_the_runs_own_arguments():
 )
 def test_a_wrong_callback_is_one_sentence(node, says):
     with pytest.raises(ConfigError, match=says):
-        build(node, "callbacks.t", kind=Callback)
+        ClassChoice.of(node, "callbacks.t", Callback).build()
+
+
+def test_a_callback_gets_the_groups_of_its_arguments_as_yaml_has_them():
+    node = {"_target_": "lightning.pytorch.callbacks.GradientAccumulationScheduler", "scheduling": {0: 4, 8: 2}}
+    assert ClassChoice.of(node, "callbacks.g", Callback).build().scheduling == {0: 4, 8: 2}
+
+
+def test_classes_nested_in_arguments_are_built_with_them():
+    node = {
+        "_target_": f"{__name__}.Holder",
+        "parts": [{"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}],
+    }
+    choice = ClassChoice.of(node, "callbacks.h", Callback, (__name__,))
+    assert [part.weight.shape for part in choice.build().parts] == [(3, 2)]
+    node["parts"][0]["in_featuers"] = 2
+    with pytest.raises(ConfigError, match=r"^callbacks\.h\.parts\[0\]\.in_featuers is not a key; did you mean"):
+        ClassChoice.of(node, "callbacks.h", Callback, (__name__,))
+
+
+class Holder(Callback):
+    def __init__(self, parts):
+        self.parts = parts
+
+
+def test_to_read_a_config_takes_no_lightning_and_to_refuse_a_value_no_torch():
+    code = (
+        "import sys\n"
+        "import lightsparse.config.compose, lightsparse.config.eval_plan, lightsparse.config.typed\n"
+        "assert not {'torch', 'lightning', 'pydantic'} & sys.modules.keys()\n"
+        "import lightsparse.config.context_split, lightsparse.config.parse\n"
+        "assert 'lightning' not in sys.modules\n"
+        "lightsparse.config.parse.compose([])\n"
+        "assert 'lightning' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env=_env(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

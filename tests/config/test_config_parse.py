@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import typing
 from collections import namedtuple
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 import yaml
 from hydra.errors import ConfigCompositionException
 
-from lightsparse.config.compose import compose_raw, conf_dir
-from lightsparse.config.parse import compose, explain, on_this_machine, parse
+from lightsparse.config.compose import compose_raw, conf_dir, explain
+from lightsparse.config.parse import compose, parse
 from lightsparse.config.run_identity import config_hash, differences
+from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.data.files import FilesData
 from lightsparse.data.prepare import prepare
@@ -66,22 +68,6 @@ def test_every_file_of_conf_says_in_its_first_line_what_it_is_for(choice):
     assert comment.startswith("# ") and comment.endswith(".")
 
 
-@pytest.mark.parametrize(
-    "choice", [each for each in CHOICES if not each.startswith(("experiment", "logger", "shootout"))]
-)
-def test_every_key_of_the_schema_stands_in_the_yaml_so_that_a_plain_override_reaches_it(choice, made):
-    config = compose([choice, *needs(choice, made)])
-    group = choice.split("=")[0]
-    given = set(compose_raw([choice])[group]) - {"_target_"}
-    part = getattr(config, group)
-    if group == "optimizer":
-        assert given == set(part.kwargs)
-    else:
-        part = part.config if group == "attention" else part
-        chosen_apart = {"tokenizer"} if group == "data" else set()
-        assert given == {field.name for field in dataclasses.fields(part)} - chosen_apart
-
-
 def test_every_key_of_config_yaml_has_a_comment():
     text = (conf_dir() / "config.yaml").read_text(encoding="utf-8")
     for line in text.split("\nname:")[1].split("\nhydra:")[0].splitlines()[1:]:
@@ -95,9 +81,17 @@ WRONG = {
     "attention=densse": "; did you mean dense?",
     "+attention.windw=3": "attention.windw is not a key; did you mean attention.window?",
     "attention.windw=3": "attention.windw is not a key; did you mean attention.window?",
+    "attention.topk=3": "attention.topk is not a key; did you mean attention.top_k? ",
+    "attention.top_k=3": "attention.top_k is 3, which attention=sliding_window does not read; use attention=csa or ",
+    "attention.xyzzy=3": "attention.xyzzy is not a key; attention has window, sinks, learned_sink, ",
+    "trainr.max_steps=3": "trainr is not a key; did you mean trainer?",
+    "model.rope.bse=3": "model.rope.bse is not a key; did you mean model.rope.base?",
+    "optimizer.fused=true": "optimizer.fused is not a key; optimizer has lr, adamw_lr, ",
+    "data.path=x": "data.path is x, which data=stdlib does not read; use data=files or prepared",
+    "strategy.comm_hook=bf16": "strategy.comm_hook is bf16, which strategy=single does not read; use strategy=",
     "attention.window=abc": "attention.window is 'abc'; it must be an integer",
     "attention.window=0": "attention.window is 0;",
-    "attention.window.deep=3": "attention.window is {'deep': 3}; it must be an integer",
+    "attention.window.deep=3": "attention.window is 1024, which has no keys; write attention.window=…",
     "attention.density=0": "attention.density is 0",
     "attention.density=1.5": "attention.density is 1.5;",
     "attention.density=0.0001": "density 0.0001 is out of reach",
@@ -168,6 +162,36 @@ def test_a_key_the_schema_knows_but_conf_lacks_is_refused_with_the_way_to_add_it
     check(compose([f"+{override}"]))
 
 
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("optimizer=adamw optimizer.fused=true", "optimizer.fused"),  # of a class of torch
+        ("logger=wandb logger.wandb.tags=[a]", "logger.wandb.tags"),
+        ("attention.pattern.strided={_target_:lightsparse.patterns.Strided,stride:4}", "attention.pattern.strided"),
+        ("data=mixture +data@data.sources.a=stdlib +data.weights={a:1} data.sources.b=1", "data.sources.b"),
+    ],
+)
+def test_what_conf_cannot_list_is_refused_with_the_way_to_add_it(words, key):
+    with pytest.raises(ConfigError, match=rf"^{key} has no value in conf/ .*write \+{key}=…"):
+        compose(words.split())
+
+
+def lacking(cls, node, path=""):
+    """Dotted keys of a dataclass and of those in it that the composed config does not list."""
+    kinds = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if not field.metadata.get("key", True):
+            continue
+        if field.name not in node:
+            yield f"{path}{field.name}"
+        elif dataclasses.is_dataclass(kinds[field.name]) and "_target_" not in node[field.name]:
+            yield from lacking(kinds[field.name], node[field.name], f"{path}{field.name}.")
+
+
+def test_conf_lists_every_key_of_the_schema_so_that_what_it_does_not_list_is_none():
+    assert list(lacking(Config, compose_raw([]))) == []
+
+
 def test_the_second_of_two_unknown_keys_does_not_hide_the_first():
     with pytest.raises(ConfigError, match=r"^trainer.max_step is not a key; did you mean trainer.max_steps\?"):
         compose(["trainer.max_step=1", "modle=tiny"])
@@ -204,10 +228,39 @@ def test_a_runs_dir_below_a_file_is_refused(tmp_path):
         check(compose([f"runs_dir={tmp_path}/notes.txt"]))
 
 
+def test_a_path_of_the_home_directory_is_one_without_a_shell_too(monkeypatch):
+    words = ["runs_dir='~/runs'", "data.cache='~/text'"]
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = compose(words)
+    assert (config.runs_dir, config.data.cache) == ("/home/ada/runs", "/home/ada/text")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without one
+    with pytest.raises(ConfigError, match=r"^data\.cache is ~/text, and this user has no home directory; "):
+        compose(words)
+
+
+def test_a_name_that_no_directory_can_have_is_refused():
+    assert compose([f"name={'x' * 255}"]).name == "x" * 255
+    with pytest.raises(ConfigError, match=r"^name has 256 bytes; a directory's name takes at most 255$"):
+        compose([f"name='{'ä' * 128}'"])
+
+
+def test_an_online_logger_without_a_key_is_refused_before_the_run(monkeypatch):
+    words = ["logger=wandb", "logger.wandb.offline=false"]
+    for has_key in (True, False):
+        monkeypatch.setattr("wandb.login", lambda *, prompt, verify, has_key=has_key: has_key)
+        if has_key:
+            check(compose(words))
+            continue
+        with pytest.raises(ConfigError, match=r"^logger\.wandb is online, and wandb has no key of this user; run "):
+            check(compose(words))
+    check(compose(["logger=wandb"]))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check(compose(words))
+
+
 def test_the_default_name_tells_attention_context_and_what_is_trained():
     plain = compose(["attention=dense", "data.context=512"])
-    raw = on_this_machine(compose_raw(["attention=dense", "data.context=512"]))
-    assert plain.name == f"dense-512-{config_hash(raw)}"
+    assert plain.name == f"dense-512-{config_hash(plain.composed)}"
     assert compose(["name=mine"]).name == "mine"
 
 
@@ -215,16 +268,13 @@ def test_the_default_name_tells_attention_context_and_what_is_trained():
 def test_a_precision_left_to_the_machine_is_what_it_multiplies_faster_and_the_run_keeps_it(monkeypatch, faster):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(compute_dtype, "_multiplies_bf16_faster", lambda: faster)
-    chosen = "bf16-mixed" if faster else "32"
-    raw = on_this_machine(compose_raw([]))
-    assert str(raw["precision"]) == chosen == compose([]).precision
-    for same in (compose_raw([]), compose_raw([f"precision={chosen}"])):
-        assert differences(raw, same) == [] and config_hash(raw) == config_hash(same)
-    assert compose([]).name == compose([f"precision={chosen}"]).name
-    other = "32" if faster else "bf16-mixed"
+    left, chosen, other = compose([]), *(("bf16-mixed", "32") if faster else ("32", "bf16-mixed"))
+    assert left.precision == left.composed["precision"] == chosen
+    given = compose([f"precision={chosen}"])
+    assert differences(left.composed, given.composed) == [] and left.name == given.name
     assert compose([f"precision={other}"]).precision == other
     monkeypatch.setattr(compute_dtype, "_multiplies_bf16_faster", lambda: not faster)
-    assert differences(raw, on_this_machine(compose_raw([]))) == [f"precision: {chosen} there, {other} here"]
+    assert differences(left.composed, compose([]).composed) == [f"precision: {chosen} there, {other} here"]
 
 
 SAME = [
@@ -281,6 +331,13 @@ def test_differences_name_each_key_with_both_values(tmp_path):
 def test_a_stored_config_parses_to_the_same_run():
     raw = compose_raw([])
     assert parse(yaml.safe_load(yaml.safe_dump(raw))) == parse(raw)
+
+
+def test_a_config_keeps_what_it_was_made_from_beside_its_keys():
+    raw = compose_raw(["seed=3", "precision=bf16-mixed"])
+    assert parse(raw).composed == raw
+    with pytest.raises(ConfigError, match=r"^composed is not a key"):
+        parse(raw | {"composed": raw})
 
 
 def test_sweeps_do_not_hide_a_misspelt_key():

@@ -51,7 +51,7 @@ SPECIAL = {
     "big_bird": {"random blocks per head": Case(fields=(("per_head", True),), kind="head_tail")},
     "dilated": {
         "a segment length per group of heads": Case(
-            Shape(333, 2, 6, 3, 16), fields=(("heads", "partition"),), borders=(100,), kind="head_tail"
+            Shape(333, 2, 6, 3, 16), fields=(("branches", "partition"),), borders=(100,), kind="head_tail"
         ),
         "under a pattern": Case(fields=(("pattern", LocalWindow(40) | GlobalTokens(5)),), borders=(100,)),
     },

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from lightsparse.distributed.environment import is_first_rank
+from lightsparse.distributed.environment import _RANKS, is_first_rank
 
 FIRST = [
     {},
     {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"},  # torchrun
-    {"LOCAL_RANK": "0", "NODE_RANK": "0"},  # Lightning's launcher
+    {"LOCAL_RANK": "0", "NODE_RANK": "0"},  # our launcher
     {"SLURM_PROCID": "0"},
 ]
 OTHERS = [
     {"RANK": "1", "LOCAL_RANK": "1", "GROUP_RANK": "0"},
     {"RANK": "2", "LOCAL_RANK": "0", "GROUP_RANK": "1"},
-    {"NODE_RANK": "1"},  # the process a user starts on a second node: Lightning sets no rank before its trainer exists
+    {"NODE_RANK": "1"},  # the process a user starts on a second node: no launcher has told it a rank yet
     {"SLURM_PROCID": "3"},
 ]
 
@@ -24,7 +24,7 @@ OTHERS = [
 def test_exactly_one_process_of_every_launcher_is_the_first(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in environment._RANKS:
+    for name in _RANKS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -66,7 +66,7 @@ def trained(folder: Path, name: str, steps: int) -> bool:
 def test_a_lost_rank_ends_the_others_with_a_sentence_and_leaves_no_process(
     stopped: signal.Signals, lost: int, tmp_path: Path
 ) -> None:
-    """The ranks are those that Lightning starts by itself; the moment is a random one in a step. Then it goes on."""
+    """The ranks are those that the first one starts; the moment is a random one in a step. Then it goes on."""
     name, log = f"lost-{lost}-{stopped.name}", tmp_path / "log"
     line = words(tmp_path, f"name={name}", "data.batch_size=1", *LONG)
     with started(command([*line, "strategy=context", "trainer.devices=2", WAITS]), log) as process:
@@ -84,8 +84,7 @@ def test_a_lost_rank_ends_the_others_with_a_sentence_and_leaves_no_process(
         if lost == 1:
             assert process.wait() == 75
     step = max(checkpoint_steps(tmp_path / "runs" / name / "checkpoints"))
-    raw = compose_raw([*line, f"trainer.max_steps={step + 3}"])  # one rank will do: it is the same run
-    fit(parse(raw), raw)
+    fit(parse(compose_raw([*line, f"trainer.max_steps={step + 3}"])))  # one rank will do: it is the same run
     rows = read_metrics(tmp_path / "runs" / name / "metrics.csv")
     assert [row["step"] for row in rows] == list(range(step + 4))
 

@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_ranks_that_lightning_starts_stop_together(folder: Path) -> None:
+def test_ranks_that_the_first_one_starts_stop_together(folder: Path) -> None:
     stops = [
         ((Event(1, "forward", 2, SIGTERM),), 2),
         ((Event(0, "agreeing", 1, SIGTERM),), 4),  # too late for step 3: the ranks have just agreed to go on

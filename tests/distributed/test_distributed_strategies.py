@@ -6,14 +6,13 @@ import pytest
 from rank_processes import pool_fixture
 from rank_runs import members
 
-from lightsparse.config.compose import compose_raw
+from lightsparse.config.compose import compose_raw, conf_dir
 from lightsparse.config.parse import compose, on_this_machine
 from lightsparse.config.run_identity import config_hash, differences
 from lightsparse.config.targets import ConfigError
 from lightsparse.distributed.environment import launched_ranks
 from lightsparse.distributed.mesh import RankGrid
 from lightsparse.distributed.strategies import ReplicatedStrategy, ShardedStrategy, strategy_for
-from lightsparse.distributed.strategy_config import KINDS
 from lightsparse.training.preflight.check import check
 
 four = pool_fixture(4)
@@ -30,7 +29,7 @@ WRONG = {
     "strategy=ddp strategy.timeout=0": "strategy.timeout is 0; it counts seconds",
     "strategy=ddp strategy.context_parallel_size=2": "is 2, which strategy=ddp does not read; use strategy=context ",
     "strategy=fsdp strategy.comm_hook=bf16": "strategy.comm_hook is bf16, which strategy=fsdp does not read; "
-    "use strategy=ddp or context",
+    "use strategy=context or ddp",
     "strategy=fsdp strategy.tiemout=3": "strategy.tiemout is not a key; did you mean strategy.timeout?",
     "strategy=ddp strategy.comm_hook=zip": "strategy.comm_hook is 'zip'; it must be one of none, bf16, powersgd, topk",
     "strategy=ddp strategy.topk_share=0.1": "strategy.topk_share is 0.1, which strategy.comm_hook=none does not read",
@@ -53,14 +52,14 @@ def test_a_wrong_combination_is_one_sentence_before_any_compute(words: str) -> N
 def test_an_exchange_that_some_layer_cannot_use_is_refused_with_those_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose([*SMALL, "strategy=context", "trainer.devices=2", "strategy.key_exchange=ring"])
     monkeypatch.setattr(config.attention.core, "context_parallel", ("sparse", "gather"))
-    with pytest.raises(ConfigError, match=r"^strategy\.exchange is ring, and .* by sparse or gather only; use"):
+    with pytest.raises(ConfigError, match=r"^strategy\.key_exchange is ring, and .* by sparse or gather only; use"):
         check(config)
     monkeypatch.setattr(config.attention.core, "context_parallel", ())
     with pytest.raises(ConfigError, match=r"can split a sequence over ranks by none; use strategy=ddp$"):
         check(config)
 
 
-@pytest.mark.parametrize("kind", [kind.kind for kind in KINDS])
+@pytest.mark.parametrize("kind", sorted(path.stem for path in (conf_dir() / "strategy").glob("*.yaml")))
 def test_every_kind_has_its_file_and_its_lightning_strategy(kind: str) -> None:
     config = compose([f"strategy={kind}"])
     assert config.strategy.kind == kind

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -6,9 +7,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-@pytest.fixture(params=["blocked", "native", "routed"])
+@pytest.fixture(params=["blocked", "native", "per_query"])
 def backend(request) -> str:
-    """The backends that serve any layout (`routed` in the form that kernel_cases.fitting gives it)."""
+    """The backends that serve any layout (`per_query` in the form that kernel_cases.fitting gives it)."""
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets PyTorch's thread count for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["g++", "clang++"])
+def compiler(request) -> str:
+    if shutil.which(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
     return request.param
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightsparse.kernels import Dropout, block_sparse_attention, sample_keys
+from lightsparse.kernels import Dropout, block_sparse_attention_with_lse, sample_keys
 from lightsparse.patterns import BlockLayout, ElementMask
 from lightsparse.patterns.mask import ALWAYS, NEVER
 
@@ -78,8 +78,8 @@ def finest(backend: str) -> tuple[torch.dtype, float]:
 
 
 def fitting(backend: str, layout: BlockLayout) -> BlockLayout:
-    """The layout in the form that the backend takes: `routed` wants a row per query."""
-    return layout.per_token(0, layout.num_queries) if backend == "routed" else layout
+    """The layout in the form that the backend takes: `per_query` wants a row per query."""
+    return layout.per_token(0, layout.num_queries) if backend == "per_query" else layout
 
 
 def with_dense_mask(layout: BlockLayout, dense: Tensor) -> BlockLayout:
@@ -105,10 +105,10 @@ def results(
 ) -> dict[str, Tensor]:
     """Output, lse and the gradients of all inputs, for output and lse gradients that are the same on every call."""
     own = bias
-    if backend == "routed" and bias is not None:
+    if backend == "per_query" and bias is not None:
         own = bias[:, :, torch.arange(layout.num_queries) // layout.q_block]
     layout = fitting(backend, layout)
-    out, lse = block_sparse_attention(*qkv, layout, block_bias=own, backend=backend, return_lse=True, **options)
+    out, lse = block_sparse_attention_with_lse(*qkv, layout, block_bias=own, backend=backend, **options)
     generator = torch.Generator().manual_seed(7)
     of_out, of_lse = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (out, lse))
     of_lse = of_lse.masked_fill(lse == float("-inf"), 0.0)

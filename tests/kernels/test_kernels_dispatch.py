@@ -11,15 +11,13 @@ from lightsparse.kernels import (
     BACKENDS,
     Dropout,
     block_sparse_attention,
-    blocked_op,
+    block_sparse_attention_with_lse,
     dispatch,
-    native_op,
-    reference,
-    routed_op,
     sample_keys,
     sdpa,
     use_backend,
 )
+from lightsparse.kernels.native import call as native_call
 from lightsparse.patterns import BlockLayout, GlobalTokens, LocalWindow, Strided, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 
@@ -33,15 +31,13 @@ EVERYTHING = GlobalTokens(63).layout(63, block=16, causal=False)
 def served(monkeypatch):
     """The backends called, in order."""
     calls: list[str] = []
-    modules = {"blocked": blocked_op, "native": native_op, "routed": routed_op, "reference": reference, "sdpa": sdpa}
-    for name, module in modules.items():
-        original = module.attention
 
-        def attention(*args, name=name, original=original):
-            calls.append(name)
-            return original(*args)
+    def noted(name, function):
+        return function and (lambda *arguments: calls.append(name) or function(*arguments))
 
-        monkeypatch.setattr(module, "attention", attention)
+    for name, of in list(BACKENDS.items()):
+        counted = replace(of, with_lse=noted(name, of.with_lse), alone=noted(name, of.alone))
+        monkeypatch.setitem(BACKENDS, name, counted)
     return calls
 
 
@@ -51,7 +47,6 @@ def served(monkeypatch):
         (DENSE, {}, "sdpa"),
         (EVERYTHING, {}, "sdpa"),
         (SPARSE, {}, "native"),
-        (DENSE, {"return_lse": True}, "native"),
         (DENSE, {"dropout": dropout(SIZES)}, "native"),
         (DENSE, {"block_bias": torch.zeros(1, 1, 4, 4)}, "native"),
         (LocalWindow(63).layout(63, block=16, documents=(torch.arange(63) // 20)[None]), {}, "native"),
@@ -63,10 +58,23 @@ def test_auto_takes_pytorchs_kernel_for_what_is_dense_and_the_compiled_one_for_t
     found = block_sparse_attention(*inputs(SIZES), layout, **options)
     exact = block_sparse_attention(*inputs(SIZES), layout, backend="reference", **options)
     assert served == [backend, "reference"]
-    if not options.get("return_lse"):
-        found, exact = (found,), (exact,)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_with_the_lse_auto_takes_a_backend_that_has_one(served):
+    found = block_sparse_attention_with_lse(*inputs(SIZES), DENSE)
+    exact = block_sparse_attention_with_lse(*inputs(SIZES), DENSE, backend="reference")
+    assert served == ["native", "reference"]
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name not in ("flex", "sdpa")])
+def test_the_output_is_the_same_with_and_without_the_lse(name):
+    layout = fitting(name, SPARSE)
+    out, lse = block_sparse_attention_with_lse(*inputs(SIZES), layout, backend=name)
+    assert torch.equal(out, block_sparse_attention(*inputs(SIZES), layout, backend=name))
+    assert lse.shape == out.shape[:3]
 
 
 def test_auto_takes_blocked_where_the_compiled_kernel_cannot_serve(served, monkeypatch):
@@ -74,11 +82,11 @@ def test_auto_takes_blocked_where_the_compiled_kernel_cannot_serve(served, monke
     for dtype in (torch.float64, torch.float16):
         block_sparse_attention(*inputs(SIZES, dtype), SPARSE)
     block_sparse_attention(*inputs(SIZES), masked)
-    monkeypatch.setattr(native_op, "available", lambda: False)
+    monkeypatch.setattr(native_call, "available", lambda: False)
     block_sparse_attention(*inputs(SIZES), SPARSE)
     assert served == ["blocked"] * 4
     block_sparse_attention(*inputs(SIZES), SPARSE.per_token(0, 63))
-    assert served.pop() == "routed"  # made for rows of single queries
+    assert served.pop() == "per_query"  # made for rows of single queries
 
 
 def test_a_named_backend_is_taken_and_use_backend_decides_for_auto_only(served):
@@ -98,7 +106,7 @@ def test_a_named_backend_is_taken_and_use_backend_decides_for_auto_only(served):
 
 
 def test_the_choice_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level(logging.INFO, logger="lightsparse"):
         for _ in range(3):
             block_sparse_attention(*inputs(SIZES), SPARSE)
@@ -131,8 +139,8 @@ REFUSED = {
     'backend "sdpa" takes no dropout; use backend=blocked': lambda: attend(
         DENSE, backend="sdpa", dropout=dropout(SIZES)
     ),
-    'backend "sdpa" returns no differentiable lse; use backend=blocked': lambda: attend(
-        DENSE, backend="sdpa", return_lse=True
+    'backend "sdpa" returns no differentiable lse; use backend=blocked': lambda: block_sparse_attention_with_lse(
+        *inputs(SIZES), DENSE, backend="sdpa"
     ),
     'backend "native" takes no mask.dense; use backend=blocked': lambda: attend(
         masked(dense=torch.zeros(1, 1, 63, 63)), backend="native"
@@ -140,11 +148,11 @@ REFUSED = {
     'backend "native" takes torch.float32 and torch.bfloat16, not torch.float64; use backend=blocked': lambda: (
         block_sparse_attention(*inputs(SIZES, torch.float64), SPARSE, backend="native")
     ),
-    'backend "routed" takes layouts with a row per query (q_block = 1), and this one has 16; use backend=blocked': (
-        lambda: attend(backend="routed")
+    'backend "per_query" takes layouts with a row per query (q_block = 1), and this one has 16; use backend=blocked': (
+        lambda: attend(backend="per_query")
     ),
-    'backend "routed" takes no mask.dense; use backend=blocked': lambda: attend(
-        masked(dense=torch.zeros(1, 1, 63, 63)), backend="routed"
+    'backend "per_query" takes no mask.dense; use backend=blocked': lambda: attend(
+        masked(dense=torch.zeros(1, 1, 63, 63)), backend="per_query"
     ),
     'backend "blocked" gives mask.dense no gradient; detach it or use backend=reference': lambda: attend(
         masked(dense=torch.zeros(1, 1, 63, 63, requires_grad=True))
@@ -205,7 +213,7 @@ def test_what_does_not_fit_is_one_sentence(sentence):
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("backend", ["blocked", "native", "routed", "reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["blocked", "native", "per_query", "reference", "sdpa"])
 @pytest.mark.parametrize(
     ("layout", "sizes"),
     [

@@ -14,7 +14,15 @@ from torch.nn.attention.flex_attention import _ordered_to_dense
 
 from lightsparse.config.parse import compose
 from lightsparse.config.targets import ConfigError
-from lightsparse.kernels import block_sparse_attention, dispatch, flex, reference, set_backend, use_backend
+from lightsparse.kernels import (
+    block_sparse_attention,
+    block_sparse_attention_with_lse,
+    dispatch,
+    flex,
+    set_backend,
+    use_backend,
+)
+from lightsparse.kernels.reference import reference_attention
 from lightsparse.patterns import (
     BigBird,
     BlockDilated,
@@ -236,13 +244,13 @@ def test_output_and_lse_have_the_gradients_of_the_reference():
     visible_from[:, :9] = torch.iinfo(torch.int32).max  # rows 0 … 8 read nothing
     layout = replace(layout, mask=replace(layout.mask, visible_from=visible_from))
     q, k, v = (x.requires_grad_() for x in qkv(layout))
-    out, lse = flex.attention(q, k, v, layout, 0.3, True)
+    out, lse = flex.flex_with_lse(q, k, v, layout, 0.3, None, None)
     assert not out[:, :, :9].any() and (lse[:, :, :9] == float("-inf")).all()
     merged = torch.logaddexp(lse, lse)  # of two branches that both read nothing: its gradient there is NaN
     loss = (out * out.sin()).sum() + torch.where(merged > float("-inf"), merged, 0.0).sin().sum()
     grads = torch.autograd.grad(loss, (q, k, v))
 
-    out, lse = reference.attention(q[:, :, 9:], k, v, layout.per_token(9, 111), 0.3, None, None)
+    out, lse = reference_attention(q[:, :, 9:], k, v, layout.per_token(9, 111), 0.3, None, None)
     loss = (out * out.sin()).sum() + torch.logaddexp(lse, lse).sin().sum()
     for mine, expected in zip(grads, torch.autograd.grad(loss, (q, k, v)), strict=True):
         assert torch.allclose(mine, expected, atol=1e-4)
@@ -250,7 +258,7 @@ def test_output_and_lse_have_the_gradients_of_the_reference():
 
 REFUSED = {
     "has no backward on CPU; use backend=blocked or auto, or move the tensors to CUDA": {"grad": True},
-    "returns no lse on CPU; use backend=blocked": {"return_lse": True},
+    "returns no lse on CPU; use backend=blocked": {"lse": True},
     "takes no block_bias; use backend=blocked": {"block_bias": True},
     "takes no dropout; use backend=blocked": {"dropout": True},
     "takes no mask.dense; use backend=blocked": {"dense": True},
@@ -268,10 +276,9 @@ def test_what_it_cannot_do_is_refused_with_the_way_out(sentence):
     q.requires_grad_("grad" in asked)
     bias = torch.zeros(1, 1, *layout.kv_indices.shape[2:]) if "block_bias" in asked else None
     dropout = dispatch.Dropout(0.5, torch.zeros(2, dtype=torch.int64)) if "dropout" in asked else None
+    attend = block_sparse_attention_with_lse if "lse" in asked else block_sparse_attention
     with pytest.raises(ValueError) as refused:
-        block_sparse_attention(
-            q, k, v, layout, backend="flex", block_bias=bias, dropout=dropout, return_lse="return_lse" in asked
-        )
+        attend(q, k, v, layout, backend="flex", block_bias=bias, dropout=dropout)
     assert str(refused.value).startswith(f'backend "flex" {sentence}')
 
 
@@ -319,16 +326,16 @@ def test_small_heads_are_refused_on_cuda():
 
 
 def asked_on_cuda(layout: BlockLayout, bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> dispatch.Request:
-    return dispatch.Request(layout, bias, False, False, 256, 256, OnCuda(dtype=dtype), True)
+    return dispatch.Request(layout, bias, False, False, OnCuda(dtype=dtype), True)
 
 
-def test_on_cuda_dense_goes_to_sdpa_tiles_to_flex_single_queries_to_routed_and_the_rest_to_blocked():
+def test_on_cuda_dense_goes_to_sdpa_tiles_to_flex_single_queries_to_per_query_and_the_rest_to_blocked():
     tiles, dense = LocalWindow(40).layout(256, block=64), LocalWindow(256).layout(256, block=64)
     assert dispatch._automatic(asked_on_cuda(dense)) == "sdpa"
     assert dispatch._automatic(asked_on_cuda(tiles)) == "flex"
     assert dispatch._automatic(asked_on_cuda(tiles, bias=True)) == "blocked"
     assert dispatch._automatic(asked_on_cuda(LocalWindow(40).layout(256, block=16))) == "blocked"
-    assert dispatch._automatic(asked_on_cuda(tiles.per_token(3, 4))) == "routed"
+    assert dispatch._automatic(asked_on_cuda(tiles.per_token(3, 4))) == "per_query"
 
 
 @pytest.fixture
@@ -373,7 +380,7 @@ if torch.cuda.is_available():
         results = []
         for backend in ("flex", "reference"):
             q, k, v = (x.requires_grad_() for x in qkv(layout, 64, dtype, "cuda"))
-            out, lse = block_sparse_attention(q, k, v, layout, backend=backend, return_lse=True)
+            out, lse = block_sparse_attention_with_lse(q, k, v, layout, backend=backend)
             grads = torch.autograd.grad(out.float().sin().sum() + lse.sin().sum(), (q, k, v))
             results.append([x.float() for x in (out, lse, *grads)])
         for mine, expected in zip(*results, strict=True):

@@ -1,27 +1,16 @@
-"""What is particular to the compiled kernel: its instruction sets, exp, dropout bits, threads, decoding, the build."""
+"""What is particular to the compiled kernel: its instruction sets, exp, dropout bits, threads, decoding."""
 
-import logging
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from kernel_cases import Sizes, Tables, assert_equals_reference, dropout, inputs, random_layout, results
 
-from lightsparse.kernels import Dropout, block_sparse_attention, native_build, native_op
+from lightsparse.kernels import block_sparse_attention, block_sparse_attention_with_lse
 from lightsparse.kernels.dropout import keep_scale
+from lightsparse.kernels.native import build
 from lightsparse.patterns import BlockLayout, ElementMask, GlobalTokens, LocalWindow
 from lightsparse.patterns.mask import ALWAYS
-
-
-@pytest.fixture
-def threads():
-    """Sets PyTorch's thread count for a test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dim", [16, 24, 40, 64, 72, 80, 100, 128, 5])
@@ -41,14 +30,14 @@ def test_blocks_larger_than_the_tiles_of_the_kernel(q_block, kv_block):
 
 
 @pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
-def test_every_instruction_set_gives_the_same_answer(capability, monkeypatch, tmp_path):
+def test_every_instruction_set_and_compiler_gives_the_same_answer(capability, compiler, monkeypatch):
     order = ["DEFAULT", "AVX2", "AVX512"]
     here = torch.backends.cpu.get_cpu_capability()
     if here not in order or order.index(capability) > order.index(here):
         capability = "DEFAULT"  # what this machine cannot run is tested on those that can
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    loaded = native_build.load(native_build.build())
-    monkeypatch.setattr(native_build, "library", lambda: loaded)
+    loaded = build.load(build.build(compiler))
+    monkeypatch.setattr(build, "library", lambda: loaded)
     for sizes in (Sizes(batch=1, nq=100, nkv=100, dim=64), Sizes(batch=1, nq=50, nkv=50, dim=24)):
         layout = random_layout(sizes, Tables(1, 2, 32, 16, most=4, rule="documents"))
         assert_equals_reference("native", inputs(sizes), layout, dropout=dropout(sizes))
@@ -64,7 +53,7 @@ def test_weights_from_all_to_nothing_are_exact():
     mask = replace(layout.mask, q_pos=torch.zeros(1, 4801, dtype=torch.int32))
     table = torch.tensor([0, 1], dtype=torch.int32).expand(1, 1, 4801, 2).contiguous()
     layout = replace(layout, kv_indices=table, mask=mask)
-    out, lse = block_sparse_attention(q, k, v, layout, scale=1.0, backend="native", return_lse=True)
+    out, lse = block_sparse_attention_with_lse(q, k, v, layout, scale=1.0, backend="native")
     exact = torch.sigmoid(q.double().flatten())
     normal = exact > 1e-37
     torch.testing.assert_close(out.flatten().double()[normal], exact[normal], rtol=5e-7, atol=0)
@@ -299,123 +288,6 @@ def test_bf16_with_dropout_and_bias_is_fp32_but_for_rounding(q_block):
         assert (found[name].float() - wanted[name]).norm() < 0.02 * wanted[name].norm(), name
 
 
-# ---- the build ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path) -> Path:
-    """An empty cache, and a library that has not been asked for yet."""
-    monkeypatch.setenv("LIGHTSPARSE_CACHE", str(tmp_path / "cache"))
-    native_build.library.cache_clear()
-    yield tmp_path / "cache"
-    native_build.library.cache_clear()
-
-
-@pytest.fixture
-def quick_source(monkeypatch, tmp_path) -> None:
-    """In place of the kernel, which compiles for seconds."""
-    source = tmp_path / "native.cpp"
-    source.write_text('extern "C" long native_run() { return 0; } extern "C" long native_workspace() { return 7; }')
-    monkeypatch.setattr(native_build, "SOURCE", source)
-
-
-def test_a_second_load_compiles_nothing(cache, quick_source, monkeypatch, tmp_path):
-    built = native_build.build()
-    assert built.parent == cache and [file.name for file in cache.iterdir()] == [built.name]
-    before = built.stat().st_mtime_ns
-    assert native_build.build() == built and built.stat().st_mtime_ns == before
-    assert native_build.load(built).native_workspace(None, 0) == 7
-    (tmp_path / "native.cpp").write_text('extern "C" long native_run() { return 1; }')
-    assert native_build.build() != built  # another source, another file
-
-
-def test_another_instruction_set_is_another_file(cache, quick_source, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    plain = native_build.build()
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert native_build.build() != plain
-
-
-@pytest.mark.parametrize("compiler_knows", [True, False])
-@pytest.mark.parametrize("cpu_knows", [True, False])
-def test_fp16_arithmetic_is_compiled_only_where_cpu_and_compiler_know_it(cpu_knows, compiler_knows, monkeypatch):
-    def of_compiler(*command):
-        if not compiler_knows:
-            raise native_build.BuildError("unrecognized command-line option")
-        return ""
-
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(native_build, "_cpu_flags", lambda: frozenset({"avx512_fp16"} if cpu_knows else ()))
-    monkeypatch.setattr(native_build, "_output", of_compiler)
-    assert ("-mavx512fp16" in native_build._instructions("c++")) == (cpu_knows and compiler_knows)
-
-
-@pytest.mark.multiprocess
-def test_two_processes_may_build_at_once(cache, quick_source, tmp_path):
-    program = (
-        "import sys, pathlib; from lightsparse.kernels import native_build\n"
-        "native_build.SOURCE = pathlib.Path(sys.argv[1])\n"
-        "print(native_build.load(native_build.build()).native_workspace(None, 0))"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "native.cpp")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate()[0].strip() for process in both] == ["7", "7"]
-    assert len(list(cache.iterdir())) == 1
-
-
-def served_without_kernel(caplog) -> list[str]:
-    """Warnings of three calls, which must all be served all the same."""
-    sizes = Sizes(dim=16)
-    layout = LocalWindow(20).layout(63, block=16)
-    with caplog.at_level(logging.WARNING, logger="lightsparse"):
-        for _ in range(3):
-            assert block_sparse_attention(*inputs(sizes), layout).isfinite().all()
-    with pytest.raises(ValueError, match='backend "native" could not be built here'):
-        block_sparse_attention(*inputs(sizes), layout, backend="native")
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-def test_without_a_compiler_blocked_serves_and_says_so_once(cache, monkeypatch, caplog):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    (said,) = served_without_kernel(caplog)
-    assert "no C++ compiler (no-such-compiler) is on the path" in said and "blocked" in said
-
-
-def test_a_build_that_fails_is_said_once_with_its_reason(cache, monkeypatch, caplog, tmp_path):
-    source = tmp_path / "native.cpp"
-    source.write_text("this is no C++")
-    monkeypatch.setattr(native_build, "SOURCE", source)
-    (said,) = served_without_kernel(caplog)
-    assert "ends with status 1" in said and "error" in said
-
-
-def test_a_file_in_the_cache_that_does_not_load_is_no_crash(cache, quick_source, caplog):
-    native_build.build().write_bytes(b"nothing")
-    (said,) = served_without_kernel(caplog)
-    assert "does not load" in said
-
-
-def test_a_cache_that_cannot_be_written_to_is_no_crash(cache, quick_source, caplog, monkeypatch):
-    monkeypatch.setenv("LIGHTSPARSE_CACHE", "/proc/nowhere")
-    (said,) = served_without_kernel(caplog)
-    assert "set LIGHTSPARSE_CACHE" in said
-
-
-def test_a_read_only_home_builds_among_the_temporary_files(quick_source, monkeypatch, tmp_path):
-    for name, value in {"HOME": "/proc/nowhere", "TMPDIR": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("LIGHTSPARSE_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(native_build.tempfile, "tempdir", None)
-    built = native_build.build()
-    assert built.is_relative_to(tmp_path) and built.parent.stat().st_mode & 0o077 == 0
-
-
-def test_the_kernel_is_available_here():
-    assert native_op.available()
-    assert Dropout(0.5, torch.zeros(1, dtype=torch.int64)).key_ids is None
-
-
 def test_a_table_that_names_keys_which_are_not_there_is_refused_and_not_read() -> None:
     layout = LocalWindow(64).layout(256, block=32)
     layout = replace(layout, kv_indices=layout.kv_indices.clone().fill_(8))
@@ -438,10 +310,10 @@ def test_rows_of_single_queries_by_key_block(heads, kv_heads, kv_block, rule, th
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_rows_than_a_portion_holds(dtype, threads):
-    """The walk by key block takes some thousand rows at a time; results are those of `routed`, which takes others."""
+    """The walk by key block takes some thousand rows at a time; `per_query` takes others, with the same results."""
     sizes = Sizes(1, 4, 1, nq=2500, nkv=2500, dim=32)
     layout = random_layout(sizes, Tables(1, 4, 1, 64, most=6, rule="documents"))
-    wanted = results("routed", inputs(sizes, dtype), layout)
+    wanted = results("per_query", inputs(sizes, dtype), layout)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     for count in (1, 3):
         threads(count)

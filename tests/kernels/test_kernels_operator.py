@@ -14,7 +14,8 @@ from kernel_cases import (
     with_dense_mask,
 )
 
-from lightsparse.kernels import block_sparse_attention, routed
+from lightsparse.kernels import block_sparse_attention, block_sparse_attention_with_lse
+from lightsparse.kernels.torch_ops import lists, per_query
 from lightsparse.kernels.workspace import workspace
 from lightsparse.patterns import GlobalTokens, LocalWindow, Strided
 
@@ -33,15 +34,18 @@ def calls(backend: str = "blocked"):
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, of) for name in calls() for of in ("blocked", "native", "routed") if name != "masked" or of == "blocked"],
+    [
+        (name, of)
+        for name in calls()
+        for of in ("blocked", "native", "per_query")
+        if name != "masked" or of == "blocked"
+    ],
 )
 def test_compiled_with_one_graph_equals_eager(name, backend):
     layout, bias, drop = calls(backend)[name]
 
     def attend(q, k, v, bias):
-        return block_sparse_attention(
-            q * 1.0, k, v, layout, block_bias=bias, dropout=drop, backend=backend, return_lse=True
-        )
+        return block_sparse_attention_with_lse(q * 1.0, k, v, layout, block_bias=bias, dropout=drop, backend=backend)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     eager_inputs, compiled_inputs = inputs(SIZES), inputs(SIZES)
@@ -59,7 +63,12 @@ def test_compiled_with_one_graph_equals_eager(name, backend):
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, of) for name in calls() for of in ("blocked", "native", "routed") if name != "masked" or of == "blocked"],
+    [
+        (name, of)
+        for name in calls()
+        for of in ("blocked", "native", "per_query")
+        if name != "masked" or of == "blocked"
+    ],
 )
 def test_the_operators_pass_pytorchs_own_checks(name, watched, backend):
     layout, bias, drop = calls(backend)[name]
@@ -101,7 +110,8 @@ def test_inputs_are_left_as_they_are(backend):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_no_tensor_is_as_large_as_the_square_of_the_length(causal, watched, backend, monkeypatch):
-    monkeypatch.setattr(routed, "_PARTS", 1 << 16)  # or all rows here would be worked on at once
+    for module, name in ((per_query, "_PARTS"), (lists, "_NUMBERS")):  # or all rows would be worked on at once
+        monkeypatch.setattr(module, name, 1 << 16)
 
     def largest(n: int) -> int:
         sizes = Sizes(batch=1, heads=2, kv_heads=1, nq=n, nkv=n, dim=16)
@@ -148,7 +158,7 @@ def test_a_compiled_call_takes_batches_of_any_size(of):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["blocked", "native", "routed"])
+@pytest.mark.parametrize("backend", ["blocked", "native", "per_query"])
 def test_autocast_around_a_kernel_changes_no_bit(backend, dtype):
     layout, _, drop = calls(backend)["packed"]
     found = []

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import Sizes, Tables, dropout, fitting, inputs, random_layout, results, with_dense_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from lightsparse.kernels import block_sparse_attention
+from lightsparse.kernels import block_sparse_attention, block_sparse_attention_with_lse
 from lightsparse.patterns import GlobalTokens, LocalWindow
 
 TINY = Sizes(batch=1, heads=4, kv_heads=2, nq=3, nkv=4, dim=2)
@@ -16,12 +16,12 @@ TINY = Sizes(batch=1, heads=4, kv_heads=2, nq=3, nkv=4, dim=2)
     [
         (extra, of)
         for extra in ("plain", "bias", "dropout", "mask", "per head")
-        for of in ("blocked", "routed")
-        if (extra, of) != ("mask", "routed")
+        for of in ("blocked", "per_query")
+        if (extra, of) != ("mask", "per_query")
     ],
 )
 def test_gradients_are_those_of_finite_differences(extra, backend):
-    tables = Tables(1, 4 if extra == "per head" else 2, 1 if backend == "routed" else 2, 3, most=2, dense_rows=(1,))
+    tables = Tables(1, 4 if extra == "per head" else 2, 1 if backend == "per_query" else 2, 3, most=2, dense_rows=(1,))
     layout = random_layout(TINY, tables)
     if extra == "mask":
         layout = with_dense_mask(layout, torch.randn(1, 4, 3, 4, dtype=torch.float64))
@@ -31,16 +31,8 @@ def test_gradients_are_those_of_finite_differences(extra, backend):
     empty = empty.repeat_interleave(4 // empty.shape[1], 1)
 
     def attend(q, k, v, *bias):
-        out, lse = block_sparse_attention(
-            q,
-            k,
-            v,
-            layout,
-            block_bias=bias[0] if bias else None,
-            dropout=dropout(TINY) if extra == "dropout" else None,
-            backend=backend,
-            return_lse=True,
-        )
+        options = {"block_bias": bias[0] if bias else None, "dropout": dropout(TINY) if extra == "dropout" else None}
+        out, lse = block_sparse_attention_with_lse(q, k, v, layout, backend=backend, **options)
         return out, lse.masked_fill(empty, 0.0)  # −inf has no finite difference
 
     assert torch.autograd.gradcheck(attend, (*qkv, bias) if extra == "bias" else qkv)
@@ -82,8 +74,8 @@ def test_bf16_errs_at_most_twice_as_much_as_dense_attention_in_bf16(dim, causal,
         (torch.bfloat16, "blocked"),
         (torch.float16, "blocked"),
         (torch.bfloat16, "native"),
-        (torch.bfloat16, "routed"),
-        (torch.float16, "routed"),
+        (torch.bfloat16, "per_query"),
+        (torch.float16, "per_query"),
     ],
 )
 def test_half_precision_returns_its_dtype_and_an_fp32_lse_near_the_reference(dtype, backend):

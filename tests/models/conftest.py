@@ -27,7 +27,7 @@ def make_model() -> Callable[..., Transformer]:
         **fields,
     ) -> Transformer:
         torch.manual_seed(seed)
-        sizes = {"depth": 2, "embed_dim": 32, "heads": 4, "kv_heads": 2, "mlp_dim": 48} | fields
+        sizes = {"depth": 2, "embed_dim": 32, "heads": 4, "kv_heads": 2, "mlp_dim": 48, "qk_norm": False} | fields
         config, dense = ModelConfig(**sizes, dropout=stream_dropout), DenseConfig(dropout=dropout)
         return Transformer(
             config,

@@ -35,7 +35,7 @@ WINDOWED = (
     (BigBirdAttention, BigBirdConfig(block=BLOCK, window=WINDOW, global_tokens=3, random=0), 1 + WINDOW // BLOCK + 1),
     (
         BlockSparseRingDilatedAttention,
-        BlockSparseConfig(block=BLOCK, segment_lengths=(8, 32), dilation_rates=(1, 2)),
+        BlockSparseConfig(block=BLOCK, segment_lengths=(8, 32), dilation_rates=(1, 2), pattern={}),
         32 // BLOCK,
     ),
     (DilatedAttention, DilatedConfig(segment_lengths=(8, 32), dilation_rates=(1, 2), block=BLOCK), 32 // BLOCK),

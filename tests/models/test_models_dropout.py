@@ -48,7 +48,7 @@ def test_sites_passes_and_samples_differ():
 def test_recomputed_and_chunked_layers_drop_the_same(mlp, make_model):
     tokens = torch.arange(42).view(2, 21) % 37
     results = []
-    for fields in ({}, {"checkpoint": True}, {"checkpoint": True, "chunk": 5}):
+    for fields in ({}, {"activation_checkpointing": True}, {"activation_checkpointing": True, "chunk": 5}):
         sizes = {"mlp_dim": None if mlp == "none" else 48}
         model = make_model(mlp=mlp, stream_dropout=0.4, **sizes, **fields)
         output = model.train()(tokens, context_for(tokens, seed=5))

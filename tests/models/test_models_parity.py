@@ -19,6 +19,7 @@ def fields_of(config) -> dict:
         "mlp_dim": config.intermediate_size,
         "norm_eps": config.rms_norm_eps,
         "tie_embeddings": config.tie_word_embeddings,
+        "qk_norm": isinstance(config, Qwen3Config),
     }
 
 
@@ -71,7 +72,7 @@ def test_logits_are_those_of_llama(make_model, heads, kv_heads, head_dim, tied):
 
 def test_logits_with_qk_norm_are_those_of_qwen3(make_model):
     theirs = with_random_weights(Qwen3ForCausalLM(their_config(Qwen3Config)))
-    assert_same_logits(make_model, theirs, qk_norm=True)
+    assert_same_logits(make_model, theirs)
 
 
 @pytest.mark.parametrize(

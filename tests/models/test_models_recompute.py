@@ -21,7 +21,7 @@ class Gated(AttentionCore):
         super().__init__(AttentionConfig(), shape)
         self.gate = nn.Linear(shape.embed_dim, shape.heads)
 
-    def forward(self, q, k, v, *, x, ctx):
+    def attend(self, q, k, v, *, x, ctx):
         groups = q.shape[1] // k.shape[1]
         k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
         out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -34,7 +34,7 @@ def window(shape):
     return SlidingWindowAttention(SlidingWindowConfig(window=11, sinks=2, block=8), shape)
 
 
-def built(core, *, checkpoint, chunk=1000, **fields):
+def built(core, *, activation_checkpointing, chunk=1000, **fields):
     torch.manual_seed(0)
     config = ModelConfig(
         depth=2,
@@ -43,7 +43,7 @@ def built(core, *, checkpoint, chunk=1000, **fields):
         kv_heads=1,
         head_dim=8,
         qk_norm=True,
-        activation_checkpointing=checkpoint,
+        activation_checkpointing=activation_checkpointing,
         chunk=chunk,
         **fields,
     )

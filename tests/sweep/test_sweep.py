@@ -12,9 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightsparse.cli import train as command
+from lightsparse.config.targets import ConfigError
 from lightsparse.sweep import launcher
+from lightsparse.sweep import trials as work
 from lightsparse.sweep.record import load_record
-from lightsparse.sweep.trial import last_words, run_trial, trial_command, trial_environment
+from lightsparse.sweep.trial import run_trial, trial_command, trial_environment
 from lightsparse.training.checkpoints.lock import holder, lock, unlock
 from lightsparse.training.preemption import Preemption
 
@@ -30,7 +32,7 @@ class StandIns:
         self.plans = {}
         self.instead = {}  # seed → shell command of one that does not finish
 
-    def command(self, overrides, ranks):
+    def command(self, overrides):
         plan = self.plans[tuple(overrides)]
         config = plan.config
         self.started.append(config.seed)
@@ -38,7 +40,7 @@ class StandIns:
             return ["sh", "-c", self.instead[config.seed]]
         folder = plan.directory.path
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(plan.raw), folder / "config.yaml")
+        OmegaConf.save(OmegaConf.create(config.composed), folder / "config.yaml")
         found = {"finished": True, "steps": config.trainer.max_steps, "val_bits_per_byte": 0.25 * config.seed}
         (folder / "summary.json").write_text(json.dumps(found))
         return ["true"]
@@ -51,11 +53,9 @@ class StandIns:
 def trials(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found = StandIns()
-    monkeypatch.setattr(launcher, "trial_command", found.command)
-    plan = launcher.TrialLauncher._plan
-    monkeypatch.setattr(
-        launcher.TrialLauncher, "_plan", lambda self, overrides: found.planned(overrides, plan(self, overrides))
-    )
+    monkeypatch.setattr(work, "trial_command", found.command)
+    plan = work.Trials._plan
+    monkeypatch.setattr(work.Trials, "_plan", lambda self, words, raw: found.planned(words, plan(self, words, raw)))
     yield found
     unlock(tmp_path / "runs/s")
 
@@ -120,7 +120,7 @@ def test_a_failed_trial_is_tried_again_when_asked_only(trials, monkeypatch):
 def test_a_trial_that_ended_with_75_goes_on_at_the_next_start(trials, monkeypatch, capsys):
     trials.instead = {3: "exit 75"}
     assert sweep(monkeypatch, *SWEEP) == 75 and statuses() == ["finished", "finished", "stopped"]
-    assert "the same command goes on: seed=3" in capsys.readouterr().err
+    assert "which the same command resumes: seed=3" in capsys.readouterr().err
     trials.instead = {}
     assert sweep(monkeypatch, *SWEEP) == 0 and trials.started == [1, 2, 3, 3]
 
@@ -138,7 +138,7 @@ def test_a_trial_under_way_when_the_sweep_was_killed_is_started_again(trials, mo
 def test_sigterm_reaches_the_trial_and_ends_the_sweep_with_75(trials, monkeypatch, capsys, answer):
     trials.instead = {2: f"{answer} kill -TERM {os.getpid()}; while :; do sleep 0.05; done"}
     assert sweep(monkeypatch, *SWEEP) == 75 and trials.started == [1, 2]
-    assert statuses() == ["finished", "stopped"] and "the same command goes on" in capsys.readouterr().err
+    assert statuses() == ["finished", "stopped"] and "the same command resumes it" in capsys.readouterr().err
 
 
 def test_a_trial_out_of_reach_fails_alone_without_a_start(trials, monkeypatch):
@@ -183,7 +183,7 @@ def test_a_sampler_without_seed_is_refused_as_a_killed_sweep_could_not_go_on():
     config = OmegaConf.create(
         {"hydra": {"sweeper": {"sampler": {"seed": None}, "storage": None}, "overrides": {"task": [], "hydra": []}}}
     )
-    with pytest.raises(command.ConfigError, match=r"hydra\.sweeper\.sampler\.seed is null"):
+    with pytest.raises(ConfigError, match=r"hydra\.sweeper\.sampler\.seed is null"):
         launcher.TrialLauncher(None, False).setup(hydra_context=None, task_function=None, config=config)
 
 
@@ -193,39 +193,10 @@ def test_the_name_follows_what_is_swept_and_not_where_it_goes():
     assert one != launcher._digest(["seed=1,3"], []) != launcher._digest(["seed=1,3"], ["hydra/sweeper=optuna"])
 
 
-def test_several_ranks_take_one_torchrun_and_its_report_tells_75_apart(tmp_path):
-    words = trial_command(["seed=1"], 2)
-    assert words[1:4] == ["-m", "torch.distributed.run", "--standalone"] and words[-1] == "seed=1"
-    assert "torch.distributed.run" not in trial_command(["seed=1"], 1)
-    log = tmp_path / "log.txt"
-    report = "echo rank 0 of 2 has lost another rank; echo 'E1 torch.distributed.elastic failed'; "
-    report += "echo '  exitcode  : 75 (pid: 1)'; exit 1"
-    assert run_trial(["sh", "-c", report], dict(os.environ), log, Preemption()) == 75
-    assert last_words(log) == "rank 0 of 2 has lost another rank"
-    assert run_trial(["sh", "-c", "exit 1"], dict(os.environ), log, Preemption()) == 1  # the report is the last start's
-
-
-REPORT = """
-E1126 00:28:59.752000 8846 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9) local_rank: 1
-torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
-Failures:
-[1]:
-  rank      : 0 (local_rank: 0)
-  exitcode  : -15 (pid: 8858)  (SIGTERM)
-Root Cause (first observed failure):
-[0]:
-  rank      : 1 (local_rank: 1)
-  exitcode  : -9 (pid: 8859)  (SIGKILL)
-  traceback : Signal 9 (SIGKILL) received by PID 8859
-"""
-
-
-def test_a_killed_rank_is_named_where_no_rank_could_say_a_word(tmp_path):
-    log = tmp_path / "log.txt"
-    log.write_text(REPORT)
-    assert last_words(log) == "rank 1 ended with code -9"
-    log.write_text(f"rank 0 of 2 has lost another rank\n{REPORT}")
-    assert last_words(log) == "rank 0 of 2 has lost another rank"
+def test_a_trial_is_the_command_itself_and_its_exit_code_the_commands(tmp_path):
+    assert trial_command(["seed=1"])[1:] == ["-m", "lightsparse", "train", "seed=1"]
+    for code in (0, 2, 75):
+        assert run_trial(["sh", "-c", f"exit {code}"], dict(os.environ), tmp_path / "log.txt", Preemption()) == code
 
 
 def test_w_and_b_groups_the_runs_by_the_sweep_unless_told_otherwise(monkeypatch):

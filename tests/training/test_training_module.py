@@ -18,10 +18,10 @@ from lightsparse.config.schema import Config
 from lightsparse.data import ByteTokenizer
 from lightsparse.models.transformer import Transformer
 from lightsparse.training.health import NonFiniteError
-from lightsparse.training.metrics.loss_sums import Totals
+from lightsparse.training.measures.loss_sums import Totals
 from lightsparse.training.module import LanguageModel
 
-Tiny = Callable[..., tuple[Config, dict[str, Any]]]
+Tiny = Callable[..., Config]
 
 
 class Ragged(LightningDataModule):
@@ -106,8 +106,8 @@ def fitted(config: Config, data: Ragged) -> tuple[LanguageModel, Watch]:
 
 
 def test_accumulated_ragged_micro_batches_equal_one_big_batch(tiny: Tiny) -> None:
-    one, _ = tiny("trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=4")
-    four, _ = tiny(
+    one = tiny("trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=4")
+    four = tiny(
         "trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=1", "trainer.accumulate_grad_batches=4"
     )
     big, big_watch = fitted(one, Ragged(4))
@@ -121,7 +121,7 @@ def test_accumulated_ragged_micro_batches_equal_one_big_batch(tiny: Tiny) -> Non
 
 
 def test_gradients_are_those_of_the_mean_over_real_tokens(tiny: Tiny) -> None:
-    config, _ = tiny("trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=4")
+    config = tiny("trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=4")
     _, watch = fitted(config, Ragged(4))
     module, batch = module_for(config), Ragged(4).batch(0)
     labels, _, output = module._forward(batch, key=0)
@@ -131,7 +131,7 @@ def test_gradients_are_those_of_the_mean_over_real_tokens(tiny: Tiny) -> None:
 
 
 def test_consumed_counts_the_samples_of_finished_steps(tiny: Tiny) -> None:
-    config, _ = tiny("trainer.max_steps=3", "data.batch_size=2", "trainer.accumulate_grad_batches=4")
+    config = tiny("trainer.max_steps=3", "data.batch_size=2", "trainer.accumulate_grad_batches=4")
     data = Ragged(2)
     fitted(config, data)
     assert data.consumed == 3 * 2 * 4
@@ -140,7 +140,7 @@ def test_consumed_counts_the_samples_of_finished_steps(tiny: Tiny) -> None:
 def test_a_validation_does_not_depend_on_the_batch_size(tiny: Tiny) -> None:
     results = []
     for batch_size in (1, 4, 6):
-        config, _ = tiny(f"data.batch_size={batch_size}")
+        config = tiny(f"data.batch_size={batch_size}")
         module = module_for(config)
         trainer_for(config, validate=True).validate(module, Ragged(batch_size), verbose=False)
         results.append(module)
@@ -153,7 +153,7 @@ def test_a_validation_does_not_depend_on_the_batch_size(tiny: Tiny) -> None:
 
 
 def test_positions_fall_into_their_buckets_and_the_buckets_add_up(tiny: Tiny) -> None:
-    config, _ = tiny("data.batch_size=4")
+    config = tiny("data.batch_size=4")
     module = module_for(config)
     trainer_for(config, validate=True).validate(module, Ragged(4), verbose=False)
     labels = torch.cat([Ragged(4).batch(first)["labels"] for first in range(0, 24, 4)])
@@ -163,7 +163,7 @@ def test_positions_fall_into_their_buckets_and_the_buckets_add_up(tiny: Tiny) ->
 
 
 def test_an_untrained_model_is_near_eight_bits_per_byte(tiny: Tiny) -> None:
-    config, _ = tiny("data.batch_size=4")
+    config = tiny("data.batch_size=4")
     module = module_for(config)
     trainer_for(config, validate=True).validate(module, Ragged(4), verbose=False)
     assert module.validation is not None
@@ -178,7 +178,7 @@ def test_bits_per_byte_counts_the_bytes_of_text_and_not_the_tokens() -> None:
 
 
 def test_the_special_tokens_stand_for_no_bytes(tiny: Tiny) -> None:
-    config, _ = tiny()
+    config = tiny()
     module = module_for(config)
     labels = torch.tensor([[65, ByteTokenizer.bos, 66, -100]])
     targets, text_bytes = module._targets_and_bytes(labels)
@@ -190,7 +190,7 @@ def test_the_special_tokens_stand_for_no_bytes(tiny: Tiny) -> None:
 def test_a_step_with_what_is_not_a_number_is_not_taken(
     poisoned: str, optimizer: str, tiny: Tiny, tmp_path: Path
 ) -> None:
-    config, _ = tiny("trainer.max_steps=5", "health.skip_steps=1", f"optimizer={optimizer}")
+    config = tiny("trainer.max_steps=5", "health.skip_steps=1", f"optimizer={optimizer}")
     module, data = module_for(config), Ragged(2)
     seen: dict[str, Tensor] = {}
 
@@ -205,14 +205,14 @@ def test_a_step_with_what_is_not_a_number_is_not_taken(
 
     trainer = trainer_for(config, Poison())
     trainer._default_root_dir = str(tmp_path)  # where the batch goes
-    with pytest.raises(NonFiniteError, match=r"at step 4, and health.skip_steps=1 .*; lower optimizer\.lr"):
+    with pytest.raises(NonFiniteError, match=r"at step 4, after health.skip_steps=1 .*; lower optimizer\.lr"):
         trainer.fit(module, datamodule=data)
     assert all(torch.equal(value, dict(module.named_parameters())[name]) for name, value in seen.items())
     assert module.health.skipped == 2
 
 
 def test_masked_tokens_are_learned_and_every_validation_hides_the_same(tiny: Tiny) -> None:
-    config, _ = tiny("objective=mlm", "trainer.max_steps=30", "data.batch_size=4", "mlm_ratio=0.3", "optimizer.lr=0.01")
+    config = tiny("objective=mlm", "trainer.max_steps=30", "data.batch_size=4", "mlm_ratio=0.3", "optimizer.lr=0.01")
     module, watch = module_for(config), Watch()
     trainer = trainer_for(config, watch, validate=True)
     trainer.validate(module, Ragged(4), verbose=False)
@@ -225,7 +225,7 @@ def test_masked_tokens_are_learned_and_every_validation_hides_the_same(tiny: Tin
 
 def test_an_auxiliary_loss_counts_as_a_mean_whatever_the_micro_batches(tiny: Tiny) -> None:
     """An aux_loss of w has gradient 1 after the division by tokens, however many tokens there are."""
-    config, _ = tiny(
+    config = tiny(
         "trainer.max_steps=1", "trainer.grad_clip=null", "data.batch_size=1", "trainer.accumulate_grad_batches=4"
     )
     module, watch = module_for(config), Watch()
@@ -244,7 +244,7 @@ def test_low_precision_follows_fp32_at_far_positions_too(precision: str, tiny: T
     far = 4096
     results = {}
     for name in ("32", precision):
-        config, _ = tiny(f"precision={name}", f"data.context={far}", "eval.tokens=4096", "data.batch_size=1")
+        config = tiny(f"precision={name}", f"data.context={far}", "eval.tokens=4096", "data.batch_size=1")
         module = module_for(config)
         for layer in module.model.layers:  # make attention matter: sharp queries and keys
             layer.self_attn.q_proj.weight.data *= 20

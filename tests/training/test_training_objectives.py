@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightsparse.training.objectives import IGNORED, Objective, hiding_chance
+from lightsparse.data.source import IGNORED
+from lightsparse.training.objectives import Objective, hiding_chance
 from lightsparse.utils.hashing import mixed
 
 MASK = 255

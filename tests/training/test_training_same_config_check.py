@@ -22,17 +22,17 @@ def second_rank(monkeypatch):
     return use
 
 
-RAW = {"seed": 1, "threads": 2, "trainer": {"max_steps": 4}}
+COMPOSED = {"seed": 1, "threads": 2, "trainer": {"max_steps": 4}}
 PAIR = SimpleNamespace(world_size=2)
 
 
 def test_another_value_on_another_rank_is_refused_with_key_and_values(second_rank):
     second_rank(**{"trainer.max_steps": 5})
     with pytest.raises(ConfigError, match=r"^rank 1 has trainer\.max_steps=5 and rank 0 has trainer\.max_steps=4; "):
-        SameConfig(RAW, 0).setup(PAIR, None, "fit")
+        SameConfig(COMPOSED, 0).setup(PAIR, None, "fit")
 
 
 def test_threads_may_differ_between_machines(second_rank):
     second_rank()
-    SameConfig(RAW, 0).setup(PAIR, None, "fit")
-    assert "threads" not in SameConfig(RAW, 0).values
+    SameConfig(COMPOSED, 0).setup(PAIR, None, "fit")
+    assert "threads" not in SameConfig(COMPOSED, 0).values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,15 +17,15 @@ from lightsparse.training.run import fit
 
 
 def test_distilling_moves_the_gates_towards_attention_and_nothing_else(
-    tiny: Callable[..., tuple[Config, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "draw_plots", lambda *given: None)
     monkeypatch.setattr(run, "matmul_peak", lambda *given: 1e11)
-    config, raw = tiny(
+    config = tiny(
         *("attention=seer", "attention.block=16", "attention.top_k=3", "data.context=160", "trainer.max_steps=8"),
         *("attention.dense_steps=7", "trainer.selector_only_steps=-1", "optimizer=adamw", "optimizer.lr=0.01"),
     )
-    fit(config, raw)
+    fit(config)
     directory = Path(config.runs_dir) / config.name
     table = read_metrics(directory / "metrics.csv")[1:]
     assert [row["attention_density"] == 1 for row in table] == [True] * 7 + [False]

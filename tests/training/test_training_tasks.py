@@ -16,13 +16,13 @@ from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.models.transformer import Transformer
 from lightsparse.training import run
+from lightsparse.training.measures.scores import Scores, score_sums
 from lightsparse.training.metrics.metrics_file import read_metrics
-from lightsparse.training.metrics.scores import Scores, score_sums
 from lightsparse.training.metrics.summary import sweep_metric
 from lightsparse.training.module import LanguageModel
 from lightsparse.training.run import fit
 
-Tiny = Callable[..., tuple[Config, dict[str, Any]]]
+Tiny = Callable[..., Config]
 RECALL = (
     "data=h3_recall",
     "data.vocabulary=6",
@@ -42,16 +42,15 @@ class Killed(Exception):
 
 
 @pytest.fixture
-def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Config, dict[str, Any]]]:
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
     """task(*more) → the config of a tiny run on recall."""
     monkeypatch.setattr(run, "matmul_peak", lambda *given: 1e11)
     sizes = ("model=nano", "model.depth=1", "model.embed_dim=32", "model.heads=2", "model.head_dim=16")
     pace = ("trainer.max_steps=12", "trainer.progress=false", "trainer.log_every_n_steps=4", "threads=1")
     when = ("eval.every_n_steps=4", "checkpoint.every_n_steps=5", f"runs_dir={tmp_path / 'runs'}", "name=tiny")
 
-    def composed(*more: str) -> tuple[Config, dict[str, Any]]:
-        raw = compose_raw(["attention=dense", *RECALL, *sizes, *pace, *when, *more])
-        return parse(raw), raw
+    def composed(*more: str) -> Config:
+        return parse(compose_raw(["attention=dense", *RECALL, *sizes, *pace, *when, *more]))
 
     return composed
 
@@ -68,8 +67,8 @@ def folder(config: Config) -> Path:
 
 
 def test_a_run_on_a_task_leaves_scores_in_place_of_bits(task: Tiny) -> None:
-    config, raw = task()
-    summary = fit(config, raw)
+    config = task()
+    summary = fit(config)
     assert 0 <= summary["val_accuracy"] <= 1 and summary["val_exact_match"] == summary["val_accuracy"]
     assert summary["val_tokens"] == 20 and summary["val_bits_per_byte"] is None
     assert sweep_metric(summary) == pytest.approx(1 - summary["val_accuracy"])
@@ -83,39 +82,39 @@ def test_a_run_on_a_task_leaves_scores_in_place_of_bits(task: Tiny) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_text_run_has_no_scores(tiny: Tiny) -> None:
-    config, raw = tiny("trainer.max_steps=2", "eval.sample_tokens=0")
-    summary = fit(config, raw)
+    config = tiny("trainer.max_steps=2", "eval.sample_tokens=0")
+    summary = fit(config)
     assert summary["val_accuracy"] is None and sweep_metric(summary) == summary["val_bits_per_byte"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_goal_ends_a_run_which_is_not_repeated(task: Tiny) -> None:
     words = ("eval.stop_accuracy=0.05", "trainer.max_steps=400")  # chance is 0.5
-    config, raw = task(*words)
-    summary = fit(config, raw)
+    config = task(*words)
+    summary = fit(config)
     assert summary["steps"] < 400 and summary["val_accuracy"] >= 0.05
     assert (folder(config) / "checkpoints" / f"step-{summary['steps']}.ckpt").exists()
     stamp = (folder(config) / "summary.json").stat().st_mtime_ns
-    assert fit(config, raw) == json.loads((folder(config) / "summary.json").read_text())
+    assert fit(config) == json.loads((folder(config) / "summary.json").read_text())
     assert (folder(config) / "summary.json").stat().st_mtime_ns == stamp
-    higher, raw = task("eval.stop_accuracy=1.0", f"trainer.max_steps={summary['steps'] + 2}")
-    assert fit(higher, raw)["steps"] == summary["steps"] + 2  # a higher goal goes on
+    higher = task("eval.stop_accuracy=1.0", f"trainer.max_steps={summary['steps'] + 2}")
+    assert fit(higher)["steps"] == summary["steps"] + 2  # a higher goal goes on
 
 
 def test_a_run_killed_after_its_goal_ends_when_it_is_started_again(task: Tiny) -> None:
-    config, raw = task("eval.stop_accuracy=0.05", "trainer.max_steps=400")
+    config = task("eval.stop_accuracy=0.05", "trainer.max_steps=400")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(run, "draw_plots", lambda *given: (_ for _ in ()).throw(Killed))
-        fit(config, raw)
-    summary = fit(config, raw)
+        fit(config)
+    summary = fit(config)
     assert summary["steps"] == 4 and summary["val_accuracy"] >= 0.05
 
 
 @pytest.mark.usefixtures("quick")
 def test_an_interrupted_run_with_dropout_ends_with_the_same_bits(task: Tiny) -> None:
-    whole, raw = task("name=whole")
-    fit(whole, raw)
-    parts, raw = task("name=parts")
+    whole = task("name=whole")
+    fit(whole)
+    parts = task("name=parts")
     whole_step = LanguageModel.training_step
 
     def dying(self: LanguageModel, batch: Any, batch_idx: int) -> Any:
@@ -125,8 +124,8 @@ def test_an_interrupted_run_with_dropout_ends_with_the_same_bits(task: Tiny) -> 
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(LanguageModel, "training_step", dying)
-        fit(parts, raw)
-    fit(parts, raw)
+        fit(parts)
+    fit(parts)
     states = [
         torch.load(folder(c) / "checkpoints" / "step-12.ckpt", weights_only=True)["state_dict"] for c in (whole, parts)
     ]
@@ -135,7 +134,7 @@ def test_an_interrupted_run_with_dropout_ends_with_the_same_bits(task: Tiny) -> 
 
 
 def test_scores_count_answers_and_whole_examples(task: Tiny) -> None:
-    config, _ = task()
+    config = task()
     model = config_model(config)
     hidden = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(0))
     said = model.logits(hidden).argmax(-1)
@@ -152,11 +151,11 @@ def config_model(config: Config) -> Any:
 
 @pytest.mark.usefixtures("quick")
 def test_tasks_in_the_training_loop_leave_their_files_and_change_no_weight(tiny: Tiny) -> None:
-    plain, raw = tiny("name=plain", "data.context=256", "eval.tokens=512")
-    fit(plain, raw)
+    plain = tiny("name=plain", "data.context=256", "eval.tokens=512")
+    fit(plain)
     words = ("eval.tasks.names=[passkey]", "eval.tasks.every_n_steps=6", "eval.tasks.lengths=[512]")
-    watched, raw = tiny("name=watched", "data.context=256", "eval.tokens=512", *words, "eval.tasks.examples=1")
-    fit(watched, raw)
+    watched = tiny("name=watched", "data.context=256", "eval.tokens=512", *words, "eval.tasks.examples=1")
+    fit(watched)
     for step in (6, 12):
         found = json.loads((folder(watched) / "evaluation" / f"step-{step}" / "passkey.json").read_text())
         assert found["step"] == step and [row["depth"] for row in found["rows"]] == [0.0, 0.5, 1.0]

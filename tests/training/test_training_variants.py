@@ -17,7 +17,7 @@ from lightsparse.training.metrics.metrics_file import read_metrics
 from lightsparse.training.module import LanguageModel
 from lightsparse.training.run import fit
 
-Tiny = Callable[..., tuple[Config, dict[str, Any]]]
+Tiny = Callable[..., Config]
 YAMLS = {path.stem: OmegaConf.load(path) for path in sorted((conf_dir() / "attention").glob("*.yaml"))}
 VARIANTS = list(YAMLS)
 TIMINGS = {"wall_s", "tokens_per_s", "flops_per_s", "dense_flops_per_s", "mfu"}
@@ -39,8 +39,8 @@ def rows(config: Config) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_trains_and_writes_by_override(name: str, tiny: Tiny) -> None:
-    config, raw = tiny(f"attention={name}", "data.context=160", "trainer.max_steps=3", "eval.every_n_steps=3")
-    summary = fit(config, raw)
+    config = tiny(f"attention={name}", "data.context=160", "trainer.max_steps=3", "eval.every_n_steps=3")
+    summary = fit(config)
     assert summary["attention"] == name and summary["steps"] == 3
     table = rows(config)
     assert [row["step"] for row in table] == [0, 1, 2, 3]
@@ -56,11 +56,11 @@ def test_a_variant_that_was_killed_ends_with_the_same_bits(
     """Its own columns included; one with a dense stage goes on within it."""
     staged = ["attention.dense_steps=3"] if "dense_steps" in YAMLS[name] else []
     words = (f"attention={name}", *staged, "data.context=160", "trainer.max_steps=4", "eval.every_n_steps=2")
-    (whole, raw), (parts, raw_parts) = (
+    whole, parts = (
         tiny(*words, "checkpoint.every_n_steps=1", "eval.sample_tokens=0", f"name={each}")
         for each in ("whole", "parts")
     )
-    fit(whole, raw)
+    fit(whole)
     step = LanguageModel.training_step
 
     def dies(self: LanguageModel, batch: Any, index: int) -> Any:
@@ -70,8 +70,8 @@ def test_a_variant_that_was_killed_ends_with_the_same_bits(
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(LanguageModel, "training_step", dies)
-        fit(parts, raw_parts)
-    fit(parts, raw_parts)
+        fit(parts)
+    fit(parts)
     one, two = ([{k: v for k, v in row.items() if k not in TIMINGS} for row in rows(each)] for each in (whole, parts))
     assert one == two
     one, two = (
@@ -82,8 +82,8 @@ def test_a_variant_that_was_killed_ends_with_the_same_bits(
 
 
 def test_a_router_reports_its_gates_its_heads_and_its_churn(tiny: Tiny) -> None:
-    config, raw = tiny("attention=adaptive", "data.context=320", "trainer.max_steps=8", "optimizer.adamw_lr=0.05")
-    fit(config, raw)
+    config = tiny("attention=adaptive", "data.context=320", "trainer.max_steps=8", "optimizer.adamw_lr=0.05")
+    fit(config)
     table = rows(config)
     for row in table[1:]:
         heads = [row["head_density_0"], row["head_density_1"]]
@@ -96,6 +96,6 @@ def test_a_router_reports_its_gates_its_heads_and_its_churn(tiny: Tiny) -> None:
 
 
 def test_a_fixed_pattern_has_no_such_columns(tiny: Tiny) -> None:
-    config, raw = tiny("trainer.max_steps=1")
-    fit(config, raw)
+    config = tiny("trainer.max_steps=1")
+    fit(config)
     assert not [name for row in rows(config) for name in row if "router" in name or "churn" in name or "head_" in name]

@@ -29,7 +29,7 @@ def test_a_tensor_made_of_kept_memory_asks_the_system_for_no_pages():
 
 @pytest.mark.parametrize(("free", "keeps"), [(1.9, False), (2.1, True)])
 def test_a_run_keeps_what_it_frees_only_where_memory_holds_it_twice(tiny, monkeypatch, free, keeps):
-    config, _ = tiny()
+    config = tiny()
     needed = estimate(config)
     asked = []
     monkeypatch.setattr(out_of_memory, "memory_per_rank", lambda config: (1 << 40, int(free * needed.total)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lightsparse.utils.atomic_files import atomic_write, remove_partial_files, write_text
+from lightsparse.utils import atomic_files
+from lightsparse.utils.atomic_files import atomic_write, remove_partial_files, sync_folder, writable, write_text
+from lightsparse.utils.refusal import Refusal
 
 
 def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
@@ -50,3 +53,30 @@ def test_sigkill_in_the_middle_leaves_only_a_partial_file_that_cleaning_removes(
     write_text(tmp_path / "keep.txt", "")
     remove_partial_files(tmp_path)
     assert os.listdir(tmp_path) == ["keep.txt"]
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_syncs_no_folders_is_named_once_and_other_errors_are_raised(
+    number: int, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(atomic_files, "_unsynced", set())
+    if not passes:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            sync_folder(tmp_path)
+        return
+    for _ in range(2):
+        sync_folder(tmp_path)
+    assert caplog.text.count("does not sync folders: a power cut may undo its last files") == 1
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_and_none_is_made(tmp_path: Path) -> None:
+    assert writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/x")):
+        with pytest.raises(Refusal, match=rf"^{folder} cannot be written to \(.+\); use to=<another folder>$"):
+            writable(folder, "to")

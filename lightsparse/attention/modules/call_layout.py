@@ -1,7 +1,7 @@
 """What one call of the multihead drop-in may read: PyTorch's masks and extra keys put into a BlockLayout.
 
-Padding and causality become visibility intervals, which cost nothing; only other masks stay explicit. Values decide
-what is built, so none of this is compiled.
+Padding and causality become visibility intervals, which cost nothing; only other masks stay explicit. What is built
+depends on values, so none of this is compiled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def masked(layout: BlockLayout, heads: int, key_padding_mask: Tensor | None, att
         dense = dense[None, None] if dense.dim() == 2 else dense.unflatten(0, (-1, heads))
     if key_padding_mask is not None:
         hidden = key_padding_mask
-        if hidden.dtype != torch.bool:  # PyTorch's encoder layers hand on 0 and −inf for what was bool
+        if hidden.dtype != torch.bool:  # PyTorch's encoder layers turn bool masks into 0 and −inf
             hidden = key_padding_mask == float("-inf")
             if key_padding_mask.requires_grad or not bool((hidden | (key_padding_mask == 0)).all()):
                 added = key_padding_mask[:, None, None].expand(-1, 1, layout.num_queries, -1)

@@ -7,30 +7,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightsparse.attention.block_sparse import BlockSparseConfig, BlockSparseRingDilatedAttention
-from lightsparse.attention.core import AttentionResult, AttentionShape, SequenceContext
+from lightsparse.attention.core import AttentionResult, AttentionShape, Rotary, SequenceContext
 from lightsparse.context_parallel.shard import ContextShard, Exchange
 from lightsparse.context_parallel.split import SplitKind, imbalance, split
-from lightsparse.patterns.mask import document_starts
 
 
 class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention):
     """One sequence of `length` tokens over the ranks of `group`; out and gradients are those of one rank.
 
-    length    tokens of the whole sequence; a rank gives and gets those of `shard.tokens` (shard.take cuts them out)
+    length    tokens of the whole sequence; a call takes and returns those of `shard.tokens` (shard.take cuts them out)
     group     None: all ranks of the job
     kind      of the split: contiguous, head_tail, or balanced (the ranks compute about equally many tiles)
     exchange  sparse, ring, gather, or auto (see ContextShard)
     timeout   seconds of the group's timeout, for its error messages
 
-    All ranks call it together, forward and backward. A rank that ends or stays away raises LostRankError or
+    All ranks call it together, forward and backward. A rank that has ended or does not call raises LostRankError or
     RankTimeoutError on the others, after the group's timeout at the latest.
     Raises ValueError without a process group, and where the sequence has fewer blocks than ranks.
     """
+
+    needs_hidden_states = False
 
     def __init__(
         self,
@@ -52,33 +52,26 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
         group = dist.group.WORLD if group is None else group
         assert group is not None
         unit = self.split_granularity()
-        self.loads = self.row_costs(length, unit)
+        self.costs = self.row_costs(length, unit)
         self.shard = ContextShard(
-            split(kind, length, unit, dist.get_world_size(group), self.loads), group, exchange, timeout
+            split(kind, length, unit, dist.get_world_size(group), self.costs), group, exchange, timeout
         )
 
     @property
     def imbalance(self) -> float:
         """Computed tiles of the busiest rank ÷ those of the mean rank; 1 is even."""
-        return imbalance(self.shard.split.owners, self.loads, self.shard.world)
+        return imbalance(self.shard.split.owners, self.costs, self.shard.world)
 
-    def forward(
+    def context(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        x: Tensor | None = None,
-        ctx: SequenceContext | None = None,
         documents: Tensor | None = None,
-    ) -> AttentionResult:
-        """q [B, H, n, D], k/v [B, Hkv, n, D] of this rank's tokens; documents int32 [B, length] of the whole sequence.
+        positions: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> SequenceContext:
+        """For q [B, H, n, D] of this rank's tokens; documents int [B, length] of the whole sequence."""
+        ctx = SequenceContext.plain(self.shard.length, documents, rotary=rotary, device=q.device)
+        return replace(ctx, positions=self.shard.take(ctx.positions) if positions is None else positions)
 
-        x plays no part. A ctx, if given, brings positions, documents and seed of its own.
-        """
-        if ctx is None:
-            positions = torch.arange(self.shard.length, device=q.device)[None]
-            if documents is not None:
-                positions = positions - document_starts(documents)
-            ctx = SequenceContext(self.shard.take(positions), documents)
-        return super().forward(q, k, v, x=q if x is None else x, ctx=replace(ctx, shard=self.shard))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+        return super().attend(q, k, v, x=x, ctx=replace(ctx, shard=self.shard))

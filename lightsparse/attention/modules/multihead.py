@@ -14,7 +14,7 @@ Differences from `nn.MultiheadAttention`, all deliberate:
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightsparse.attention.block_sparse import BlockSparseConfig, BlockSparseRingDilatedAttention
@@ -24,11 +24,12 @@ from lightsparse.kernels import Dropout, block_sparse_attention
 from lightsparse.kernels.dropout import keep_scale
 from lightsparse.kernels.weights import attention_weights, list_dense_rows, to_dense_weights
 from lightsparse.patterns import BlockLayout, GlobalTokens, LocalWindow, Pattern
+from lightsparse.utils.compat.torch import UnfusedMultiheadAttention
 
 _NEARBY = LocalWindow(256) | GlobalTokens(4)  # tokens, as in conf/attention/block_sparse.yaml
 
 
-class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
+class BlockSparseRingMultiheadDilatedAttention(UnfusedMultiheadAttention):
     """`nn.MultiheadAttention` over the union of dilated segments and `pattern`.
 
     embed_dim … dtype  as in nn.MultiheadAttention; dropout must be below 1
@@ -88,28 +89,11 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             block=block,
             segment_lengths=tuple(segment_lengths),
             dilation_rates=tuple(dilation_rates),
-            pattern={"pattern": pattern},
+            pattern={} if pattern is None else pattern,
             solve=solve,
         )
         shape = AttentionShape(num_heads, num_heads, self.head_dim, embed_dim, causal=causal, context=context)
         self.core = BlockSparseRingDilatedAttention(config, shape)  # has no parameters: chooses the blocks
-
-    def _reset_parameters(self) -> None:
-        self._qkv_same_embed_dim = self.in_proj_weight is not None
-        super()._reset_parameters()
-        # nn.TransformerEncoderLayer takes its fused dense path, and nn.TransformerEncoder nested tensors, only for an
-        # attention whose _qkv_same_embed_dim is True. Nothing here reads it; False keeps both on the ordinary path.
-        self._qkv_same_embed_dim = False
-
-    def merge_masks(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor):
-        """Only the fused dense path of PyTorch's encoder layer asks for this, so it must never be reached.
-
-        Raises RuntimeError: a loud end is better than attention that is silently dense.
-        """
-        raise RuntimeError(
-            f"torch {torch.__version__} took its fused dense path around {type(self).__name__}; "
-            "call torch.backends.mha.set_fastpath_enabled(False)"
-        )
 
     def forward(
         self,
@@ -125,7 +109,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         """Attention outputs in the shape of query, and with need_weights the weights.
 
         query, key, value     [L, B, E], [S, B, kdim], [S, B, vdim]; batch_first: [B, L, E] …; unbatched: [L, E] …
-        key_padding_mask      [B, S] (unbatched [S]): True hides the key from everyone; float is added to its scores.
+        key_padding_mask      [B, S] (unbatched [S]): True hides the key from all queries; float is added to its scores.
                               Bool, and float of only 0 and −inf, cost nothing
         attn_mask             [L, S] or [B·H, L, S]: True hides the pair; float is added to the score, differentiable.
                               A causal one is recognised and costs nothing more than being read
@@ -169,9 +153,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             weights = _dense_weights(q, k, layout, dropout)
             out = weights @ v
         else:
-            result = block_sparse_attention(q, k, v, layout, dropout=dropout)
-            assert isinstance(result, Tensor)
-            out = result
+            out = block_sparse_attention(q, k, v, layout, dropout=dropout)
         out = out.transpose(1, 2).flatten(2)
         out = self.out_proj(out if self.batch_first else out.transpose(0, 1))
         if not need_weights:

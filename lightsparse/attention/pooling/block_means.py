@@ -77,12 +77,12 @@ def summarise(
         if documents is not None:
             query_late = grouped("last")
             key_late = gather_block_means(block_means(k, block, documents, "first"), ctx.shard, block)
-    found = Summaries(query, key, query_late, key_late, first, last, row)
+    summaries = Summaries(query, key, query_late, key_late, first, last, row)
     if ctx.states is None:
-        return found, None
+        return summaries, None
     whole = k.shape[2] // block  # complete blocks: their summaries are final
     start = max(whole - 1, 0) * block - base
-    return found, {"router_keys": key[:, :, :whole].detach(), "router_queries": q[:, :, start:].detach()}
+    return summaries, {"router_keys": key[:, :, :whole].detach(), "router_queries": q[:, :, start:].detach()}
 
 
 @torch.compiler.disable
@@ -134,8 +134,8 @@ def _with_the_past(
     if not causal:
         raise ValueError(f"ctx.q_start is {ctx.q_start}; decoding needs a causal model, use objective=causal")
     row, state = ctx.q_start // block, (ctx.states or {}).get(layer, {})
-    held = tuple(state[name].shape[2] if name in state else 0 for name in ("router_keys", "router_queries"))
-    if held != (row, ctx.q_start - max(row - 1, 0) * block):
+    kept = tuple(state[name].shape[2] if name in state else 0 for name in ("router_keys", "router_queries"))
+    if kept != (row, ctx.q_start - max(row - 1, 0) * block):
         raise ValueError(
             f"ctx.q_start is {ctx.q_start} but ctx.states holds no router state of {ctx.q_start} tokens for layer "
             f"{layer}; decode with the states of the passes that read those tokens, one KVCache per layer"

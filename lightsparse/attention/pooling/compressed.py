@@ -26,7 +26,7 @@ from torch import Tensor
 from lightsparse.attention.core import AttentionConfig, AttentionCore, AttentionResult, AttentionShape, SequenceContext
 from lightsparse.attention.fixed import FixedPatternAttention, of_cached_keys, with_sink
 from lightsparse.attention.pooling.csa_compress import Compressor, compressed, entry_documents, entry_positions
-from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention
+from lightsparse.attention.sharded_call import own_rows, sequence_length, sharded_attention_with_lse
 from lightsparse.context_parallel.shard import sum_over
 from lightsparse.kernels import Dropout
 from lightsparse.patterns import BlockLayout, ElementMask, LocalWindow, Pattern, interval_mask
@@ -146,13 +146,13 @@ class CompressedAttention(FixedPatternAttention):
     def far(
         self, q: Tensor, x: Tensor, near_lse: Tensor, entries: Entries, ctx: SequenceContext, dropout: Dropout | None
     ) -> tuple[Far, AttentionResult]:
-        """Attention of q [B, H, Nq, D] over its entries, and what else the core has to say: aux_loss, stats, choice.
+        """Attention of q [B, H, Nq, D] over its entries, and the aux_loss, stats and choice of that.
 
         near_lse  [B, H, Nq], of the window; there is at least one entry
         """
         raise NotImplementedError(f"{type(self).__name__} has no far")
 
-    @torch.compiler.disable  # tables are made of values
+    @torch.compiler.disable  # tables depend on values
     def all_entries(self, count: int, tokens: Tensor, q_block: int, ctx: SequenceContext) -> BlockLayout:
         """Queries at `tokens` [R] over all of `count` entries that they may read. Layers of the same pass share it."""
         key = ("all entries", count, self.stride, int(tokens[0]), len(tokens), q_block, self.block)
@@ -169,16 +169,14 @@ class CompressedAttention(FixedPatternAttention):
             ctx.layouts[key] = BlockLayout(table, q_block, self.block, mask, no_dense_rows(tokens.device))
         return ctx.layouts[key]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
-        length = sequence_length(k, ctx) if ctx.cached_block_ids is None else ctx.q_start + q.shape[2]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+        length = sequence_length(k, ctx)
         window = self.window_layout(length, ctx, q.device)
         rows = of_cached_keys(own_rows(window, ctx), ctx)
-        dropout = ctx.dropout(
-            self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
-        )
-        near, near_lse = sharded_attention(q, k, v, rows, ctx, dropout=dropout, return_lse=True)
+        dropout = self.dropout(q, ctx)
+        near, near_lse = sharded_attention_with_lse(q, k, v, rows, ctx, dropout=dropout)
         entries = self.entries(x, k.dtype, ctx)
-        assert near_lse is not None and self.sink is not None
+        assert self.sink is not None
         if not entries.count:  # no stride is whole; yet all parameters take part in the loss, or DDP would wait
             nothing = torch.stack([p.sum() for p in self.parameters() if p is not self.sink]).sum() * 0.0
             stats = self.without_entries(x, ctx, self._state(ctx)) | {
@@ -187,10 +185,10 @@ class CompressedAttention(FixedPatternAttention):
             return AttentionResult(with_sink(near, near_lse, self.sink), nothing, {} if ctx.q_start else stats)
         if dropout is not None:
             dropout = Dropout(dropout.rate, chain(dropout.keys, _FAR.to(dropout.keys.device)))
-        far, found = self.far(q, x, near_lse, entries, ctx, dropout)
+        far, report = self.far(q, x, near_lse, entries, ctx, dropout)
         out = with_sink(*merged(near, near_lse, far.out, far.lse), self.sink)
-        stats = found.stats if ctx.q_start else found.stats | {"density": self._density(window, far.area, ctx)}
-        return AttentionResult(out, found.aux_loss, stats, found.choice)
+        stats = report.stats if ctx.q_start else report.stats | {"density": self._density(window, far.area, ctx)}
+        return AttentionResult(out, report.aux_loss, stats, report.choice)
 
     def without_entries(self, x: Tensor, ctx: SequenceContext, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The stats of a sequence that is shorter than a stride."""

@@ -147,8 +147,8 @@ def compressed(compressor: Compressor, x: Tensor, ctx: SequenceContext, state: d
     done, length = ctx.q_start // stride, ctx.q_start + x.shape[1]
     first = max(done - keeps, 0)
     if ctx.q_start:
-        held = tuple(state[key].shape[dim] if key in state else 0 for key, dim in ((name, 2), (f"{name}_x", 1)))
-        if held != (done, ctx.q_start - first * stride):
+        kept = tuple(state[key].shape[dim] if key in state else 0 for key, dim in ((name, 2), (f"{name}_x", 1)))
+        if kept != (done, ctx.q_start - first * stride):
             raise ValueError(
                 f"ctx.q_start is {ctx.q_start} but ctx.states holds no compressed entries of {ctx.q_start} tokens; "
                 "decode with the states of the passes that read those tokens, one KVCache per layer"

@@ -1,7 +1,7 @@
 """NSA's compression: blocks of `block` tokens, one every `stride` of them, each to one summary key and value.
 
 Summary i stands for tokens i · stride … i · stride + block − 1 and can be read once the last of them is past (Yuan et
-al. 2025, arXiv 2502.11089, eq. 7). One that would cross a document's border is read by nobody.
+al. 2025, arXiv 2502.11089, eq. 7). One that would cross a document's border is never read.
 
 Blocks overlap in whole chunks of `stride` tokens. What a chunk adds to each block that it is part of is computed once
 (`parts`) and added up afterwards (`joined`): no block is ever copied out, and ranks exchange parts in place of tokens.

@@ -67,15 +67,15 @@ class SummaryKeys(nn.Module):
 
         self.of_keys, self.of_values = compressor(), compressor()
 
-    @torch.compiler.disable  # how many there are goes by values
+    @torch.compiler.disable  # how many there are depends on values
     def forward(self, k: Tensor, v: Tensor, x: Tensor, n: int, ctx: SequenceContext) -> KeysValues:
         """k, v [B, Hkv, ·, D] of all tokens so far, or of this rank's, and x of the new ones; n tokens so far."""
         raw = KeysValues(k, v) if self.own is None else self.own.exactly(x)
         state = {} if ctx.states is None else ctx.states[self.layer]
-        kept, done = None, 0
+        earlier, done = None, 0
         if ctx.q_start and "summary_k" in state:
-            kept = KeysValues(state["summary_k"], state["summary_v"])
-            done = kept.k.shape[2]
+            earlier = KeysValues(state["summary_k"], state["summary_v"])
+            done = earlier.k.shape[2]
         if self.own is None:
             raw = KeysValues(*(t[:, :, done * self.stride :] for t in raw))
         elif ctx.q_start:
@@ -94,15 +94,15 @@ class SummaryKeys(nn.Module):
             new_k, new_v = (t[:, :, : count - done] for t in (new_k, new_v))  # without those of the padding
             if self.own is not None and ctx.rotary is not None:
                 new_k = ctx.rotary(new_k, self._positions(done, count, ctx.documents, x.device))
-        found = KeysValues(new_k, new_v)
-        if kept is not None:
-            found = KeysValues(torch.cat([kept.k, new_k], 2), torch.cat([kept.v, new_v], 2))
+        summaries = KeysValues(new_k, new_v)
+        if earlier is not None:
+            summaries = KeysValues(torch.cat([earlier.k, new_k], 2), torch.cat([earlier.v, new_v], 2))
         if ctx.states is not None:
-            state["summary_k"], state["summary_v"] = found.k.detach(), found.v.detach()
+            state["summary_k"], state["summary_v"] = summaries.k.detach(), summaries.v.detach()
             if self.own is not None:
                 first = (count - done) * self.stride
                 state["summary_tail"] = torch.cat([t[:, :, first:] for t in raw], -1).detach().contiguous()
-        return found
+        return summaries
 
     def _with_tail(self, raw: KeysValues, state: dict[str, Tensor], done: int, start: int) -> KeysValues:
         """The new tokens, behind those that are not yet in all of their summaries."""

@@ -21,7 +21,7 @@ def with_summaries(x: Tensor, segments: Sequence[Segment], block: int) -> Tensor
     """Keys or values [B, H, N, D] → [B, H, keys of the layout, D]: tokens, then each level's means, zeros in between.
 
     A mean is taken in fp32 (fp64 for fp64), of the finer level's means, which stand for equally many tokens each.
-    Differentiable. Without a level of summaries x comes back as it is.
+    Differentiable. Without a level of summaries x is returned as it is.
     """
     if len(segments) < 2:
         return x
@@ -39,11 +39,11 @@ def with_kept_summaries(
     """`with_summaries` of k and v [B, Hkv, n, D] while decoding: means of tokens that may be gone come from `state`.
 
     length   tokens read so far; k and v end with the last of them
-    strides  of all levels of summaries, finest first: a level is kept before anyone reads it
+    strides  of all levels of summaries, finest first: a level is kept before it is read
     state    what the passes before left there; takes in the means that have become complete
     Raises ValueError where tokens of a new mean are gone, because `state` is not that of the tokens before.
     """
-    found = []
+    both = []
     for name, x in (("keys", k), ("values", v)):
         finer, finer_stride, parts = x, 1, [_padded(x, block)]
         for level, stride in enumerate(strides, start=1):
@@ -67,8 +67,8 @@ def with_kept_summaries(
             if level < len(segments):
                 parts.append(_padded(kept[:, :, : segments[level].count].to(x.dtype), block))
             finer, finer_stride = kept, stride
-        found.append(torch.cat(parts, dim=2) if len(segments) > 1 else x)
-    return found[0], found[1]
+        both.append(torch.cat(parts, dim=2) if len(segments) > 1 else x)
+    return both[0], both[1]
 
 
 def own_segments(tokens: Tensor, segments: Sequence[Segment], block: int) -> tuple[Segment, ...]:
@@ -76,12 +76,12 @@ def own_segments(tokens: Tensor, segments: Sequence[Segment], block: int) -> tup
 
     segments  those of the whole sequence; a level keeps its place though it may have no summary here
     """
-    found: list[Segment] = []
+    own: list[Segment] = []
     for level in segments:
         ids = tokens[: len(tokens) - len(tokens) % level.stride : level.stride] // level.stride
-        first = found[-1].first_block + -(-found[-1].count // block) if found else 0
-        found.append(replace(level, count=int((ids < level.count).sum()), first_block=first))
-    return tuple(found)
+        first = own[-1].first_block + -(-own[-1].count // block) if own else 0
+        own.append(replace(level, count=int((ids < level.count).sum()), first_block=first))
+    return tuple(own)
 
 
 def summary_sources(split: Split, segments: Sequence[Segment], block: int, device: torch.device) -> Sources:
@@ -95,12 +95,12 @@ def summary_sources(split: Split, segments: Sequence[Segment], block: int, devic
     rows_of_rank = []
     for rank in range(split.world):
         tokens = split.tokens(rank)
-        held = own_segments(tokens, segments, block)
-        for level, here in zip(segments, held, strict=True):
+        own = own_segments(tokens, segments, block)
+        for level, here in zip(segments, own, strict=True):
             keys = level.first_block * block + tokens[:: level.stride][: here.count] // level.stride
             rank_of[keys] = rank
             row_of[keys] = here.first_block * block + torch.arange(here.count)
-        rows_of_rank.append(_rows(held, block))
+        rows_of_rank.append(_rows(own, block))
     return Sources(rank_of.to(device)[None], row_of.to(device)[None], tuple(rows_of_rank))
 
 

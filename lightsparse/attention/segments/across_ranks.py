@@ -1,4 +1,4 @@
-"""A rank's share of a gather of dilated segments (segments.py), where several ranks hold the sequence."""
+"""A rank's share of a gather of dilated segments (gather.py), where several ranks hold the sequence."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def _share_of(gather: Gather, batch: int, kv_heads: int, shard: ContextShard) ->
     slots = members(rows, layout.q_block, layout.num_queries)
     of_queries = torch.where(own, row_of, -1)[:, :, slots].expand(batch, -1, -1)
 
-    held = torch.tensor([*shard.split.counts, 0], device=device)[rank_of]  # tokens of the rank that has the key
+    count = torch.tensor([*shard.split.counts, 0], device=device)[rank_of]  # tokens of the rank that has the key
     sample = torch.arange(batch, device=device)[:, None, None]
-    table_rows = (sample * kv_heads + gather.kv_heads[None, :, None]) * held + row_of
+    table_rows = (sample * kv_heads + gather.kv_heads[None, :, None]) * count + row_of
     sources = Sources(
         rank_of.expand(batch, -1, -1).flatten(0, 1),
         table_rows.flatten(0, 1),

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightsparse.attention.selection.row_parts import slices
 from lightsparse.attention.selection.top_blocks import Documents
 
-_WEIGHTS = 1 << 20  # of query–key pairs held at once
+_WEIGHTS = 1 << 20  # of query–key pairs in memory at once
 
 
 class BlockKL(NamedTuple):
@@ -73,8 +74,7 @@ class _BlockKL(torch.autograd.Function):
         sums = gate_q.new_zeros(3)
         grad_q, grad_k = torch.zeros_like(gate_q), torch.zeros_like(gate_k)
         at_once = max(_WEIGHTS // (batch * heads * keys.k.shape[2]), 1)
-        for start in range(0, rows, at_once):
-            part = slice(start, min(start + at_once, rows))
+        for part in slices(rows, at_once):
             columns = int(keys.tokens[part.stop - 1]) // keys.block  # blocks before the last row's own one
             if columns == 0:
                 continue
@@ -106,7 +106,7 @@ class _BlockKL(torch.autograd.Function):
 def _log_target(keys: _Keys, part: slice, columns: int) -> tuple[Tensor, Tensor]:
     """Logarithm of the target [B, Hkv, R, C] of some rows, and which blocks each can choose, bool [B|1, 1, R, C].
 
-    Of a block that cannot be chosen the logarithm means nothing.
+    The entries of blocks that cannot be chosen are meaningless.
     """
     tokens, block = keys.tokens[part], keys.block
     reach = (int(tokens[-1]) // block + 1) * block

@@ -3,7 +3,7 @@
     I[t, s] = Σ_j w[t, j] · ReLU(⟨q[t, j], k[s]⟩)
 
 One index key is shared by all index heads, and the choice by all heads of the attention. DSA's keys are those of tokens
-(LayerNorm, then rotated: `Indexer`), CSA's those of compressed entries (csa_index.py). Everything is computed in fp32
+(LayerNorm, then rotated: `Indexer`), CSA's those of compressed entries (csa.py). Everything is computed in fp32
 at least, whatever autocast and parameters say, from x detached: what the indexer learns changes nothing before it.
 
 Shapes: B batch, R queries (rows), J index heads, F index width, C keys (columns), K entries of a row's table.

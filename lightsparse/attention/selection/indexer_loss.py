@@ -17,7 +17,6 @@ Shapes: those of indexer.py, and H heads, g query heads of a key/value head, D h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightsparse.attention.selection.indexer import Index, Scores, chosen_columns, products
+from lightsparse.attention.selection.row_parts import slices
 from lightsparse.patterns import ElementMask
 
 _ROWS = 64  # a chunk's scores of all columns; more rows are no faster
@@ -46,10 +46,10 @@ class Keys(NamedTuple):
         return Keys(self.q[:, :, rows], self.k[:, :, :columns], rest)
 
 
-class Found(NamedTuple):
+class IndexerResult(NamedTuple):
     table: Tensor  # int32 [B, R, K]
     divergence: Tensor  # sum over rows of KL(p ‖ softmax I), in nats, differentiable in the index
-    uniform: Tensor  # the same for equal weights in place of softmax I: what knowing nothing costs
+    uniform: Tensor  # the same for equal weights in place of softmax I: the loss of an indexer that knows nothing
     rows: Tensor  # how many rows of all samples see any key; the others have no divergence
 
 
@@ -58,12 +58,12 @@ def choose(index: Index, mask: ElementMask, top_k: int) -> Tensor:
     return _walk(index, mask, top_k, None, dense=False).table
 
 
-def choose_and_learn(index: Index, mask: ElementMask, top_k: int, attention: Keys) -> Found:
+def choose_and_learn(index: Index, mask: ElementMask, top_k: int, attention: Keys) -> IndexerResult:
     """The choice, and the loss over what is chosen."""
     return _learnt(index, _walk(index, mask, top_k, attention, dense=False))
 
 
-def learn_from_dense(index: Index, mask: ElementMask, attention: Keys) -> Found:
+def learn_from_dense(index: Index, mask: ElementMask, attention: Keys) -> IndexerResult:
     """The loss over everything visible; nothing is chosen, the table has no entries."""
     return _learnt(index, _walk(index, mask, 0, attention, dense=True))
 
@@ -74,12 +74,12 @@ class _Walked(NamedTuple):
     gradients: Index  # of the divergence
 
 
-def _learnt(index: Index, found: _Walked) -> Found:
-    divergence, uniform, rows = found.sums
-    return Found(found.table, _Known.apply(divergence, *index, *found.gradients), uniform, rows)
+def _learnt(index: Index, walked: _Walked) -> IndexerResult:
+    divergence, uniform, rows = walked.sums
+    return IndexerResult(walked.table, _Known.apply(divergence, *index, *walked.gradients), uniform, rows)
 
 
-@torch.compiler.disable  # it goes by values
+@torch.compiler.disable  # depends on values
 @torch.no_grad()
 def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *, dense: bool) -> _Walked:
     """Rows in chunks; mask has the rows of the queries and all columns, and is causal."""
@@ -91,7 +91,7 @@ def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *
         if attention is not None:
             q, k, rest = attention
             attention = Keys(q.to(index.q), k.to(index.q), None if rest is None else rest.to(index.q))
-        for part in _chunks(rows, max(_ROWS // batch, 1)):
+        for part in slices(rows, max(_ROWS // batch, 1)):
             seen = max(int((mask.visible_from <= mask.q_pos[:, part].max()).sum()), 1)  # columns of the chunk
             now = Index(index.q[:, part], index.weight[:, part], index.keys[:, :seen])
             among = _visible(mask, part, seen)
@@ -107,7 +107,7 @@ def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *
                 sums += _learn(now, scores, chosen, to, of, None)
                 continue
             widest = max(index.keys.shape[2], to.k.shape[3])
-            for few in _chunks(table.shape[1], max(_ROWS * columns // (batch * width * widest), 1)):
+            for few in slices(table.shape[1], max(_ROWS * columns // (batch * width * widest), 1)):
                 ids = table[:, few].clamp(min=0).long()
                 own = Index(now.q[:, few], now.weight[:, few], _taken(now.keys, ids))
                 grads = Index(of.q[:, few], of.weight[:, few], of.keys)
@@ -124,13 +124,13 @@ def _learn(now: Index, scores: Scores, chosen: Tensor, attention: Keys, grads: I
     kept = chosen.to(scores.total.dtype)
     hidden, count = (1 - kept).mul_(_HIDDEN), kept.sum(-1)
     p = _attention_share(attention, hidden, ids).mul_(kept)
-    found = scores.total.add(hidden)
-    log_found = found.log_softmax(-1)
+    masked = scores.total.add(hidden)
+    log_masked = masked.log_softmax(-1)
     negative_entropy = p.clamp(min=torch.finfo(p.dtype).tiny).log_().mul_(p).sum()
-    divergence = negative_entropy - (p * log_found).sum()
+    divergence = negative_entropy - (p * log_masked).sum()
     uniform = negative_entropy + count.clamp(min=1).log().sum()
 
-    d_scores = found.softmax(-1).mul_(kept).sub_(p)
+    d_scores = masked.softmax(-1).mul_(kept).sub_(p)
     for j, product in enumerate(scores.products):
         grads.weight[:, :, j] = (d_scores * product).sum(-1)
         d_product = (d_scores * now.weight[:, :, j, None]).mul_(product.sign_())  # 0 or 1
@@ -186,11 +186,6 @@ def _taken(x: Tensor, ids: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (first + ids).flatten()).unflatten(0, ids.shape)
 
 
-def _chunks(rows: int, at_once: int) -> Iterator[slice]:
-    for start in range(0, rows, at_once):
-        yield slice(start, min(start + at_once, rows))
-
-
 class _Known(torch.autograd.Function):
     """A number whose gradients are known already."""
 
@@ -202,5 +197,5 @@ class _Known(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        gradients = ctx.saved_tensors  # only once: recomputation hands them out once
+        gradients = ctx.saved_tensors  # read once: under recomputation they can be unpacked only once
         return None, *(grad * of for of in gradients), *(None for _ in gradients)

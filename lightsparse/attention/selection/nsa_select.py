@@ -20,9 +20,10 @@ from torch import Tensor
 
 from lightsparse.attention.pooling.nsa_compress import complete, last_tokens, whole
 from lightsparse.attention.selection.router import best, listed
+from lightsparse.attention.selection.row_parts import slices
 from lightsparse.patterns.mask import document_starts
 
-_SCORES = 1 << 17  # held at once
+_SCORES = 1 << 17  # in memory at once
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,13 @@ class Selector:
         apart = None if documents is None else whole(keys.shape[2], self.compress_block, self.stride, documents)
         width = min(self.top, -(-length // self.block))
         at_once = max(_SCORES // (batch * heads * max(keys.shape[2], 1)), 1)
-        found = []
-        for at in torch.arange(rows).split(at_once):
-            part = slice(int(at[0]), int(at[-1]) + 1)
+        tables = []
+        for part in slices(rows, at_once):
             t = tokens[part]
             of_blocks = self._importance_of(q[:, :, part], keys, t, documents, apart)
             begins = None if starts is None else starts[:, t]
-            found.append(self._chosen(of_blocks, t, begins, width))
-        return torch.cat(found, 2) if found else tokens.new_empty(batch, keys.shape[1], 0, width, dtype=torch.int32)
+            tables.append(self._chosen(of_blocks, t, begins, width))
+        return torch.cat(tables, 2) if tables else tokens.new_empty(batch, keys.shape[1], 0, width, dtype=torch.int32)
 
     def _importance_of(
         self, q: Tensor, keys: Tensor, t: Tensor, documents: Tensor | None, within: Tensor | None

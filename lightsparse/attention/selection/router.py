@@ -58,17 +58,17 @@ class BlockRouter(nn.Module):
         self.offset = nn.Parameter(torch.full((heads,), math.log(share / (1 - share))))
         self.theta = nn.Parameter(torch.zeros(heads))
 
-    def projected(self, found: Summaries) -> Summaries:
+    def projected(self, means: Summaries) -> Summaries:
         """The same with features [B, H, R|C, F] in place of means; the product of two is their score, without b."""
-        late = found.query_late is not None and found.key_late is not None
+        late = means.query_late is not None and means.key_late is not None
         return Summaries(
-            self._features(found.query, self.query),
-            self._features(found.key, self.key),
-            self._features(found.query_late, self.query) if late else None,
-            self._features(found.key_late, self.key) if late else None,
-            found.first,
-            found.last,
-            found.first_row,
+            self._features(means.query, self.query),
+            self._features(means.key, self.key),
+            self._features(means.query_late, self.query) if late else None,
+            self._features(means.key_late, self.key) if late else None,
+            means.first,
+            means.last,
+            means.first_row,
         )
 
     def _features(self, means_BHRD: Tensor | None, weight_HEF: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class BlockRouter(nn.Module):
 
 
 def candidates(of: Summaries, row_R: Tensor, column_C: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Blocks before the row, and after it, that hold tokens of a document the row goes on with: bool [B|1, 1, R, C]."""
+    """Blocks before the row with tokens of its first document, and after it of its last one: bool [B|1, 1, R, C]."""
     earlier = (column_C < row_R[:, None])[None, None]
     later = (column_C > row_R[:, None])[None, None] & (not causal)
     if of.first is not None and of.last is not None:

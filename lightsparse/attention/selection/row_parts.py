@@ -1,7 +1,7 @@
 """Attention of queries that each have a list of key blocks of their own, a part of the queries at a time.
 
-The lists of a long sequence are never held whole: those of a part are chosen, used, forgotten, and chosen again for the
-backward pass.
+The lists of a long sequence are never all in memory: those of a part are chosen, used, dropped, and chosen again for
+the backward pass.
 
 Shapes: B batch, H query heads, S heads that choose, n queries of this pass, R of a part, D head dim, K entries of a
 list.
@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from lightsparse.attention.core import SequenceContext
 from lightsparse.attention.sharded_call import sharded_attention
 from lightsparse.kernels import Dropout
-from lightsparse.patterns import BlockLayout, interval_mask
+from lightsparse.patterns import BlockLayout, ElementMask, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 
-_TABLE = 1 << 24  # entries of the lists held at once
+_TABLE = 1 << 24  # entries of the lists in memory at once
 
 
 class BlockSelection(NamedTuple):
@@ -75,27 +75,37 @@ def attend_in_parts(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, part: slice) -> RowPart:
         layout, tokens = layout_of(part)
-        out, _ = sharded_attention(q, k, v, layout, ctx, dropout=dropout)
+        out = sharded_attention(q, k, v, layout, ctx, dropout=dropout)
         ends = (tokens % block == block - 1) | (tokens == length - 1)
         return RowPart(out, *layout.areas(), layout.kv_indices[:, :, ends])
 
     parts = []
-    for part in _parts(q.shape[2], entries, block, ctx):
+    for part in row_parts(q.shape[2], entries, block, _TABLE, ctx):
         keys = k.shape[2] if part.stop == q.shape[2] else ctx.q_start + part.stop  # up to the last query's own
-        given = (q[:, :, part], k[:, :, :keys], v[:, :, :keys], part)
+        arguments = (q[:, :, part], k[:, :, :keys], v[:, :, :keys], part)
         if torch.is_grad_enabled() and part.stop - part.start < q.shape[2]:
-            parts.append(checkpoint(attend, *given, use_reentrant=False, preserve_rng_state=False))
+            parts.append(checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
-            parts.append(attend(*given))
+            parts.append(attend(*arguments))
     if len(parts) == 1:
         return parts[0]
     out, computed, dense, choice = zip(*parts, strict=True)
     return RowPart(torch.cat(out, 2), torch.stack(computed).sum(0), torch.stack(dense).sum(0), torch.cat(choice, 2))
 
 
-def _parts(queries: int, entries: int, block: int, ctx: SequenceContext) -> list[slice]:
-    """Whole blocks of queries whose lists are held at once; ranks that share a sequence take all of theirs, in step."""
-    at_once = max(_TABLE // entries // block, 1) * block
-    if ctx.shard is not None or queries <= at_once:
-        return [slice(0, queries)]
-    return [slice(start, min(start + at_once, queries)) for start in range(0, queries, at_once)]
+def row_parts(queries: int, entries: int, block: int, most: int, ctx: SequenceContext) -> list[slice]:
+    """Whole blocks of queries, whose lists of `entries` entries each are together no longer than `most`.
+
+    Ranks that share a sequence take all of their queries at once, so that they stay in step.
+    """
+    return slices(queries, queries if ctx.shard is not None else max(most // entries // block, 1) * block)
+
+
+def slices(count: int, at_once: int) -> list[slice]:
+    """0 … count − 1, `at_once` at a time."""
+    return [slice(start, min(start + at_once, count)) for start in range(0, count, at_once)]
+
+
+def single_rows(table: Tensor, mask: ElementMask) -> BlockLayout:
+    """Rows of single queries that read single keys, those of a table [B, R, K]."""
+    return BlockLayout(table[:, None], 1, 1, mask, no_dense_rows(table.device))

@@ -1,6 +1,6 @@
 """Base of the variants in which every token reads a few key blocks of its own choice, by a score per block.
 
-A subclass says what is multiplied to a score (`scored`) and, if it learns to choose, by which loss (`learned`).
+A subclass says which product is the score (`scored`) and, if it learns to choose, by which loss (`learned`).
 Shapes: B batch, H query heads, S heads that choose (all query heads, or one per key/value head), n queries of a pass,
 C key blocks, F width of what is multiplied, K entries of a query's table.
 """
@@ -74,10 +74,10 @@ class TokenBlocksAttention(StagedAttention):
         warn_if_dense("attention.top_k × attention.block", config.top_k * config.block, shape.context)
 
     def scored(self, q: Tensor, k: Tensor, ctx: SequenceContext) -> Scored:
-        """What the choice is made by, from q [B, H, n, D] and k [B, Hkv, Nkv, D]; changes nothing, not even ctx."""
+        """What the choice is made by, from q [B, H, n, D] and k [B, Hkv, Nkv, D]; changes no state, not even ctx."""
         raise NotImplementedError(f"{type(self).__name__} has no scored()")
 
-    def keep(self, found: Scored, length: int, state: dict[str, Tensor]) -> None:
+    def keep(self, scored: Scored, length: int, state: dict[str, Tensor]) -> None:
         """Put into the layer's decoding state what the next pass needs, `length` tokens having been read."""
         raise NotImplementedError(f"{type(self).__name__} has no keep()")
 
@@ -86,7 +86,7 @@ class TokenBlocksAttention(StagedAttention):
         return None, {}
 
     def rule(self) -> Rule:
-        """What else a choice has to keep to."""
+        """Further constraints on the choice."""
         return Rule()
 
     def split_granularity(self) -> int:
@@ -99,42 +99,40 @@ class TokenBlocksAttention(StagedAttention):
         of_unit = max(unit // block, 1)
         return [float(sum(blocks[i : i + of_unit])) for i in range(0, len(blocks), of_unit)]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, ctx: SequenceContext) -> AttentionResult:
         if self.dense_now and ctx.states is not None:
             return self.dense(q, k, v, x=x, ctx=ctx)
-        found, n = self.scored(q, k, ctx), sequence_length(k, ctx)
+        scored, n = self.scored(q, k, ctx), sequence_length(k, ctx)
         if ctx.states is not None:
-            self.keep(found, n, ctx.states[self.shape.layer])
+            self.keep(scored, n, ctx.states[self.shape.layer])
         if self.dense_now:
             whole = self.dense(q, k, v, x=x, ctx=ctx)
             out, density, choice = whole.out, whole.stats.get("density"), None
         else:
-            out, density, choice = self._sparse(q, k, v, found, n, ctx)
+            out, density, choice = self._sparse(q, k, v, scored, n, ctx)
         if ctx.q_start or density is None:
             return AttentionResult(out)
         if choice is None:
             ends = torch.arange(self.options.block, n + self.options.block, self.options.block, device=q.device) - 1
-            choice = self._choice_at(found, ends.clamp(max=n - 1), n, ctx)
+            choice = self._choice_at(scored, ends.clamp(max=n - 1), n, ctx)
         at = sampled_queries(n, q.device)
-        table = self.choose(queries_at(found.queries, at, ctx), found.blocks, at, ctx)
+        table = self.choose(queries_at(scored.queries, at, ctx), scored.blocks, at, ctx)
         table = table.repeat_interleave(q.shape[1] // table.shape[1], 1)
         kept = kept_mass(queries_at(q, at, ctx), k, table, at, self.options.block, ctx)
         aux_loss, report = self.learned(q, k, ctx)
         return AttentionResult(out, aux_loss, {"density": density, "kept_mass": kept, **report}, choice)
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, found: Scored, n: int, ctx: SequenceContext
+        self, q: Tensor, k: Tensor, v: Tensor, scored: Scored, n: int, ctx: SequenceContext
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output, density and choice."""
         block = self.options.block
 
         def layout_of(part: slice) -> tuple[BlockLayout, Tensor]:
-            of_part = found._replace(queries=found.queries[:, :, part])
+            of_part = scored._replace(queries=scored.queries[:, :, part])
             return self._layout(of_part, ctx.q_start + part.start, n, ctx)
 
-        dropout = ctx.dropout(
-            self.options.dropout, layer=self.shape.layer, training=self.training, batch=len(q), device=q.device
-        )
+        dropout = self.dropout(q, ctx)
         entries = q.shape[0] * q.shape[1] * min(self.options.top_k, -(-n // block))
         whole = attend_in_parts(layout_of, q, k, v, entries, block, n, ctx, dropout)
         area, of_dense = whole.computed, whole.dense
@@ -142,31 +140,31 @@ class TokenBlocksAttention(StagedAttention):
             area, of_dense = sum_over(area, ctx.shard), sum_over(of_dense, ctx.shard)
         return whole.out, (area / of_dense[:, None]).mean().float(), whole.choice
 
-    def _layout(self, found: Scored, first: int, length: int, ctx: SequenceContext) -> tuple[BlockLayout, Tensor]:
+    def _layout(self, scored: Scored, first: int, length: int, ctx: SequenceContext) -> tuple[BlockLayout, Tensor]:
         """What these queries read, and their places in the sequence."""
         return row_layout(
-            lambda tokens: self.choose(found.queries, found.blocks, tokens, ctx),
-            found.queries.shape[2],
+            lambda tokens: self.choose(scored.queries, scored.blocks, tokens, ctx),
+            scored.queries.shape[2],
             first,
             length,
             self.options.block,
             ctx,
         )
 
-    @torch.compiler.disable  # places of this rank's tokens: it goes by values
-    def _choice_at(self, found: Scored, at: Tensor, n: int, ctx: SequenceContext) -> Tensor:
-        """What the queries at some places of the sequence chose, of those that are here."""
+    @torch.compiler.disable  # depends on the places of this rank's tokens
+    def _choice_at(self, scored: Scored, at: Tensor, n: int, ctx: SequenceContext) -> Tensor:
+        """The choice of the queries at some places of the sequence, of those on this rank."""
         if ctx.shard is not None:
             tokens = ctx.shard.tokens.to(at.device)
             at = at[torch.isin(at, tokens)]
-            return self.choose(found.queries[:, :, torch.searchsorted(tokens, at)], found.blocks, at, ctx)
-        return self.choose(found.queries[:, :, at], found.blocks, at, ctx)
+            return self.choose(scored.queries[:, :, torch.searchsorted(tokens, at)], scored.blocks, at, ctx)
+        return self.choose(scored.queries[:, :, at], scored.blocks, at, ctx)
 
     def select(self, q: Tensor, k: Tensor, x: Tensor, ctx: SequenceContext) -> BlockSelection:
-        """What forward reads outside of a dense stage; x plays no part. The table of all queries at once."""
+        """What attend reads outside of a dense stage, the table of all queries at once; x is not used."""
         return BlockSelection(self._layout(self.scored(q, k, ctx), ctx.q_start, sequence_length(k, ctx), ctx)[0])
 
-    @torch.compiler.disable  # it goes by values
+    @torch.compiler.disable  # depends on values
     @torch.no_grad()
     def choose(self, queries: Tensor, blocks: Tensor, tokens: Tensor, ctx: SequenceContext) -> Tensor:
         """The table of some queries [B, S, R, F] at `tokens` [R], ascending: int32 [B, S, R, K].

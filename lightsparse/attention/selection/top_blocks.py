@@ -7,15 +7,15 @@ Shapes: B batch, H query heads, R queries (rows), C key blocks (columns), D head
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightsparse.attention.selection.router import best, listed
+from lightsparse.attention.selection.row_parts import slices
 
-_SCORES = 1 << 17  # held at once
+_SCORES = 1 << 17  # in memory at once
 _ONE_BY_ONE = 4  # up to so many maxima are faster one after the other than by topk (measured: 64 … 512 blocks)
 
 
@@ -25,8 +25,8 @@ class Documents(NamedTuple):
 
 
 class Rule(NamedTuple):
-    threshold: float = 0.0  # a block comes only with at least this share in the softmax over all that could be chosen
-    first: bool = False  # the first block that could be chosen (the document's) always comes, and counts
+    threshold: float = 0.0  # a block is read only with at least this share in the softmax over all that could be chosen
+    first: bool = False  # the first block that could be chosen (the document's) is always read, and counted in top_k
 
 
 PLAIN = Rule()
@@ -44,18 +44,13 @@ def top_blocks(
     """Own block and the top_k − 1 best before it, ascending, −1 padded: int32 [B, H, R, width].
 
     q          [B, H, R, D]; of_blocks [B, Hkv, C, D]: the score of a pair is their product
-    own_R      int64 [R]: the block that a query stands in, ascending; it always comes, and counts
+    own_R      int64 [R]: the block that a query stands in, ascending; always read, and counted in top_k
     width      entries of a row: at least min(top_k, C)
     """
     batch, heads, rows, _ = q.shape
     at_once = max(_SCORES // (batch * heads * max(of_blocks.shape[2], 1)), 1)
-    parts = [_chosen(q, of_blocks, own_R, top_k, width, documents, rule, part) for part in _parts(rows, at_once)]
+    parts = [_chosen(q, of_blocks, own_R, top_k, width, documents, rule, part) for part in slices(rows, at_once)]
     return torch.cat(parts, 2) if parts else own_R.new_empty(batch, heads, 0, width, dtype=torch.int32)
-
-
-def _parts(rows: int, at_once: int) -> Iterator[slice]:
-    for start in range(0, rows, at_once):
-        yield slice(start, min(start + at_once, rows))
 
 
 def _chosen(
@@ -84,7 +79,7 @@ def _chosen(
     scores.masked_fill_(~before, -math.inf)
     scores, before = _by_rule(scores, before, rule)
     ids = _highest(scores, most)
-    if ids is None:  # equal scores at the border of the choice: the exact way
+    if ids is None:  # equal scores at the border of the choice need the exact way
         ids = listed(best(scores, before.expand(scores.shape), most), most).long()
     ids = torch.where(ids < 0, own[:, None] + 1, ids)  # of a row with fewer candidates; behind the own block
     ids = torch.cat([ids, own[:, None].expand(*ids.shape[:3], 1)], -1).sort(-1).values
@@ -107,12 +102,12 @@ def _by_rule(scores: Tensor, before: Tensor, rule: Rule) -> tuple[Tensor, Tensor
 def _highest(scores: Tensor, most: int) -> Tensor | None:
     """Indices of the `most` highest, −1 for scores of −inf: [.., most]; None where equal ones make that ambiguous."""
     if most <= _ONE_BY_ONE:
-        scores, found = scores.clone(), []
+        scores, ids = scores.clone(), []
         for _ in range(most):
-            value, index = scores.max(-1, keepdim=True)  # of equal ones the first
-            found.append(torch.where(value == -math.inf, -1, index))
+            value, index = scores.max(-1, keepdim=True)  # the first of equal ones
+            ids.append(torch.where(value == -math.inf, -1, index))
             scores.scatter_(-1, index, -math.inf)
-        return torch.cat(found, -1)
+        return torch.cat(ids, -1)
     value, index = scores.topk(most, -1)
     lowest = value[..., -1:]
     if bool(((scores >= lowest).sum(-1, keepdim=True) > most).logical_and(lowest > -math.inf).any()):

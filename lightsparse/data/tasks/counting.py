@@ -38,6 +38,7 @@ class _Counting(TextTask):
 class CommonWords(_Counting):
     """`common` words `repeats` times each among as many others, `others_repeats` times each, as fit; all shuffled."""
 
+    context: int = 8192
     common: int = 10
     repeats: int = 30
     others_repeats: int = 3

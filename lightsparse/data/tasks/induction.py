@@ -7,6 +7,7 @@ table 11: vocabulary 16, trained at 256, tested at up to a million.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lightsparse.data.tasks.draws import Draws
 from lightsparse.data.tasks.task import Example, TaskConfig, no_labels
@@ -16,6 +17,10 @@ from lightsparse.data.tasks.task import Example, TaskConfig, no_labels
 class InductionHead(TaskConfig):
     """data.context tokens, the last id of the vocabulary is the special one; asked is the last label."""
 
+    context: int = 30
+    batch_size: int = 32
+    examples: int = 5000
+    loss: Literal["answer", "all"] = "all"
     vocabulary: int = 20
 
     def __post_init__(self) -> None:

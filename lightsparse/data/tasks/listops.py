@@ -35,6 +35,9 @@ class _TooLongError(Exception):
 class ListOps(TaskConfig):
     """An expression, "=" and padding, data.context tokens; asked is the label of "="."""
 
+    context: int = 2048
+    batch_size: int = 8
+    examples: int = 96_000
     min_length: int = 500  # tokens of an expression, more than
     max_length: int = 2000  # tokens of an expression, fewer than
     max_depth: int = 10  # of nested expressions

@@ -20,6 +20,8 @@ from lightsparse.data.tasks.task import Example, TaskConfig, no_labels
 class MultiQueryRecall(TaskConfig):
     """data.context tokens: `pairs` pairs, then `pairs` asked keys among others; asked is the label of each."""
 
+    context: int = 64
+    batch_size: int = 512
     vocabulary: int = 8192
     pairs: int = 4
     power: float = 0.01  # a: the smaller, the nearer to the pairs the questions stand

@@ -8,6 +8,7 @@ repetition, so that guessing is right in 1 of s cases: 25% with the vocabulary o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +20,10 @@ from lightsparse.data.tasks.task import Example, TaskConfig, no_labels
 class AssociativeRecall(TaskConfig):
     """data.context tokens: pairs, mark, key; asked is the last label. An odd context starts with a mark."""
 
+    context: int = 40
+    batch_size: int = 32
+    examples: int = 5000
+    loss: Literal["answer", "all"] = "all"
     vocabulary: int = 20
 
     def __post_init__(self) -> None:

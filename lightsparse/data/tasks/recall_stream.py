@@ -25,6 +25,8 @@ class RecallStream(TaskConfig):
     1 / (keys that may come) per pair.
     """
 
+    context: int = 512
+    batch_size: int = 8
     vocabulary: int = 128
     pairs: int = 64  # keys with a value in a text
     nearest: int = 96  # tokens from a key back to the same key at least

@@ -20,6 +20,7 @@ _NOISE, _MARK = 0, 1
 class SelectiveCopy(TaskConfig):
     """data.context tokens, the last `symbols` of which are marks; the i-th mark's label is the i-th symbol."""
 
+    batch_size: int = 8
     vocabulary: int = 16
     symbols: int = 16
 

@@ -62,7 +62,7 @@ class TextTask(TaskConfig):
     """A task in text. It makes `problem`; the filler is as long as data.context allows, the answer its last tokens."""
 
     depth: float | None = None  # share of the filler before what is asked, in [0, 1]; null = drawn from 40
-    tokenizer: TokenizerConfig = field(default_factory=Bytes)  # the choice tokenizer=…, which the whole config hands on
+    tokenizer: TokenizerConfig = field(default=Bytes(), metadata={"key": False})  # the choice tokenizer=…
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
 """Writing checkpoints beside training: the state is copied, and written, flushed and named in a thread of its own.
 
 Training waits for the copy only. One checkpoint is under way at a time: the next one waits for it, and the end of a run
-waits `timeout` seconds at most. What goes wrong while writing is raised in the training thread, at its next step.
+waits `timeout` seconds at most. An error while writing is raised in the training thread, at its next step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from lightsparse.distributed import sharded_files
 from lightsparse.distributed.sharded_files import Shards
 from lightsparse.training.checkpoints.files import read_checkpoint
 from lightsparse.utils.atomic_files import atomic_write, partial_name, sync_folder
+from lightsparse.utils.compat.torch import REFUSED_OBJECT
 
 Then = Callable[[], None]
 _THREAD = "checkpoint"
@@ -47,7 +47,6 @@ class CheckpointWriter(CheckpointIO):
 
     def __init__(self, background: bool, timeout: float) -> None:
         self.background, self.timeout = background, timeout
-        self.stalled_s = 0.0  # seconds that training has waited for checkpoints, copies included
         self._stage = _Stage()
         self._is_readable = False  # whether a first checkpoint has been read back
         self._thread: threading.Thread | None = None
@@ -57,7 +56,7 @@ class CheckpointWriter(CheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Then | None = None
     ) -> None:
         """One file, from one rank."""
-        started, path = time.perf_counter(), Path(path)
+        path = Path(path)
         self.finish()
         content = self._stage.copy(checkpoint) if self.background else checkpoint
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,13 +72,11 @@ class CheckpointWriter(CheckpointIO):
                 storage_options()
 
         self._run(write)
-        self.stalled_s += time.perf_counter() - started
 
     def save_shards(
         self, rest: Any, shards: Shards, path: Path, group: dist.ProcessGroup, is_first: bool, then: Then | None
     ) -> None:
         """One folder, from all ranks, each of which calls this."""
-        started = time.perf_counter()
         self.finish()
         partial = path.with_name(partial_name(path.name, "ranks"))
         if is_first:
@@ -104,7 +101,6 @@ class CheckpointWriter(CheckpointIO):
                 then()
 
         self._run(write)
-        self.stalled_s += time.perf_counter() - started
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -140,15 +136,15 @@ class CheckpointWriter(CheckpointIO):
             torch.load(file, map_location="meta", weights_only=True)
         except pickle.UnpicklingError as error:
             raise TypeError(
-                f"{file} holds what is not read back with weights_only, from a callback's state: use numbers, text, "
-                f"tensors, lists and dicts there ({str(error).partition('WeightsUnpickler error: ')[2][:120]})"
+                f"{file} holds a value of a callback's state that weights_only does not read back; use numbers, text, "
+                f"tensors, lists and dicts there ({str(error).partition(REFUSED_OBJECT)[2][:120]})"
             ) from error
         self._is_readable = True
 
     def _run(self, job: Callable[[], None]) -> None:
         if not self.background:
             return job()
-        # A daemon: the second Ctrl-C leaves without waiting for it; what it leaves half-written bears no valid name.
+        # A daemon: the second Ctrl-C leaves without waiting for it; a half-written checkpoint has no valid name.
         self._thread = threading.Thread(target=self._guarded, args=(job,), name=_THREAD, daemon=True)
         self._thread.start()
 
@@ -182,11 +178,11 @@ class _Stage:
 
     def _copied(self, node: Any, path: tuple[Any, ...], used: dict[tuple[Any, ...], Tensor]) -> Any:
         if isinstance(node, Tensor):
-            kept = self._buffers.get(path)
-            if kept is None or kept.shape != node.shape or kept.dtype != node.dtype:
-                kept = torch.empty(node.shape, dtype=node.dtype)
-            used[path] = kept
-            return kept.copy_(node.detach())
+            buffer = self._buffers.get(path)
+            if buffer is None or buffer.shape != node.shape or buffer.dtype != node.dtype:
+                buffer = torch.empty(node.shape, dtype=node.dtype)
+            used[path] = buffer
+            return buffer.copy_(node.detach())
         if isinstance(node, Mapping):
             return {key: self._copied(value, (*path, key), used) for key, value in node.items()}
         if isinstance(node, list | tuple):

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's numbers are numbers: one NaN in an embedding spreads over every later step."""
+"""Whether a checkpoint is finite: one NaN in an embedding spreads over every later step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHECKED = ("state_dict", "optimizer_states")  # what training goes on from; losses elsewhere may be nan by definition
+_CHECKED = ("state_dict", "optimizer_states")  # what training resumes from; losses elsewhere may be NaN by definition
 
 
 def not_finite(checkpoint: Mapping[str, Any]) -> str | None:

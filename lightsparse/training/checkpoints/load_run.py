@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from lightsparse.config.parse import parse
 from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
@@ -33,24 +31,22 @@ def load_run(directory: Path | str, step: int | None = None) -> TrainedRun:
     and where that one is damaged.
     """
     config = stored_config(directory)
-    found, file = _checkpoint(RunDirectory(Path(directory)), step)
+    saved, file = _checkpoint(RunDirectory(Path(directory)), step)
     tokenizer = tokenizer_of(config.data, Path(directory))
     module = language_model(config, tokenizer)
     module.load_state_dict(read_checkpoint(file)["state_dict"])
-    module.model.set_step(max(found - 1, 0), config.trainer.max_steps)  # as the last step of training left it
-    return TrainedRun(config, module.model.eval(), tokenizer, found)
+    module.model.set_step(max(saved - 1, 0), config.trainer.max_steps)  # as the last step of training left it
+    return TrainedRun(config, module.model.eval(), tokenizer, saved)
 
 
 def stored_config(directory: Path | str) -> Config:
-    """The config that a run was started with. Raises ConfigError for a folder without config.yaml."""
-    path = RunDirectory(Path(directory)).config
-    if not path.is_file():
+    """The config that a run was started with. Raises ConfigError for a folder without a sound config.yaml."""
+    run = RunDirectory(Path(directory))
+    if not run.config.is_file():
         raise ConfigError(
             f"run is {directory}, where there is no config.yaml; name a run directory such as runs/<name>"
         )
-    stored = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(stored, dict)  # as the run wrote it
-    return parse({str(key): value for key, value in stored.items()})
+    return parse(run.stored)
 
 
 def _checkpoint(directory: RunDirectory, step: int | None) -> tuple[int, Path]:
@@ -64,8 +60,8 @@ def _checkpoint(directory: RunDirectory, step: int | None) -> tuple[int, Path]:
         return newest
     steps = checkpoint_steps(directory.checkpoints)
     if step not in steps:
-        held = ", ".join(map(str, steps)) or "none"
-        raise ConfigError(f"step is {step}; {directory.path} has checkpoints of steps {held}, or leave step out")
+        known = ", ".join(map(str, steps)) or "none"
+        raise ConfigError(f"step is {step}; {directory.path} has checkpoints of steps {known}, or leave step out")
     damage = damage_of(steps[step])
     if damage is not None:
         raise ConfigError(f"step is {step}, but {steps[step]} is damaged ({damage}); choose another step")

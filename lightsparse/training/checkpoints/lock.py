@@ -1,69 +1,51 @@
-"""One writer per run directory: a lock that the system lets go when its process ends, however it ends."""
+"""One writer per run directory, by its file lock."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
 from pathlib import Path
 
-from lightsparse.config.targets import ConfigError
+from filelock import BaseFileLock
 
-_held: dict[Path, int] = {}  # open as long as the process lives, or until `unlock`
+from lightsparse.config.targets import ConfigError
+from lightsparse.utils.file_lock import LOCK, LockHeldError, sign, take
+
+_held: dict[Path, BaseFileLock] = {}  # hidden state: what this process has taken, until `unlock` or its end
 
 
 def lock(folder: Path) -> bool:
-    """Take the folder for this process; false where it has it already. Raises ConfigError where another one has it.
+    """Take the folder for this process; false where it has it already.
 
-    The file stays, with the name of its last owner; only the lock on it counts. Folders on file systems without locks
-    are refused, too: two writers there would not be noticed.
+    Raises ConfigError where another process has it, and where the system gives no lock.
     """
     folder = folder.resolve()
-    if folder in _held:
+    if _is_ours(folder):
         return False
-    path = folder / ".lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = path.read_text().strip() or "another process"
-        os.close(descriptor)
+        _held[folder] = take(folder, ConfigError)
+    except LockHeldError as error:
         raise ConfigError(
-            f"{folder} is being written by {owner}; wait until it has ended, or use name=<another> to start beside it"
+            f"{folder} is being written by {error}; wait until it has ended, or use name=<another> to start beside it"
         ) from error
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    _held[folder] = descriptor
+    sign(_held[folder])
     return True
 
 
 def holder(folder: Path) -> str | None:
-    """Who else is writing the folder, or None. Looks without taking or writing anything."""
-    path = folder / ".lock"
-    if folder.resolve() in _held or not path.exists():
+    """Who else is writing the folder, or None. Has a free lock for a moment only, and writes nothing."""
+    if _is_ours(folder.resolve()) or not (folder / LOCK).exists():
         return None
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return path.read_text().strip() or "another process"
-    finally:
-        os.close(descriptor)
+        take(folder, ConfigError).release()
+    except LockHeldError as error:
+        return str(error)
     return None
 
 
 def unlock(folder: Path) -> None:
     """Let others write."""
-    descriptor = _held.pop(folder.resolve(), None)
-    if descriptor is not None:
-        os.close(descriptor)
+    if (lock := _held.pop(folder.resolve(), None)) is not None:
+        lock.release()
 
 
-def _forget() -> None:
-    """A forked worker must not hold the lock after its parent has ended."""
-    for descriptor in _held.values():
-        os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_forget)
+def _is_ours(folder: Path) -> bool:
+    return folder in _held and _held[folder].is_locked  # a forked worker has the entry and not the lock

@@ -26,7 +26,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on where `random_state` was taken; devices that were not there then keep their own state."""
+    """Continue from where `random_state` was taken; devices that it did not see keep their own state."""
     version, inner, gauss = state["python"]
     random.setstate((version, tuple(inner), gauss))
     kind, keys, *rest = state["numpy"]

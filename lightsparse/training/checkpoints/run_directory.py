@@ -1,4 +1,4 @@
-"""The run directory: one path known before the start, what lies in it, and whether a run may begin or go on there."""
+"""The run directory: one path known before the start, what lies in it, and whether a run may start or resume there."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightsparse.config.run_identity import differences
+from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.distributed.environment import is_first_rank
 from lightsparse.training.checkpoints.files import checkpoint_steps, newest_checkpoint
@@ -30,15 +31,23 @@ class Start:
     summary: dict[str, Any] | None = None  # of the finished run
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Everything a run leaves, under one path."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.csv"
+        self.checkpoints = path / "checkpoints"
+        self.plots = path / "plots"
+        self.sample = path / "sample.txt"
+        self.summary = path / "summary.json"
+        self.identity = path / "run_id"  # made on the first rank when the directory is
+        self.sent = path / ".sent"  # the step up to which loggers beside metrics.csv have all rows
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
+    @classmethod
+    def of(cls, config: Config) -> RunDirectory:
+        return cls(Path(config.runs_dir) / config.name)
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -52,44 +61,11 @@ class RunDirectory:
         return {str(key): value for key, value in stored.items()}
 
     @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.csv"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def plots(self) -> Path:
-        return self.path / "plots"
-
-    @property
-    def sample(self) -> Path:
-        return self.path / "sample.txt"
-
-    @property
-    def identity(self) -> Path:
-        return self.path / "run_id"
-
-    @property
     def run_id(self) -> str:
-        """What loggers call this run, the same at every start: made on the first rank when the directory is."""
+        """What loggers call this run, the same at every start."""
         return self.identity.read_text(encoding="utf-8").strip()
 
-    @property
-    def sent(self) -> Path:
-        """The step up to which loggers beside metrics.csv have all rows."""
-        return self.path / ".sent"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    def newest(self) -> tuple[int, Path] | None:
-        """Step and path of the newest whole checkpoint, or None."""
-        return newest_checkpoint(self.checkpoints)
-
-    def open(self, resume: Literal["auto", "must", "never"], raw: Mapping[str, Any], max_steps: int) -> Start:
+    def open(self, config: Config) -> Start:
         """`look`, where nobody else is writing: on the first rank a directory that exists is this process's alone from
         then on, until `lock.unlock`.
 
@@ -98,31 +74,30 @@ class RunDirectory:
         """
         if is_first_rank() and self.path.exists():
             lock(self.path)
-        return self.look(resume, raw, max_steps)
+        return self.look(config)
 
-    def look(self, resume: Literal["auto", "must", "never"], raw: Mapping[str, Any], max_steps: int) -> Start:
-        """Where the run would start from.
+    def look(self, config: Config) -> Start:
+        """Where the run would start from, by config.resume:
 
         auto   from the newest checkpoint, or from nothing when there is none
         must   from the newest checkpoint
         never  from nothing, in a directory that holds no run
-        raw    the composed config, as `prepare` puts it into config.yaml
         Raises ConfigError when the directory does not allow that, or holds a run that trains differently.
         """
-        newest = self.newest()
+        newest = newest_checkpoint(self.checkpoints)
         start = Start(0, None) if newest is None else Start(*newest)
         if is_first_rank():  # the others may come after it has written
-            self._check(resume, start, raw)
+            self._check(config, start)
         summary = self._summary()
-        if summary is not None and is_finished(summary, raw, max_steps):
+        if summary is not None and is_finished(summary, config):
             return replace(start, summary=summary)
         return start
 
-    def prepare(self, raw: Mapping[str, Any]) -> None:
+    def prepare(self, config: Config) -> None:
         """Make the directory and its config.yaml; on the first rank only, after `open`.
 
         It is this process's alone from then on, until `lock.unlock`. Raises ConfigError where another process has
-        begun a run there since `open`.
+        started a run there since `open`.
         """
         for folder in (self.checkpoints, self.plots):
             try:
@@ -134,7 +109,7 @@ class RunDirectory:
                 ) from error
         if lock(self.path) and self.config.exists():
             raise ConfigError(
-                f"{self.path} was begun by another process while this one read its data; use the same command again "
+                f"{self.path} was started by another process while this one read its data; use the same command again "
                 "to continue that run or name=<another> to start beside it"
             )
         for folder in (self.path, self.checkpoints):
@@ -142,27 +117,27 @@ class RunDirectory:
         if not self.identity.exists():
             write_text(self.identity, secrets.token_hex(4) + "\n")
         self.summary.unlink(missing_ok=True)  # of fewer steps: the run is not finished any more
-        write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(raw))))
+        write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(config.composed))))
 
-    def _check(self, resume: str, start: Start, raw: Mapping[str, Any]) -> None:
-        if resume == "never" and self.config.exists():
+    def _check(self, config: Config, start: Start) -> None:
+        if config.resume == "never" and self.config.exists():
             raise ConfigError(
                 f"{self.path} already holds a run at step {start.step}; use resume=auto to continue it or "
                 f"name=<another> to start beside it"
             )
-        if resume == "must" and start.checkpoint is None:
+        if config.resume == "must" and start.checkpoint is None:
             raise ConfigError(
                 f"{self.path} holds no checkpoint and resume is must; use resume=auto to start from nothing"
             )
         damaged = list(checkpoint_steps(self.checkpoints)) if start.checkpoint is None else []
-        if damaged:  # to begin anew would replace what may still be rescued
+        if damaged:  # a new start would replace what may still be rescued
             raise ConfigError(
                 f"{self.path} holds checkpoints of steps {', '.join(map(str, damaged))}, and none of them is whole; "
                 "restore one, remove them all to start from nothing, or use name=<another> to start beside it"
             )
         if start.checkpoint is None or not self.config.exists():
             return
-        changed = differences(self.stored, raw)
+        changed = differences(self.stored, config.composed)
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run with another config; use the old values to continue it or name=<another> to "
@@ -171,24 +146,24 @@ class RunDirectory:
 
     def _summary(self) -> dict[str, Any] | None:
         try:
-            found = json.loads(self.summary.read_text(encoding="utf-8"))
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
             raise ConfigError(_damaged(self.summary, error)) from error
-        if not isinstance(found, dict) or not {"finished", "steps"} <= found.keys():
+        if not isinstance(summary, dict) or not {"finished", "steps"} <= summary.keys():
             raise ConfigError(_damaged(self.summary, "has no finished and steps"))
-        return found
+        return summary
 
 
 def _damaged(path: Path, reason: object) -> str:
     """A sentence for a file that this package would not have written."""
     reason = str(reason).split("\n")[0]
-    return f"{path} is not as a run leaves it ({reason}); restore it, or remove it and the run makes it anew"
+    return f"{path} is damaged ({reason}); restore it, or remove it and the run writes it again"
 
 
-def is_finished(summary: Mapping[str, Any], raw: Mapping[str, Any], max_steps: int) -> bool:
+def is_finished(summary: Mapping[str, Any], config: Config) -> bool:
     """Whether a finished run has come as far as it is asked to now: to max_steps, or to eval.stop_accuracy."""
-    goal, accuracy = raw.get("eval", {}).get("stop_accuracy"), summary.get("val_accuracy")
+    goal, accuracy = config.eval.stop_accuracy, summary.get("val_accuracy")
     reached = goal is not None and accuracy is not None and accuracy >= goal
-    return summary["finished"] and (summary["steps"] >= max_steps or reached)
+    return summary["finished"] and (summary["steps"] >= config.trainer.max_steps or reached)

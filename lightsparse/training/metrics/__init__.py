@@ -1,1 +1,1 @@
-"""What a run writes about itself: rows of metrics, progress, plots, samples, the summary."""
+"""What a run writes about itself: rows of metrics, progress, plots, a sample, the summary."""

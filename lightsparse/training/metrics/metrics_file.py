@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightsparse.utils.atomic_files import disk_named, write_text
 
@@ -36,23 +36,26 @@ COLUMNS = (
     "flops_per_s",  # what was computed
     "dense_flops_per_s",  # what dense attention would have had to compute at these tokens per second
     "mfu",  # flops_per_s over the measured matmul peak of all devices
-    "skipped_steps",  # of all up to here, those not taken as their loss or gradient would have done harm
+    "skipped_steps",  # of all up to here, those skipped for their loss or gradient
 )
 
 
 class MetricsFile(Logger):
     """A Lightning logger that appends to one CSV file under a fixed header: COLUMNS, and `more` of the attention's own.
 
+    A step has one row: a second call for the newest step replaces it.
     Metrics of other names (of a user's callbacks, say) are not for this file and pass it by.
     """
 
     def __init__(self, path: Path, more: Sequence[str] = ()) -> None:
         super().__init__()
         self.path, self.columns = path, (*COLUMNS, *more)
+        self._last = -1  # the step of the newest row of this process
 
     @property
     def name(self) -> str:
-        return self.path.name
+        """The folder in the run directory where callbacks of Lightning's own, such as ModelCheckpoint, keep files."""
+        return "lightning"
 
     @property
     def version(self) -> str:
@@ -63,9 +66,15 @@ class MetricsFile(Logger):
         row = {name: _cell(value) for name, value in metrics.items() if name in self.columns}
         if step is None or not row:
             return
+        cells = {**row, "step": str(step)}
+        if step == self._last:  # the same row, more of it known: of a validation that ended the run, say
+            kept = [each for each in _rows(self.path) if int(each["step"]) < step]
+            write_text(self.path, _line(self.columns) + "".join(map(self._row, [*kept, cells])))
+            return
+        self._last = step
         header = "" if self.path.exists() else _line(self.columns)
         with disk_named(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write(header + self._row({**row, "step": str(step)}))
+            file.write(header + self._row(cells))
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:

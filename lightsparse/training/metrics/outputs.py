@@ -1,8 +1,12 @@
-"""What a finished run leaves beside its numbers: three plots and a sample of what the model writes."""
+"""What a finished run leaves beside its numbers: plots, also in its loggers, and a sample of what the model writes."""
 
 from __future__ import annotations
 
-from lightsparse.analysis import curves, pattern_picture
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
 from lightsparse.config.schema import Config
 from lightsparse.data.module import DataModule
 from lightsparse.patterns import BlockLayout
@@ -25,6 +29,8 @@ def draw_plots(
 
     rows  of metrics.csv
     """
+    from lightsparse.analysis import curves, pattern_picture  # with matplotlib, at the end of a run
+
     in_bytes = module.validation is None or module.validation.bytes > 0
     unit: curves.Unit = "bits_per_byte" if in_bytes else "loss"
     curves.save_loss(rows, directory.plots / "loss.png", config.name, unit)
@@ -40,6 +46,21 @@ def draw_plots(
     curves.save_loss_by_position(buckets, directory.plots / "loss_by_position.png", config.name, unit)
     if layout is not None:
         pattern_picture.save(layout, directory.plots / "attention.png", config.name)
+
+
+def send_pictures(loggers: Sequence[Logger], plots: Path, step: int) -> None:
+    """Every PNG of the folder, under its name, to Weights & Biases and TensorBoard; other loggers take none."""
+    from matplotlib.image import imread
+
+    pictures = sorted(plots.glob("*.png"))
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            for picture in pictures:
+                logger.log_image(picture.stem, [str(picture)], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            for picture in pictures:
+                logger.experiment.add_image(picture.stem, imread(picture), step, dataformats="HWC")
+            logger.experiment.close()  # Lightning has closed it once, at the end of the training
 
 
 def write_sample(config: Config, module: LanguageModel, data: DataModule, directory: RunDirectory) -> None:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -22,25 +22,20 @@ class TrainingProgress(ProgressBar):
     def __init__(self, recorder: Recorder, console: Console) -> None:
         super().__init__()
         self.recorder, self.console = recorder, console
-        self._enabled = True
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._start_step, self._start_time = 0, 0.0
         self._last_step, self._last_line = 0, 0.0  # step shown last, time of the last plain line
 
     def disable(self) -> None:
-        """Lightning calls this on every rank but the first."""
-        self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
+        """Lightning calls this on every rank but the first, where the console is silent already."""
 
     # ---- hooks --------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_step, self._start_time = trainer.global_step, time.perf_counter()
         self._last_step, self._last_line = self._start_step, self._start_time
-        if not self._enabled or not self.console.is_terminal:
+        if self.console.quiet or not self.console.is_terminal:
             return
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -60,14 +55,14 @@ class TrainingProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._enabled or trainer.global_step == self._last_step:  # inside an accumulation
+        if trainer.global_step == self._last_step:  # inside an accumulation
             return
         self._last_step = trainer.global_step
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, numbers=_numbers(self.recorder.row))
         elif time.perf_counter() - self._last_line > _LINE_EVERY:
             self._last_line = time.perf_counter()
-            self._print(
+            self.console.print(
                 f"step {trainer.global_step}/{trainer.max_steps}  {_numbers(self.recorder.row)}{self._left(trainer)}"
             )
 
@@ -79,7 +74,7 @@ class TrainingProgress(ProgressBar):
         row = self.recorder.row
         if self._bar is not None:
             self._bar.update(self._task, description="train")
-        self._print(f"step {trainer.global_step:>6}  validation loss {row['val_loss']:.4f}  {_verdict(row)}")
+        self.console.print(f"step {trainer.global_step:>6}  validation loss {row['val_loss']:.4f}  {_verdict(row)}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -93,10 +88,6 @@ class TrainingProgress(ProgressBar):
         done = trainer.global_step - self._start_step
         seconds = (time.perf_counter() - self._start_time) / max(done, 1) * (trainer.max_steps - trainer.global_step)
         return f"  {duration(seconds)} left" if done else ""
-
-    def _print(self, line: str) -> None:
-        if self._enabled:
-            self.console.print(line)
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -112,7 +103,7 @@ def _verdict(row: dict[str, float]) -> str:
 
 
 def _numbers(row: dict[str, float]) -> str:
-    loss = "step not taken"
+    loss = "step skipped"
     if "train_loss" in row:
         bits = row.get("train_bits_per_byte")  # symbols have none
         loss = f"loss {row['train_loss']:.3f}" + ("" if bits is None else f"  {bits:.3f} bits/byte")

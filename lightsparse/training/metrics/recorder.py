@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from lightsparse.config.schema import Config
+from lightsparse.distributed.environment import gather_objects
 from lightsparse.training.checkpoints.callback import validation_follows
 from lightsparse.training.checkpoints.run_directory import RunDirectory
-from lightsparse.training.metrics.attention_stats import CHURN
-from lightsparse.training.metrics.loss_sums import Totals
+from lightsparse.training.measures.attention_stats import CHURN
+from lightsparse.training.measures.loss_sums import Totals
 from lightsparse.training.metrics.metrics_file import read_metrics
 from lightsparse.training.module import LanguageModel
 from lightsparse.utils.atomic_files import write_text
+from lightsparse.utils.machine import current_rss, peak_rss
 from lightsparse.utils.version import code_version
 
 
@@ -31,13 +33,13 @@ class Recorder(Callback):
     Our own file takes a row at once, and drops those of steps that are trained again. Other loggers cannot take a row
     back: they get it from there once a checkpoint holds its step, and `sent` tells the next start what they have.
 
-    raw      the composed config, for loggers that show it
-    started  time.perf_counter() when this process began the run
+    To be made when this process begins the run: its clock starts, and memory counts from what the imports hold.
     """
 
-    def __init__(self, config: Config, raw: Mapping[str, Any], directory: RunDirectory, *, started: float) -> None:
-        self.config, self.raw, self.directory, self.started = config, dict(raw), directory, started
-        self.peak_memory = 0  # bytes that training took on the busiest rank; set at the end
+    def __init__(self, config: Config, directory: RunDirectory) -> None:
+        self.config, self.directory = config, directory
+        self.started, self._memory_before = time.perf_counter(), current_rss()
+        self.peak_memory = 0  # bytes that training took on the busiest rank, on the CPU beyond what the imports hold
         self.peak = float("nan")  # FLOP/s that one device reaches in a matrix product; set once the device is known
         self.row: dict[str, float] = {}  # the newest numbers, sent or not
         self.train_s = 0.0  # seconds spent training, all restarts; validation left out
@@ -57,12 +59,19 @@ class Recorder(Callback):
         """Training tokens read up to now, by all ranks; a sequence that several ranks hold is counted once."""
         return trainer.global_step * self.config.samples_per_step * self.config.data.context
 
+    def measure_memory(self, trainer: Trainer) -> None:
+        """Once the training has ended, on every rank."""
+        device = trainer.strategy.root_device
+        on_gpu = device.type == "cuda"
+        mine = torch.cuda.max_memory_allocated(device) if on_gpu else peak_rss() - self._memory_before
+        self.peak_memory = max(gather_objects(mine), default=0)
+
     # ---- hooks --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self._others = trainer.loggers[1:] if trainer.is_global_zero else []
         for logger in self._others:
-            logger.log_hyperparams({**self.raw, "code": code_version()})
+            logger.log_hyperparams({**self.config.composed, "code": code_version()})
 
     def on_train_start(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self._step = trainer.global_step
@@ -81,7 +90,7 @@ class Recorder(Callback):
         now = time.perf_counter()
         self.train_s, self._mark = self.train_s + now - self._mark, now
         self.row = self._training_row(trainer, pl_module)
-        if validation_follows(step, self.config.eval.every_n_steps, self.config.trainer.max_steps):
+        if validation_follows(self.config, step):
             return  # on_validation_end completes and sends the row
         if step % self.config.trainer.log_every_n_steps == 0:
             self._send(trainer)
@@ -153,7 +162,7 @@ class Recorder(Callback):
             "dense_flops_per_s": dense * tokens_per_s,
             "mfu": actual * tokens_per_s / (self.peak * trainer.world_size),
             "skipped_steps": module.health.skipped,
-            **result.watched,
+            **result.attention,
         }
         return {name: value for name, value in values.items() if not math.isnan(value)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -55,11 +56,12 @@ def infilling(
     guesses = model.logits(model(read, context_for(read)).hidden).argmax(-1)
     seen: list[int] = []
     parts = []
-    for part in _split(read[read != tokenizer.bos].tolist(), tokenizer.mask):
-        parts.append(text_after(tokenizer, seen, part))
-        seen += part
+    for masked, tokens_of_run in groupby(read[read != tokenizer.bos].tolist(), tokenizer.mask.__eq__):
+        run = list(tokens_of_run)
+        parts.append("▒" * len(run) if masked else text_after(tokenizer, seen, run))
+        seen += [] if masked else run
     return _sections(
-        ("validation text with hidden tokens", "▒".join(parts)),
+        ("validation text with hidden tokens", "".join(parts)),
         ("filled in by the model", _text(tokenizer, torch.where(hidden, guesses, tokens)[0])),
     )
 
@@ -92,13 +94,3 @@ def _sections(*parts: tuple[str, str]) -> str:
 def _text(tokenizer: Tokenizer, tokens: Tensor) -> str:
     """The text without the marks of document starts."""
     return tokenizer.decode(tokens[tokens != tokenizer.bos].cpu())
-
-
-def _split(tokens: list[int], at: int) -> list[list[int]]:
-    parts: list[list[int]] = [[]]
-    for token in tokens:
-        if token == at:
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    return parts

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lightsparse.config.schema import Config
 from lightsparse.distributed.strategy_config import ContextRanks
-from lightsparse.training.metrics.loss_sums import Totals
+from lightsparse.training.measures.loss_sums import Totals
 from lightsparse.training.metrics.recorder import Recorder
 from lightsparse.training.module import LanguageModel
 from lightsparse.utils.machine import MIB, hardware, versions
@@ -54,7 +54,7 @@ def summarize(
         "dense_flops_per_s": _mean(rows, "dense_flops_per_s"),
         "matmul_peak_flops_per_s": recorder.peak,
         "mfu": _mean(rows, "mfu"),
-        "peak_memory_mib": recorder.peak_memory / MIB,  # of the busiest rank; on the CPU beyond what the imports hold
+        "peak_memory_mib": recorder.peak_memory / MIB,
         "wall_s": recorder.wall_s,
         "train_s": recorder.train_s,
         "precision": config.precision,

@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a config without computing: shapes, density, targets, disk.
+"""Everything that can be found wrong without computing: shapes, density, targets, disk, the checkpoint to resume from.
 
 Everything wrong is a ConfigError of one sentence.
 """
@@ -8,23 +8,30 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import nn
 
 from lightsparse.attention.core import AttentionShape, SequenceContext
-from lightsparse.config.build import check_buildable
+from lightsparse.config.build import ClassChoice
 from lightsparse.config.context_split import context_split
 from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
+from lightsparse.data.module import DataModule
+from lightsparse.distributed.environment import is_first_rank
+from lightsparse.kernels import flash, set_backend
 from lightsparse.models.transformer import Transformer
 from lightsparse.optim.optimizers import parameter_groups
 from lightsparse.patterns import BlockLayout
-from lightsparse.training.checkpoints.files import checkpoint_steps
+from lightsparse.training.checkpoints.files import checkpoint_steps, described_checkpoint
 from lightsparse.training.init_from import check_start
+from lightsparse.training.module import LanguageModel
+from lightsparse.utils.compat.lightning import datamodule_state
 
 
 def check(config: Config) -> None:
@@ -37,7 +44,9 @@ def check_model(config: Config) -> Transformer:
     for group, kind in (("logger", Logger), ("callbacks", Callback)):
         for name, node in getattr(config, group).items():
             if node is not None:
-                check_buildable(node, f"{group}.{name}", kind=kind, allow=config.allow_targets)
+                target = ClassChoice.of(node, f"{group}.{name}", kind, config.allow_targets).target
+                if issubclass(target, WandbLogger) and is_first_rank():
+                    _check_wandb(f"{group}.{name}", node)
     if config.eval.tokens < config.data.context:
         raise ConfigError(
             f"eval.tokens is {config.eval.tokens}; it must hold one sample of data.context={config.data.context} tokens"
@@ -56,6 +65,22 @@ def check_model(config: Config) -> Transformer:
         )
     context_split(config, model)
     return model
+
+
+def _check_wandb(name: str, node: Mapping[str, Any]) -> None:
+    """Refuse an online logger of a user without a key: wandb would when the run has begun."""
+    if node.get("offline") or node.get("mode", os.environ.get("WANDB_MODE", "online")) != "online":
+        return
+    import wandb
+
+    try:
+        has_key = wandb.login(prompt=False, verify=False)
+    except wandb.errors.UsageError:
+        has_key = False
+    if not has_key:
+        raise ConfigError(
+            f"{name} is online, and wandb has no key of this user; run `wandb login` or set {name}.offline=true"
+        )
 
 
 def meta_model(config: Config) -> Transformer:
@@ -88,8 +113,21 @@ def layout_of(config: Config) -> BlockLayout:
         raise ConfigError(str(error)) from error
 
 
-def check_disk(config: Config, model: nn.Module) -> None:
-    """Refuse a run whose checkpoints do not fit beside each other: weights, and two optimizer states at most."""
+def fixed_layout(config: Config) -> BlockLayout | None:
+    """`layout_of` where it is known before there is an input; None where it depends on that, or no layer uses it."""
+    if "S" not in config.model.layers:
+        return None
+    try:
+        return layout_of(config)
+    except NotImplementedError:
+        return None
+
+
+def check_disk(config: Config, model: nn.Module) -> tuple[Path, int]:
+    """Refuse a run whose checkpoints do not fit beside each other: weights, and two optimizer states at most.
+
+    Returns the folder above them that is there, and the bytes free in it.
+    """
     bytes_each = 2 if config.precision == "bf16-true" else 4
     size = 3 * bytes_each * sum(parameter.numel() for parameter in model.parameters())
     run = Path(config.runs_dir, config.name).absolute()
@@ -107,3 +145,38 @@ def check_disk(config: Config, model: nn.Module) -> None:
             f"{size / 2**30:.1f} GiB with checkpoint.keep={config.checkpoint.keep} take {needed / 2**30:.1f} GiB more; "
             "keep fewer, free space or set runs_dir=<another disk>"
         )
+    return folder, free
+
+
+def check_resumable(data: DataModule, module: LanguageModel, checkpoint: Path) -> None:
+    """Refuse a checkpoint of other data or another model now: Lightning would when the directory has been written.
+
+    Raises DataError in the data module's words, and ConfigError for weights of another shape.
+    """
+    saved = described_checkpoint(checkpoint)
+    data.load_state_dict(datamodule_state(saved, data))
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in saved["state_dict"].items()}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"{checkpoint} is of another vocabulary or version: {name} is {_shape_text(theirs.get(name))} there "
+                f"and {_shape_text(ours.get(name))} in this run's model; restore it or start again with name=<another>"
+            )
+
+
+def _shape_text(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"
+
+
+def set_machine(config: Config) -> None:
+    """Set what is global to a process: threads, matmul precision, kernels. Raises ConfigError for an absent kernel."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning chooses for the ranks it starts
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    try:
+        set_backend(config.kernels.backend)
+        flash.activate(config.kernels.flash)
+    except ValueError as error:  # what only this machine knows; the names were checked with the schema
+        raise ConfigError(f"kernels.{str(error).removeprefix('kernels.')}") from error

@@ -1,19 +1,18 @@
 """`python train.py … doctor=true`: what this run would meet here, looked up or measured before anything is spent on it.
 
-One line per check: ok, warning, or problem with the way out. Nothing is written and no rank is started; the timed pass
-is one of this process's own. Exit code 2 where there is a problem, else 0.
+One line per check: ok, warning, or problem with the way out. Nothing stays written and no rank is started; the timed
+pass is one of this process's own. Exit code 2 where there is a problem, else 0.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -25,15 +24,23 @@ from lightsparse.config.targets import ConfigError
 from lightsparse.data import DataError
 from lightsparse.data.module import DataModule
 from lightsparse.distributed.environment import is_first_rank
+from lightsparse.training.checkpoints.files import newest_checkpoint
 from lightsparse.training.checkpoints.lock import holder
 from lightsparse.training.checkpoints.run_directory import RunDirectory
 from lightsparse.training.module import language_model
-from lightsparse.training.preflight.check import check_disk, check_model, layout_of, meta_model
+from lightsparse.training.preflight.check import (
+    check_disk,
+    check_model,
+    check_resumable,
+    fixed_layout,
+    meta_model,
+    set_machine,
+)
 from lightsparse.training.preflight.estimate import estimate
 from lightsparse.training.preflight.flops import matmul_error, matmul_peak
 from lightsparse.training.preflight.out_of_memory import check_memory, is_out_of_memory, memory_per_rank, ways_out
 from lightsparse.training.preflight.timed_pass import Pass, flops, timed
-from lightsparse.training.run import check_resumable, set_machine
+from lightsparse.utils import file_lock
 from lightsparse.utils.machine import usable_cores
 from lightsparse.utils.text import count_text, duration, size
 
@@ -50,16 +57,13 @@ class Line:
     text: str
 
 
-def examine(config: Config, raw: Mapping[str, Any]) -> float:
-    """Print the lines and end with code 2 where one is a problem; else nan, in place of a run's result.
-
-    raw  the composed config, as `fit` takes it
-    """
+def examine(config: Config) -> float:
+    """Print the lines and end with code 2 where one is a problem; else nan, in place of a run's result."""
     if not is_first_rank():
         return math.nan
     console = Console(highlight=False, markup=False, soft_wrap=True)
     levels = []
-    for line in checks(config, raw):
+    for line in checks(config):
         levels.append(line.level)
         console.print(f"{line.level:<8} {line.subject:<8} {line.text}")
     problems, warnings = levels.count("problem"), levels.count("warning")
@@ -69,14 +73,14 @@ def examine(config: Config, raw: Mapping[str, Any]) -> float:
     return math.nan
 
 
-def checks(config: Config, raw: Mapping[str, Any]) -> Iterator[Line]:
+def checks(config: Config) -> Iterator[Line]:
     """The lines, each as soon as it is known; what depends on a check with a problem is left out."""
     for subject, first in (("memory", _least_memory), ("config", _shape)):
         lines = list(_named(subject, first, config))
         yield from lines
         if any(line.level == "problem" for line in lines):
             return
-    yield from _named("run", _directory, config, raw)
+    yield from _named("run", _directory, config)
     yield from _named("disk", _disk, config)
     yield from _named("ranks", _ranks, config)
     machine = list(_named("machine", _machine, config))
@@ -108,20 +112,19 @@ def _least_memory(config: Config) -> Iterator[Line]:
 
 def _shape(config: Config) -> Iterator[Line]:
     model = check_model(config)
-    density = ""
-    with contextlib.suppress(NotImplementedError):  # it depends on the input
-        density = f", density {layout_of(config).density():.3g}" if "S" in config.model.layers else ""
+    layout = fixed_layout(config)
+    density = "" if layout is None else f", density {layout.density():.3g}"
     parameters = count_text(sum(parameter.numel() for parameter in model.parameters()))
     yield Line("ok", "config", f"{config.name}: {parameters} parameters, context {config.data.context}{density}")
 
 
-def _directory(config: Config, raw: Mapping[str, Any]) -> Iterator[Line]:
-    directory = RunDirectory(Path(config.runs_dir) / config.name)
+def _directory(config: Config) -> Iterator[Line]:
+    directory = RunDirectory.of(config)
     owner = holder(directory.path)
     if owner is not None:
         yield Line("problem", "run", f"{directory.path} is being written by {owner}; use name=<another>")
         return
-    start = directory.look(config.resume, raw, config.trainer.max_steps)
+    start = directory.look(config)
     if start.summary is not None:
         yield Line("ok", "run", f"{directory.path} is finished at step {start.summary['steps']}; nothing would be done")
     elif start.checkpoint is None:
@@ -132,22 +135,16 @@ def _directory(config: Config, raw: Mapping[str, Any]) -> Iterator[Line]:
 
 def _disk(config: Config) -> Iterator[Line]:
     model = meta_model(config)
-    check_disk(config, model)
+    folder, free = check_disk(config, model)
+    with TemporaryDirectory(dir=folder) as probe:
+        file_lock.take(Path(probe), ConfigError).release()
     needed = estimate(config)
     shards = config.ranks if config.strategy.sharded else 1
     parameters = sum(parameter.numel() for parameter in model.parameters())
     one = parameters * (2 if config.precision == "bf16-true" else 4) + needed.optimizer * shards
-    run = Path(config.runs_dir, config.name).absolute()
-    folder = next(folder for folder in (run, *run.parents) if folder.exists())
-    free = shutil.disk_usage(folder).free
     most = config.checkpoint.keep + config.checkpoint.keep_best + 1  # a new one is whole before the oldest goes
-    kept = most * one
-    level: Literal["ok", "warning"] = "warning" if kept > _SPARE * free else "ok"
-    yield Line(
-        level,
-        "disk",
-        f"checkpoints of {size(one)}, at most {most} at a time, {size(free)} free at {folder}",
-    )
+    level: Literal["ok", "warning"] = "warning" if most * one > _SPARE * free else "ok"
+    yield Line(level, "disk", f"checkpoints of {size(one)}, at most {most} at a time, {size(free)} free at {folder}")
 
 
 def _ranks(config: Config) -> Iterator[Line]:
@@ -197,10 +194,10 @@ def _machine(config: Config) -> Iterator[Line]:
 
 
 def _text(config: Config, data: DataModule) -> Iterator[Line]:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     data.setup()
-    seconds = time.perf_counter() - begun
-    start = RunDirectory(Path(config.runs_dir) / config.name).newest()
+    seconds = time.perf_counter() - started
+    start = newest_checkpoint(RunDirectory.of(config).checkpoints)
     if start is not None:
         check_resumable(data, language_model(config, data.tokenizer), start[1])
     samples = len(data.train_dataloader().dataset)  # type: ignore[arg-type]

@@ -34,13 +34,14 @@ under bf16-mixed, 2 and 2 under bf16-true), w those of a parameter:
 Weights, gradients, optimizer state and their copy are divided by the ranks under fsdp. The text and what the imports
 hold are not counted, nor what a core keeps beside q, k, v and the output: for the summaries of nsa and hca a fifth of
 the activations at a context of 512, for csa's two fifths. Fused norms (CUDA) keep 4 E and 4 (A + K) less.
-Measured peaks stand beside it in tests/training/test_training_estimate.py: it is right within a factor of 1.5.
+Measured peaks are in tests/training/preflight/test_preflight_estimate.py: it is right within a factor of 1.5.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -199,24 +200,24 @@ def remedies(config: Config, budget: float, *, several_devices: bool) -> list[tu
     three where even these do not help.
     several_devices  whether this machine has several GPUs: then more ranks share a sequence there, else more machines
     """
-    over_ranks = _over_more_devices if several_devices else _over_more_machines
+    over_ranks = partial(_over_ranks, field="devices" if several_devices else "num_nodes")
     last = (over_ranks, _shorter) if several_devices else (_shorter, over_ranks)
     ways = (_recomputed, _in_smaller_batches, *last, _less_deep)
     of = _sizes(config, meta_model(config))
-    found: list[tuple[str, Estimate]] = []
+    fitting: list[tuple[str, Estimate]] = []
     for way in ways:
-        if len(found) < 3:
-            found += _first_that_fits(way(config), budget, None if way is _less_deep else of)
-    if len(found) < 3:
+        if len(fitting) < 3:
+            fitting += _first_that_fits(way(config), budget, None if way is _less_deep else of)
+    if len(fitting) < 3:
         words, least = "", config
         for way in ways[:2]:
-            for said, smaller in list(way(least))[-1:]:
-                words, least = f"{words}{said} ", smaller
+            for more, smaller in list(way(least))[-1:]:
+                words, least = f"{words}{more} ", smaller
         if words:
             for way in ways[2:]:
-                together = ((words + said, smaller) for said, smaller in way(least))
-                found += _first_that_fits(together, budget, None if way is _less_deep else of)
-    return found[:3]
+                together = ((words + more, smaller) for more, smaller in way(least))
+                fitting += _first_that_fits(together, budget, None if way is _less_deep else of)
+    return fitting[:3]
 
 
 def _first_that_fits(settings: Iterable[_Setting], budget: float, of: _Sizes | None) -> list[tuple[str, Estimate]]:
@@ -239,10 +240,8 @@ def _first_that_fits(settings: Iterable[_Setting], budget: float, of: _Sizes | N
 
 def _recomputed(config: Config) -> Iterator[_Setting]:
     if not config.model.activation_checkpointing:
-        yield (
-            "model.activation_checkpointing=true",
-            replace(config, model=replace(config.model, activation_checkpointing=True)),
-        )
+        model = replace(config.model, activation_checkpointing=True)
+        yield "model.activation_checkpointing=true", replace(config, model=model)
 
 
 def _in_smaller_batches(config: Config) -> Iterator[_Setting]:
@@ -253,19 +252,9 @@ def _in_smaller_batches(config: Config) -> Iterator[_Setting]:
             steps = config.accumulate_grad_batches * samples // batch
             words, data, trainer = f"data.batch_size={batch}", replace(config.data, batch_size=batch), config.trainer
             if trainer.global_batch is None:
-                words, trainer = (
-                    f"{words} trainer.accumulate_grad_batches={steps}",
-                    replace(trainer, accumulate_grad_batches=steps),
-                )
+                words += f" trainer.accumulate_grad_batches={steps}"
+                trainer = replace(trainer, accumulate_grad_batches=steps)
             yield words, replace(config, data=data, trainer=trainer)
-
-
-def _over_more_devices(config: Config) -> Iterator[_Setting]:
-    yield from _over_ranks(config, "devices")
-
-
-def _over_more_machines(config: Config) -> Iterator[_Setting]:
-    yield from _over_ranks(config, "num_nodes")
 
 
 def _over_ranks(config: Config, field: str) -> Iterator[_Setting]:
@@ -273,7 +262,7 @@ def _over_ranks(config: Config, field: str) -> Iterator[_Setting]:
         return  # a choice of the user's for the parameters
     strategy, words = config.strategy, ""
     if isinstance(strategy, Single):
-        strategy, words = _CONTEXT, "strategy=context "
+        strategy, words = Context(), "strategy=context "
     elif strategy.context_parallel_size is not None and config.trainer.global_batch is not None:
         return  # fewer ranks would read different samples
     elif strategy.context_parallel_size is not None:
@@ -282,18 +271,6 @@ def _over_ranks(config: Config, field: str) -> Iterator[_Setting]:
     for factor in (2, 4, 8, 16, 32, 64):
         trainer = replace(config.trainer, **{field: factor * ranks})
         yield f"{words}trainer.{field}={factor * ranks}", replace(config, strategy=strategy, trainer=trainer)
-
-
-_CONTEXT = Context(
-    timeout=300.0,
-    comm_hook="none",
-    powersgd_rank=None,
-    powersgd_start=None,
-    topk_share=None,
-    context_parallel_size=None,
-    split="balanced",
-    key_exchange="auto",
-)
 
 
 def _shorter(config: Config) -> Iterator[_Setting]:

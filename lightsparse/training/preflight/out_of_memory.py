@@ -16,6 +16,7 @@ from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.training.preflight.estimate import Estimate, remedies
 from lightsparse.utils.allocator import keep_freed
+from lightsparse.utils.compat.torch import OUT_OF_MEMORY
 from lightsparse.utils.text import size
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ _CGROUPS = (  # limit and use of a container's memory, version 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-_ALARM = 2.0  # an estimate so many times the memory there is gets a warning
+_ALARM = 2.0  # an estimate above so many times the memory gets a warning
 _ROOM = 2.0  # an estimate that the free memory holds so many times lets the run keep what it frees
 _SMALLER = 0.7  # what ran out of memory is proposed again only at this share of its estimate
 
@@ -34,7 +35,7 @@ class MemoryShortError(RuntimeError):
 
 
 def memory_per_rank(config: Config) -> tuple[int, int]:
-    """(bytes there are, bytes free now) for one rank: of its GPU, or its share of what this machine lets us have."""
+    """(bytes in all, bytes free now) for one rank: of its GPU, or its share of what this process may use here."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return total, free
@@ -64,18 +65,18 @@ def check_memory(config: Config) -> None:
     if least > total:
         raise ConfigError(
             f"data.context is {config.data.context}; one micro-batch of data.batch_size={config.data.batch_size} takes "
-            f"{size(least)} at the very least and {_whose()} has {size(total)}; lower data.context or use "
+            f"at least {size(least)} and {_machine_name()} has {size(total)}; lower data.context or use "
             "strategy=context over more machines"
         )
 
 
 def warn_of_memory(config: Config, needed: Estimate) -> None:
-    """A warning where the estimate is far above the memory there is; no refusal, since it is an estimate."""
+    """A warning where the estimate is far above the memory; no refusal, since it is an estimate."""
     total, _ = memory_per_rank(config)
     if needed.total > _ALARM * total:
         log.warning(
-            "THIS WILL HARDLY FIT: about %s of memory and %s has %s; %s",
-            needed, _whose(), size(total), ways_out(config, 0.9 * total),
+            "THIS WILL PROBABLY NOT FIT: it takes about %s and %s has %s; %s",
+            needed, _machine_name(), size(total), ways_out(config, 0.9 * total),
         )  # fmt: skip
 
 
@@ -96,8 +97,8 @@ def memory_named(config: Config, needed: Estimate) -> Iterator[None]:
             raise
         ways = ways_out(config, min(free, needed.process + _SMALLER * (needed.total - needed.process)))
         raise MemoryShortError(
-            f"out of memory: this run takes about {needed}, and of {size(total)} on {_whose()} {size(free)} were free "
-            f"when it started; {ways}"
+            f"out of memory: this run takes about {needed}, and {size(free)} of {size(total)} on {_machine_name()} "
+            f"were free when it started; {ways}"
         ) from error
 
 
@@ -109,23 +110,20 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
         text = str(error)
-        if isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY):
+        if isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc", "Cannot allocate memory")
-
-
 def ways_out(config: Config, budget: float) -> str:
     """Three settings that would fit, in words."""
     several = torch.cuda.is_available() and torch.cuda.device_count() >= 2 * config.trainer.devices
-    found = remedies(config, budget, several_devices=several)
-    if not found:
+    settings = remedies(config, budget, several_devices=several)
+    if not settings:
         return f"no setting of this model fits in {size(budget)}; use a smaller model or another machine"
-    return "set " + ", or ".join(f"{words} (about {size(needed.total)})" for words, needed in found)
+    return "set " + ", or ".join(f"{words} (about {size(needed.total)})" for words, needed in settings)
 
 
-def _whose() -> str:
+def _machine_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine"

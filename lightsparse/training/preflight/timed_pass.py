@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lightsparse.config.schema import Config
 from lightsparse.training.module import LanguageModel
-from lightsparse.training.preflight.check import layout_of
+from lightsparse.training.preflight.check import fixed_layout
 from lightsparse.utils.machine import current_rss, peak_rss
 
 
@@ -24,7 +23,7 @@ class Pass:
     tokens: int
     context: int
     seconds: float
-    peak: int  # bytes above what was there before
+    peak: int  # bytes beyond what the process had before
 
 
 def timed(config: Config, module: LanguageModel, batch: Mapping[str, Tensor], samples: int, context: int) -> Pass:
@@ -36,7 +35,7 @@ def timed(config: Config, module: LanguageModel, batch: Mapping[str, Tensor], sa
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     autocast = config.precision == "bf16-mixed"
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         module.model.set_step(0, config.trainer.max_steps)
         labels_BN, _, output = module._forward(part, module.objective.training_key(0))
@@ -45,7 +44,7 @@ def timed(config: Config, module: LanguageModel, batch: Mapping[str, Tensor], sa
     loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     module.zero_grad()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else max(peak_rss() - before, 0)
     return Pass(samples * context, context, seconds, peak)
@@ -53,8 +52,6 @@ def timed(config: Config, module: LanguageModel, batch: Mapping[str, Tensor], sa
 
 def flops(config: Config, module: LanguageModel, samples: int, context: int) -> float:
     """Of a pass, by the density that the attention has at the run's own context."""
-    density = 1.0
-    with contextlib.suppress(NotImplementedError):
-        density = layout_of(config).density() if "S" in config.model.layers else 1.0
-    per_token, _ = module.model.flops_per_token(context, density)
+    layout = fixed_layout(config)
+    per_token, _ = module.model.flops_per_token(context, 1.0 if layout is None else layout.density())
     return per_token * samples * context

@@ -8,7 +8,7 @@ from rank_processes import RankPool, pool_fixture
 from torch import Tensor
 
 from lightsparse.attention.block_sparse import BlockSparseConfig, BlockSparseRingDilatedAttention
-from lightsparse.attention.core import AttentionShape, SequenceContext
+from lightsparse.attention.core import AttentionShape
 from lightsparse.attention.modules.distributed import BlockSparseRingDistributedDilatedAttention
 from lightsparse.patterns import LocalWindow
 
@@ -30,7 +30,7 @@ def on_rank(rank: int, world: int, kind: str, exchange: str) -> dict[str, object
     core = BlockSparseRingDistributedDilatedAttention(CONFIG, SHAPE, length=LENGTH, kind=kind, exchange=exchange)
     q, k, v, weights = (core.shard.take(t, 2) for t in _inputs())
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-    out = core(*inputs).out
+    out = core(*inputs)
     grads = torch.autograd.grad((out * weights).sum(), inputs)
     return {"tokens": core.shard.tokens, "all": [out.detach(), *grads], "imbalance": core.imbalance}
 
@@ -41,7 +41,7 @@ def test_three_ranks_equal_one_and_are_evenly_loaded(three: RankPool, exchange: 
     *inputs, weights = _inputs()
     inputs = [t.requires_grad_() for t in inputs]
     core = BlockSparseRingDilatedAttention(CONFIG, SHAPE)
-    out = core(*inputs, x=inputs[0], ctx=SequenceContext(torch.arange(LENGTH)[None])).out
+    out = core(*inputs)
     right = [out, *torch.autograd.grad((out * weights).sum(), inputs)]
 
     found = three.run(on_rank, "balanced", exchange)

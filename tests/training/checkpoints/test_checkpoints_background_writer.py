@@ -85,5 +85,7 @@ def test_without_background_all_is_done_at_return(tmp_path: Path) -> None:
 
 
 def test_a_state_that_could_not_be_read_back_is_refused_when_it_is_written(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="from a callback's state: use numbers, text"):
+    with pytest.raises(
+        TypeError, match="of a callback's state that weights_only does not read back; use numbers, text"
+    ):
         CheckpointWriter(False, 60).save_checkpoint({"state": tmp_path}, tmp_path / "a")

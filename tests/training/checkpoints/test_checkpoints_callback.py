@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightsparse.config.parse import compose
 from lightsparse.training.checkpoints.background_writer import CheckpointWriter
 from lightsparse.training.checkpoints.callback import validation_follows
 from lightsparse.training.checkpoints.files import checkpoint_steps, newest_checkpoint
@@ -77,5 +78,6 @@ def test_a_failed_save_keeps_the_checkpoint_of_that_name(tmp_path: Path) -> None
 
 
 def test_validation_comes_at_its_interval_and_once_at_the_end() -> None:
-    assert [step for step in range(8) if validation_follows(step, 3, 7)] == [3, 6, 7]
-    assert [step for step in range(7) if validation_follows(step, 3, 6)] == [3, 6]
+    for last, steps in ((7, [3, 6, 7]), (6, [3, 6])):
+        config = compose(["eval.every_n_steps=3", f"trainer.max_steps={last}"])
+        assert [step for step in range(last + 1) if validation_follows(config, step)] == steps

@@ -26,7 +26,7 @@ from lightsparse.training.module import LanguageModel
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(  # the last module to set it decides for all: jobs of several ranks fork from it, too
-    ["torch.distributed.run", "lightsparse.cli.train", "lightsparse.data.files", "matplotlib.pyplot"]
+    ["torch.distributed.run", "lightsparse.cli.work.train", "lightsparse.data.files", "matplotlib.pyplot"]
 )
 
 pytestmark = pytest.mark.multiprocess
@@ -66,7 +66,7 @@ def _dying(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     return counted
 
 
-def _start(config: Config, raw: dict[str, Any], moment: str | None, count: int) -> None:
+def _start(config: Config, moment: str | None, count: int) -> None:
     """In a process of its own: the run, killed in the `count`-th such moment of this start."""
     torch.set_num_threads(1)
     run.draw_plots = lambda *given: None  # type: ignore[assignment]
@@ -91,7 +91,7 @@ def _start(config: Config, raw: dict[str, Any], moment: str | None, count: int) 
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
-        run.fit(config, raw)
+        run.fit(config)
 
 
 def _killing_batches(batches: Callable[..., Any], count: int) -> Callable[..., Any]:
@@ -122,9 +122,9 @@ def _half_written(save: Callable[..., Any], count: int) -> Callable[..., Any]:
     return counted
 
 
-def _run(config: Config, raw: dict[str, Any], moment: str | None = None, count: int = 1) -> bool:
+def _run(config: Config, moment: str | None = None, count: int = 1) -> bool:
     """Whether the run was killed; it has finished otherwise."""
-    process = _FORKS.Process(target=_start, args=(config, raw, moment, count))
+    process = _FORKS.Process(target=_start, args=(config, moment, count))
     process.start()
     process.join(120)
     assert process.exitcode in (0, -signal.SIGKILL), f"exit code {process.exitcode} after {moment} {count}"
@@ -138,22 +138,20 @@ def _rows(config: Config) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("variant", RUNS)
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_anywhere_ends_with_the_same_bits(
-    kills: int, variant: str, tiny: Callable[..., tuple[Config, dict[str, Any]]]
-) -> None:
+def test_a_run_killed_anywhere_ends_with_the_same_bits(kills: int, variant: str, tiny: Callable[..., Config]) -> None:
     last = 5 * kills  # a start that is killed takes about four steps
     words = (*RUNS[variant], "checkpoint.every_n_steps=2", "eval.every_n_steps=3", f"trainer.max_steps={last}")
-    whole, raw = tiny("name=whole", *words)
-    assert not _run(whole, raw)
-    config, raw = tiny("name=killed", *words)
+    whole = tiny("name=whole", *words)
+    assert not _run(whole)
+    config = tiny("name=killed", *words)
     chance, done = random.Random(f"{variant}{kills}"), 0
     moments = [MOMENTS[i % len(MOMENTS)] for i in range(kills)]
     chance.shuffle(moments)
     for moment in moments:
         # Late enough that most starts save something, so that the next one continues.
-        done += _run(config, raw, moment, chance.randint(2, 9))
+        done += _run(config, moment, chance.randint(2, 9))
     assert done >= 0.9 * kills  # a run that had finished can be killed no more
-    assert not _run(config, raw)
+    assert not _run(config)
     assert _rows(config) == _rows(whole)
     one, two = (
         read_checkpoint(checkpoint_path(Path(c.runs_dir, c.name, "checkpoints"), last)) for c in (whole, config)

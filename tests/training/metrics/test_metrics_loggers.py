@@ -10,8 +10,8 @@ from lightsparse.training.run import fit
 def test_tensorboard_and_wandb_together_get_the_rows_of_metrics_csv_and_the_plots(tiny, tmp_path, monkeypatch):
     wandb.teardown()  # it has read the environment, if a test before this one used it
     monkeypatch.setenv("WANDB_RUN_GROUP", "a-sweep")
-    config, raw = tiny("logger=all", "trainer.max_steps=4", "schedule=constant", "eval.sample_tokens=0")
-    fit(config, raw)
+    config = tiny("logger=all", "trainer.max_steps=4", "schedule=constant", "eval.sample_tokens=0")
+    fit(config)
     assert wandb.run is not None and wandb.run.group == "a-sweep"
     wandb.finish()
     run = tmp_path / "runs/tiny"

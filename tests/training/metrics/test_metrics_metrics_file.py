@@ -63,3 +63,12 @@ def test_metrics_of_other_names_make_no_row(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.csv")
     metrics.log_metrics({"lr-AdamW": 0.1}, step=3)
     assert read_metrics(metrics.path) == []
+
+
+def test_a_step_has_one_row_and_the_later_call_has_it(tmp_path: Path) -> None:
+    metrics = written(tmp_path / "metrics.csv", range(3))
+    metrics.log_metrics({"tokens": 200, "train_loss": 2.5, "val_loss": 3.25}, step=2)
+    assert [row["step"] for row in read_metrics(metrics.path)] == [0, 1, 2]
+    assert read_metrics(metrics.path)[2] == {"step": 2, "tokens": 200, "train_loss": 2.5, "val_loss": 3.25}
+    metrics.log_metrics({"tokens": 300}, step=3)
+    assert len(read_metrics(metrics.path)) == 4

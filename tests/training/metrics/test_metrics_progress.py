@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,7 +16,7 @@ from lightsparse.training.metrics.summary import show
 from lightsparse.training.run import fit
 from lightsparse.utils.text import duration
 
-Tiny = Callable[..., tuple[Config, dict[str, Any]]]
+Tiny = Callable[..., Config]
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def test_a_log_file_gets_a_line_per_step_and_validation_and_none_twice(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "_LINE_EVERY", -1.0)
-    fit(*tiny("trainer.progress=true", "trainer.accumulate_grad_batches=2"))
+    fit(tiny("trainer.progress=true", "trainer.accumulate_grad_batches=2"))
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [words[1] for words in lines if "validation" in words] == ["0", "4", "8", "12"]
     steps = [line for line in lines if "validation" not in line]
@@ -45,7 +44,7 @@ def test_a_terminal_gets_a_bar_with_loss_bits_tokens_and_time_left(tiny: Tiny, m
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120, color_system=None)
     monkeypatch.setattr(run, "build_trainer", lambda *given, build=run.build_trainer: build(*given[:-1], terminal))
-    fit(*tiny("trainer.progress=true"))
+    fit(tiny("trainer.progress=true"))
     bar = next(line for line in reversed(screen.getvalue().replace("\r", "\n").split("\n")) if "12/12" in line)
     for word in ("train", "loss", "bits/byte", "tokens/s", "left"):
         assert word in bar, word

@@ -93,8 +93,7 @@ def peak_of_run(words: list[str]) -> float:
     """MiB that a short run takes above its imports; for a process of its own."""
     run.draw_plots = lambda *given: None  # type: ignore[assignment]
     run.matmul_peak = lambda *given: 1e11  # type: ignore[assignment]
-    raw = compose_raw(words)
-    return float(run.fit(parse(raw), raw)["peak_memory_mib"])
+    return float(run.fit(parse(compose_raw(words)))["peak_memory_mib"])
 
 
 @pytest.mark.multiprocess

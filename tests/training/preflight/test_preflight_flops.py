@@ -10,7 +10,7 @@ from lightsparse.training.preflight.flops import matmul_error, matmul_peak
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_is_of_the_order_of_a_processor(dtype: torch.dtype) -> None:
-    assert 1e9 < matmul_peak(torch.device("cpu"), dtype) < 1e14
+    assert 1e8 < matmul_peak(torch.device("cpu"), dtype) < 1e14
 
 
 def test_the_error_of_full_fp32_is_that_of_fp32() -> None:

@@ -60,7 +60,7 @@ def test_the_allocators_own_error_becomes_a_sentence_with_three_settings() -> No
     with pytest.raises(MemoryShortError) as said, memory_named(config, needed):
         raise real_error()
     sentence = str(said.value)
-    assert sentence.startswith(f"out of memory: this run takes about {needed}, and of ") and "\n" not in sentence
+    assert sentence.startswith(f"out of memory: this run takes about {needed}, and ") and "\n" not in sentence
     assert sentence.count("(about ") == 3 and "data.batch_size=" in sentence
 
 
@@ -71,7 +71,7 @@ def test_other_errors_pass_unchanged() -> None:
 
 
 def test_a_context_that_cannot_fit_is_refused_before_its_layout_is_made() -> None:
-    with pytest.raises(ConfigError, match=r"^data\.context is 10000000000000; .* at the very least .*; lower data\."):
+    with pytest.raises(ConfigError, match=r"^data\.context is 10000000000000; .* takes at least .*; lower data\."):
         check_memory(compose([*WORDS, "data.context=10000000000000", "eval.tokens=10000000000000"]))
     check_memory(compose(WORDS))
 
@@ -87,7 +87,7 @@ def test_an_estimate_far_above_the_memory_is_a_warning_and_no_refusal(
         assert caplog.text == ""
         monkeypatch.setattr(out_of_memory, "memory_per_rank", lambda config: (int(needed.total / 2.1), 0))
         warn_of_memory(config, needed)
-    assert "THIS WILL HARDLY FIT" in caplog.text and "(about " in caplog.text
+    assert "THIS WILL PROBABLY NOT FIT" in caplog.text and "(about " in caplog.text
 
 
 def test_ranks_of_one_machine_share_its_memory() -> None:
@@ -102,7 +102,8 @@ def test_a_process_that_reaches_its_limit_says_so_and_ends_with_2(tmp_path: Path
         (tmp_path / f"{i}.txt").write_text("some words " * 2000)
     script = f"""
         import resource, sys
-        from lightsparse.training import main, run
+        from lightsparse.cli import train as main
+        from lightsparse.training import run
         import psutil, torch
         torch.set_num_threads(1)
         limit = psutil.Process().memory_info().vms + {GIB}

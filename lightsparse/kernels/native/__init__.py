@@ -1,0 +1,1 @@
+"""The compiled attention kernel for CPU: its C++ source, its build, its call."""

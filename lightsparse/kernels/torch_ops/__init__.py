@@ -1,0 +1,1 @@
+"""Backends in plain PyTorch: `blocked` for any layout and device, `per_query` for rows of single queries."""
