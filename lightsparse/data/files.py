@@ -69,7 +69,7 @@ class FilesData(TextConfig):
 
     def held_out_by(self) -> dict[Hashable, object]:
         train = self._files(False)
-        rules = {same_file(path): True for _, path in self._files(True)}
+        rules: dict[Hashable, object] = {same_file(path): True for _, path in self._files(True)}
         for name, path in train:
             rules[same_file(path)] = (name, len(train) == 1, self.val_fraction) if self.val_path is None else False
         return rules

@@ -127,9 +127,9 @@ def test_a_tokenizer_kept_in_the_run_comes_along(run):
 
 
 FORMS = {
-    "LlamaForCausalLM": {},
+    "LlamaForCausalLM": {"qk_norm": False},
     "Qwen3ForCausalLM": {"qk_norm": True},
-    "Qwen2ForCausalLM": {"qkv_bias": True},
+    "Qwen2ForCausalLM": {"qk_norm": False, "qkv_bias": True},
 }
 
 

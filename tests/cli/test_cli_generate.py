@@ -122,10 +122,9 @@ def test_a_prompt_is_taken_literally_and_other_values_are_yaml():
         (["run=r", "prompt=a", "prompts=[b]"], "both given"),
         (["run=r", "prompts=[b"], "cannot be read as YAML"),
         (["run=r", 'stop=[""]'], "empty string"),
-        (["run=r", "prompt=caf\udce9 au lait"], r"prompt is not UTF-8 text: '\\udce9' after 3 characters"),
-        (["run=r", 'prompts=["a", "\udcff"]'], r"prompts is not UTF-8 text: '\\udcff' after 0 characters"),
-        (["run=r", 'prompts=["\\ud800"]'], r"prompts is not UTF-8 text: '\\ud800'"),
-        (["run=r", "stop=\udcff"], r"stop is not UTF-8 text: '\\udcff'"),
+        (["run=r", "prompt=caf\udce9 au lait"], "prompt is not UTF-8 text: '\\udce9' after 3 characters"),
+        (["run=r", 'prompts=["\\ud800"]'], "prompts is not UTF-8 text: '\\ud800'"),
+        (["run=r", "stop=\udcff"], "stop is not UTF-8 text: '\\udcff'"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(words, about, capsys):
