@@ -486,6 +486,19 @@ class _Largest(TorchDispatchMode):
         return result
 
 
+def takes_a_batch_of_none(variant: Variant) -> None:
+    """No sequences: an empty output of the same shape, empty gradients, in training and in evaluation."""
+    shape = Shape(90, 0, 4, 4, 32)
+    core = variant.core(shape)
+    for training in (True, False):
+        given = Inputs.random(shape).leaves()
+        out = attend(core.train(training), given)
+        assert out.shape == given.q.shape
+        assert all(
+            grad.shape == x.shape for grad, x in zip(gradients(out, *given.tensors()), given.tensors(), strict=True)
+        )
+
+
 def reports_its_density(variant: Variant) -> None:
     """stats["density"] is there, a share of dense (repeats and summaries may push it above 1), and no gradient."""
     shape = Shape(1000, 1, 4, 2, 32)

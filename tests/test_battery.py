@@ -39,6 +39,7 @@ PROPERTIES = (
     Property(battery.chooses_again_what_it_chose),
     Property(battery.trains_the_same_recomputed_layer_by_layer),
     Property(battery.compiles),
+    Property(battery.takes_a_batch_of_none),
     Property(battery.grows_linearly),
     Property(battery.reports_its_density),
     Property(battery.refuses_what_it_declares_it_cannot),

@@ -188,7 +188,7 @@ class BlockSparseAdaptive(AttentionCore):
             )
 
         batch, heads, total, _ = of.query.shape
-        at_once = max(_CHUNK // (batch * heads * of.key.shape[2]), 1)
+        at_once = max(_CHUNK // max(batch * heads * of.key.shape[2], 1), 1)
         runs, shard = [(0, total)], ctx.shard
         if shard is not None:
             runs = shard.plans.get(

@@ -73,7 +73,7 @@ class _BlockKL(torch.autograd.Function):
         batch, heads, rows, _ = keys.q.shape
         sums = gate_q.new_zeros(3)
         grad_q, grad_k = torch.zeros_like(gate_q), torch.zeros_like(gate_k)
-        at_once = max(_WEIGHTS // (batch * heads * keys.k.shape[2]), 1)
+        at_once = max(_WEIGHTS // max(batch * heads * keys.k.shape[2], 1), 1)
         for part in slices(rows, at_once):
             columns = int(keys.tokens[part.stop - 1]) // keys.block  # blocks before the last row's own one
             if columns == 0:

@@ -91,7 +91,7 @@ def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *
         if attention is not None:
             q, k, rest = attention
             attention = Keys(q.to(index.q), k.to(index.q), None if rest is None else rest.to(index.q))
-        for part in slices(rows, max(_ROWS // batch, 1)):
+        for part in slices(rows, max(_ROWS // max(batch, 1), 1)):
             seen = max(int((mask.visible_from <= mask.q_pos[:, part].max()).sum()), 1)  # columns of the chunk
             now = Index(index.q[:, part], index.weight[:, part], index.keys[:, :seen])
             among = _visible(mask, part, seen)
@@ -107,7 +107,7 @@ def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *
                 sums += _learn(now, scores, chosen, to, of, None)
                 continue
             widest = max(index.keys.shape[2], to.k.shape[3])
-            for few in slices(table.shape[1], max(_ROWS * columns // (batch * width * widest), 1)):
+            for few in slices(table.shape[1], max(_ROWS * columns // max(batch * width * widest, 1), 1)):
                 ids = table[:, few].clamp(min=0).long()
                 own = Index(now.q[:, few], now.weight[:, few], _taken(now.keys, ids))
                 grads = Index(of.q[:, few], of.weight[:, few], of.keys)

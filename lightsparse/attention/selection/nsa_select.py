@@ -62,7 +62,7 @@ class Selector:
         starts = None if documents is None else document_starts(documents)
         apart = None if documents is None else whole(keys.shape[2], self.compress_block, self.stride, documents)
         width = min(self.top, -(-length // self.block))
-        at_once = max(_SCORES // (batch * heads * max(keys.shape[2], 1)), 1)
+        at_once = max(_SCORES // max(batch * heads * keys.shape[2], 1), 1)
         tables = []
         for part in slices(rows, at_once):
             t = tokens[part]

@@ -98,7 +98,7 @@ def row_parts(queries: int, entries: int, block: int, most: int, ctx: SequenceCo
 
     Ranks that share a sequence take all of their queries at once, so that they stay in step.
     """
-    return slices(queries, queries if ctx.shard is not None else max(most // entries // block, 1) * block)
+    return slices(queries, queries if ctx.shard is not None else max(most // max(entries, 1) // block, 1) * block)
 
 
 def slices(count: int, at_once: int) -> list[slice]:

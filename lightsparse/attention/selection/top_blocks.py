@@ -48,7 +48,7 @@ def top_blocks(
     width      entries of a row: at least min(top_k, C)
     """
     batch, heads, rows, _ = q.shape
-    at_once = max(_SCORES // (batch * heads * max(of_blocks.shape[2], 1)), 1)
+    at_once = max(_SCORES // max(batch * heads * of_blocks.shape[2], 1), 1)
     parts = [_chosen(q, of_blocks, own_R, top_k, width, documents, rule, part) for part in slices(rows, at_once)]
     return torch.cat(parts, 2) if parts else own_R.new_empty(batch, heads, 0, width, dtype=torch.int32)
 
