@@ -61,3 +61,11 @@ def test_the_reference_has_forward_mode_derivatives():
     _, along = torch.func.jvp(attend, (q,), (step,))
     difference = (attend(q + 1e-6 * step) - attend(q - 1e-6 * step)) / 2e-6
     torch.testing.assert_close(along, difference, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["reference", *OPERATORS])
+def test_a_batch_of_no_sequences_has_an_empty_result_and_empty_gradients(backend):
+    q, k, v = (torch.zeros(0, HEADS, TOKENS, DIM, requires_grad=True) for _ in "qkv")
+    out, lse = block_sparse_attention_with_lse(q, k, v, everything(backend), backend=backend)
+    (out.sum() + lse.sum()).backward()
+    assert out.shape == q.grad.shape == k.grad.shape == q.shape and lse.shape == q.shape[:3]
