@@ -89,6 +89,7 @@ class LanguageModel(LightningModule):
         self.health = Health(config.health)
         self._batches: list[Mapping[str, Tensor]] = []  # of the step under way
         self.attention_columns = attention_stats.step_columns(config)
+        self.validated = 0  # optimizer steps behind the last validation
         self.choice_churn: float | None = None  # since the validation before
         self._choices: list[Tensor] = []  # what each layer chose in the first validation batch
 
@@ -113,9 +114,16 @@ class LanguageModel(LightningModule):
     def on_train_start(self) -> None:
         self.model.set_step(max(self.global_step - 1, 0), self.config.trainer.max_steps)  # a validation may come first
         self._stop_at_goal()  # it may have been reached just before the run was killed
+        self._set_rate()
         # nats, targets, bytes, density, and what the attention reports of itself
         self.routers = RouterWatch(self.model.cores)
         self._sums = torch.zeros(4 + len(self.attention_columns), device=self.device, dtype=torch.float32)
+
+    def _set_rate(self) -> None:
+        """The rate of the step that comes: a checkpoint brings that of the schedule it was saved under."""
+        factor = self.config.schedule.factor(self.global_step, self.config.trainer.max_steps)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = group["initial_lr"] * factor
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The sum of nats over this rank's targets in a micro-batch; `on_before_optimizer_step` divides, once."""
@@ -138,6 +146,12 @@ class LanguageModel(LightningModule):
         Lightning has divided each micro-batch's loss by `accumulate`, DDP and FSDP2 the gradients by the number of
         ranks, whether those hold different samples or parts of one.
         """
+        if len(self._batches) != self.config.accumulate_grad_batches:
+            raise ConfigError(
+                f"step {self.global_step + 1} has accumulated {len(self._batches)} micro-batches and "
+                f"trainer.accumulate_grad_batches is {self.config.accumulate_grad_batches}; one of `callbacks` has "
+                "changed that, and the samples consumed could not be counted: leave it out"
+            )
         micro_batches = self.config.accumulate_grad_batches * self.trainer.world_size
         nats, targets, text_bytes, density, *reports = self._over_ranks(self._sums).tolist()
         self._sums.zero_()
@@ -239,7 +253,7 @@ class LanguageModel(LightningModule):
         buckets = self._over_ranks(self._buckets.to(self.device, torch.float32)).double().cpu()
         self.choice_churn = None if self._overlaps is None else attention_stats.churn(self._over_ranks(self._overlaps))
         self.by_position = [Totals(*row) for row in buckets.tolist()]
-        self.validation = Totals(*buckets.sum(0).tolist())
+        self.validation, self.validated = Totals(*buckets.sum(0).tolist()), self.global_step
         # For a user's callbacks (EarlyStopping, ModelCheckpoint); equal on all ranks already.
         values = {"val_loss": self.validation.loss, "val_bits_per_byte": self.validation.bits_per_byte}
         if self.config.data.has_answers:
@@ -258,6 +272,7 @@ class LanguageModel(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["health"] = self.health.state_dict()
         checkpoint["validation"] = [[part.nats, part.targets, part.bytes] for part in self.by_position]
+        checkpoint["validated"] = self.validated
         checkpoint["scores"] = None if self.scores is None else list(astuple(self.scores))
         if self.config.attention.core.selects_from_input:  # the next validation compares its choices with these
             checkpoint["choices"] = gather_objects([table.cpu() for table in self._choices])
@@ -269,7 +284,7 @@ class LanguageModel(LightningModule):
         self.health.load_state_dict(checkpoint["health"])
         self.by_position = [Totals(*part) for part in checkpoint["validation"]]
         sums = [sum(column) for column in zip(*checkpoint["validation"], strict=True)]
-        self.validation = Totals(*sums) if sums else None
+        self.validation, self.validated = Totals(*sums) if sums else None, checkpoint["validated"]
         scores = checkpoint.get("scores")
         self.scores = None if scores is None else Scores(*scores)
         choices = checkpoint.get("choices", [])

@@ -14,6 +14,7 @@ pytorch-lightning_version    Lightning
 DataModule                   data.module               samples consumed, fingerprint and what else fixes the order
 health                       training.module           steps skipped, the last losses
 validation                   training.module           sums of the last validation, by position
+validated                    training.module           optimizer steps behind it
 scores                       training.module           its right answers; None where the data asks nothing
 choices                      training.module           blocks chosen in it, of each rank; only where the input decides
 residuals                    training.module           what a gradient hook owes, of each rank; only with such a hook

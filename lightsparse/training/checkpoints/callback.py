@@ -77,6 +77,8 @@ class StepCheckpoint(Checkpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Also where all steps had been taken before this start, which then only finishes what the last one began."""
+        self.writer.finish()
+        self._report_saved()
         if trainer.is_global_zero and trainer.global_step and trainer.global_step in checkpoint_steps(self.folder):
             self._tidy(trainer.global_step, self.best_step, self.best_loss)
 

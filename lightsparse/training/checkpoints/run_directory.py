@@ -43,7 +43,7 @@ class RunDirectory:
         self.sample = path / "sample.txt"
         self.summary = path / "summary.json"
         self.identity = path / "run_id"  # made on the first rank when the directory is
-        self.sent = path / ".sent"  # the step up to which loggers beside metrics.csv have all rows
+        self.sent = path / ".sent"  # the step up to which each logger beside metrics.csv has all rows
 
     @classmethod
     def of(cls, config: Config) -> RunDirectory:
@@ -91,6 +91,11 @@ class RunDirectory:
         summary = self._summary()
         if summary is not None and is_finished(summary, config):
             return replace(start, summary=summary)
+        if start.step > config.trainer.max_steps:
+            raise ConfigError(
+                f"trainer.max_steps is {config.trainer.max_steps} and {self.path} has trained {start.step} steps; "
+                "raise it, or use name=<another> to train as few"
+            )
         return start
 
     def prepare(self, config: Config) -> None:
@@ -163,7 +168,10 @@ def _damaged(path: Path, reason: object) -> str:
 
 
 def is_finished(summary: Mapping[str, Any], config: Config) -> bool:
-    """Whether a finished run has come as far as it is asked to now: to max_steps, or to eval.stop_accuracy."""
+    """Whether a finished run has come as far as it is asked to now: to max_steps, to eval.stop_accuracy, or to where
+    one of the same callbacks has ended it.
+    """
     goal, accuracy = config.eval.stop_accuracy, summary.get("val_accuracy")
     reached = goal is not None and accuracy is not None and accuracy >= goal
-    return summary["finished"] and (summary["steps"] >= config.trainer.max_steps or reached)
+    stopped = summary.get("stopped_by") not in (None, {}) and summary["stopped_by"] == config.composed["callbacks"]
+    return summary["finished"] and (summary["steps"] >= config.trainer.max_steps or reached or stopped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from typing import Any
@@ -19,6 +20,7 @@ from lightsparse.training.measures.loss_sums import Totals
 from lightsparse.training.metrics.metrics_file import read_metrics
 from lightsparse.training.module import LanguageModel
 from lightsparse.utils.atomic_files import write_text
+from lightsparse.utils.compat.lightning import validate_now
 from lightsparse.utils.machine import current_rss, peak_rss
 from lightsparse.utils.version import code_version
 
@@ -48,7 +50,7 @@ class Recorder(Callback):
         self._sent_tokens, self._sent_s = 0, 0.0  # at the row before
         self._steps: list[list[float]] = []  # nats, targets, bytes, density of each step since the row before
         self._step = 0
-        self._others: list[Logger] = []  # loggers beside ours; on the first rank only
+        self._others: dict[str, Logger] = {}  # loggers beside ours; on the first rank only
 
     @property
     def wall_s(self) -> float:
@@ -69,8 +71,9 @@ class Recorder(Callback):
     # ---- hooks --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        self._others = trainer.loggers[1:] if trainer.is_global_zero else []
-        for logger in self._others:
+        names = [name for name, node in self.config.logger.items() if node is not None]
+        self._others = dict(zip(names, trainer.loggers[1:], strict=True)) if trainer.is_global_zero else {}
+        for logger in self._others.values():
             logger.log_hyperparams({**self.config.composed, "code": code_version()})
 
     def on_train_start(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
@@ -112,6 +115,8 @@ class Recorder(Callback):
         self._mark = time.perf_counter()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        if pl_module.validated != trainer.global_step:  # the run was stopped between two, and now has no steps left
+            validate_now(trainer)
         self.release(trainer.global_step)  # a start that had nothing left to train sends what the last one could not
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,15 +130,14 @@ class Recorder(Callback):
         """A checkpoint of `step` is on disk: the rows up to it are final."""
         if not self._others:
             return
-        sent = int(self.directory.sent.read_text()) if self.directory.sent.exists() else -1
-        if step <= sent:  # the run was rolled back behind what they have
-            return
-        for row in read_metrics(self.directory.metrics):
-            row_step = int(row.pop("step"))
-            if sent < row_step <= step:
-                for logger in self._others:
-                    logger.log_metrics(row, step=row_step)
-        write_text(self.directory.sent, f"{step}\n")
+        sent = json.loads(self.directory.sent.read_text()) if self.directory.sent.exists() else {}
+        rows = read_metrics(self.directory.metrics)
+        for name, logger in self._others.items():
+            for row in rows:  # none, where the run was rolled back behind what it has
+                if sent.get(name, -1) < row["step"] <= step:
+                    logger.log_metrics({key: row[key] for key in row if key != "step"}, step=int(row["step"]))
+        reached = {name: max(step, sent.get(name, -1)) for name in self._others}
+        write_text(self.directory.sent, json.dumps(sent | reached) + "\n")
 
     # ---- rows ---------------------------------------------------------------------------------------------------
 

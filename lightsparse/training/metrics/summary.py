@@ -39,6 +39,7 @@ def summarize(
         "context": config.data.context,
         "seed": config.seed,
         "steps": steps,
+        "stopped_by": _stopped_by(config, steps, None if scores is None else scores.accuracy),
         "tokens": tokens,
         "tokens_per_s": tokens / recorder.train_s if recorder.train_s else None,
         "val_loss": validation.loss,
@@ -69,6 +70,13 @@ def summarize(
         "versions": versions() | {"lightning": importlib.metadata.version("lightning")},
         "hardware": hardware(),
     }
+
+
+def _stopped_by(config: Config, steps: int, accuracy: float | None) -> Any:
+    """The callbacks, where one of them must have ended the run: neither its steps nor its goal did."""
+    goal = config.eval.stop_accuracy
+    ended = steps >= config.trainer.max_steps or (goal is not None and accuracy is not None and accuracy >= goal)
+    return None if ended else config.composed["callbacks"]
 
 
 def show(console: Console, summary: Mapping[str, Any], directory: Path) -> None:

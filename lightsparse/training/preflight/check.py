@@ -14,6 +14,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import nn
 
@@ -33,6 +41,15 @@ from lightsparse.training.init_from import check_start
 from lightsparse.training.module import LanguageModel
 from lightsparse.utils.compat.lightning import datamodule_state
 
+_NOT_FOLLOWED = {  # callbacks of Lightning that change the trainer under a run, and what does the same here
+    GradientAccumulationScheduler: "set trainer.accumulate_grad_batches",
+    BatchSizeFinder: "doctor=true says what fits; set data.batch_size",
+    LearningRateFinder: "sweep optimizer.lr with -m",
+    StochasticWeightAveraging: "use schedule=wsd, or lightning.pytorch.callbacks.EMAWeightAveraging",
+    BaseFinetuning: "trainer.selector_only_steps trains a part first",
+    ModelPruning: "leave it out",
+}
+
 
 def check(config: Config) -> None:
     """Everything that can be found wrong without computing: shapes, density, targets, disk. Raises ConfigError."""
@@ -45,6 +62,12 @@ def check_model(config: Config) -> Transformer:
         for name, node in getattr(config, group).items():
             if node is not None:
                 target = ClassChoice.of(node, f"{group}.{name}", kind, config.allow_targets).target
+                for refused, instead in _NOT_FOLLOWED.items():
+                    if issubclass(target, refused):
+                        raise ConfigError(
+                            f"{group}.{name} is {target.__name__}, which changes what a step is, so that a resumed run "
+                            f"would not be the same; {instead}"
+                        )
                 if issubclass(target, WandbLogger) and is_first_rank():
                     _check_wandb(f"{group}.{name}", node)
     if config.eval.tokens < config.data.context:

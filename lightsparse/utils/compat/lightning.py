@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 
@@ -30,6 +30,13 @@ def join_ranks(strategy: ModelParallelStrategy) -> None:
     """Have the strategy meet the other ranks. `setup_environment` does, and builds a mesh in two dimensions: those mean
     hybrid sharding to FSDP2, and wait for half an hour whatever the timeout."""
     strategy._setup_distributed()
+
+
+def validate_now(trainer: Trainer) -> None:
+    """A whole validation between fit's loop and its end, with all hooks: `trainer.validate` would set up ranks anew."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
 
 
 def batch_counts(checkpoint: dict[str, Any]) -> list[dict[str, int]]:

@@ -23,3 +23,16 @@ def test_tensorboard_and_wandb_together_get_the_rows_of_metrics_csv_and_the_plot
     assert sent.keys() == {step for step, row in rows.items() if "val_bits_per_byte" in row} and 4 in sent
     assert all(abs(rows[step]["val_bits_per_byte"] - value) < 1e-5 for step, value in sent.items())
     assert {"loss", "loss_by_position"} <= set(events.Tags()["images"])
+
+
+def test_a_logger_that_is_added_at_a_restart_gets_the_rows_of_all_starts_and_the_others_none_twice(tiny, tmp_path):
+    words = ("schedule=constant", "eval.sample_tokens=0", "trainer.log_every_n_steps=1")
+    first = "+logger.first={_target_: lightning.pytorch.loggers.TensorBoardLogger, name: first, version: ''}"
+    fit(tiny(*words, first, "trainer.max_steps=3"))
+    fit(tiny(*words, first, first.replace("first", "second"), "trainer.max_steps=5"))
+    run = tmp_path / "runs/tiny"
+    steps = [row["step"] for row in read_metrics(run / "metrics.csv")]
+    for name in ("first", "second"):
+        events = EventAccumulator(str(run / name))
+        events.Reload()
+        assert [event.step for event in events.Scalars("tokens")] == steps == [0, 1, 2, 3, 4, 5]
