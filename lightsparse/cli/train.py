@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig
 
 from lightsparse.config.compose import HYDRA_VERSION, conf_dir, plain, refused_in_words
-from lightsparse.distributed.environment import is_first_rank
+from lightsparse.distributed.environment import ignore_stray_ranks, is_first_rank
 from lightsparse.sweep.launcher import ending, register_launcher
 from lightsparse.utils.refusal import Refusal
 
@@ -36,6 +36,8 @@ def train(composed: DictConfig) -> float:
 def main() -> None:
     """Run the command line."""
     logging.basicConfig(format="%(message)s")
+    for line in ignore_stray_ranks():  # first: Lightning reads them as it is imported
+        logging.warning(line)
     logging.getLogger("lightsparse").setLevel(logging.INFO if is_first_rank() else logging.WARNING)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them in its own way
     register_launcher()

@@ -19,12 +19,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 
+from lightsparse.distributed.environment import OWN
 from lightsparse.utils.compat.lightning import Launcher
 from lightsparse.utils.compat.torch import TORCHRUN_ID
 from lightsparse.utils.machine import usable_cores
 from lightsparse.utils.rank_errors import EXIT_CODE
 
-_PARENT = "LIGHTSPARSE_LAUNCHER"  # set for the ranks that a first rank starts: its process id
 _POLL, _GRACE = 0.5, 5.0  # seconds between looks; seconds that a process has to end by itself, with its own words
 _AGREED = 30.0  # the same, where the ranks have agreed to end; torchrun gives as much
 
@@ -68,7 +68,7 @@ class RankLauncher(Launcher):
         Lightning's own launcher would make it up from sys.argv, which has lost the verb.
         """
         os.environ |= {
-            _PARENT: str(os.getpid()),
+            OWN: str(os.getpid()),
             "MASTER_ADDR": self._ranks.main_address,
             "MASTER_PORT": str(self._ranks.main_port),
             "NODE_RANK": str(self._ranks.node_rank()),
@@ -128,7 +128,7 @@ class _Watch(threading.Thread):
 
 def _launching_parent() -> int | None:
     """The rank that started this one, or None where it was torchrun, SLURM or a user."""
-    parent = int(os.environ.get(_PARENT, 0))
+    parent = int(os.environ.get(OWN, 0))
     return parent if parent not in (0, os.getpid()) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from lightsparse.config.schema import Config
 from lightsparse.data.module import DataModule
 from lightsparse.data.run_tokenizer import keep_tokenizer, with_run_tokenizer
-from lightsparse.distributed.environment import is_first_rank
+from lightsparse.distributed.environment import ignore_stray_ranks, is_first_rank
 from lightsparse.distributed.strategies import ShardedStrategy
 from lightsparse.distributed.strategy_config import ContextRanks
 from lightsparse.kernels.compute_dtype import product_dtype
@@ -35,6 +36,8 @@ from lightsparse.training.preflight.flops import matmul_error, matmul_peak
 from lightsparse.training.trainer import build_trainer
 from lightsparse.utils.atomic_files import write_text
 from lightsparse.utils.text import count_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def fit(config: Config) -> dict[str, Any]:
     """
     directory = RunDirectory.of(config)
     recorder = Recorder(config, directory)  # its clock starts
+    for line in ignore_stray_ranks():  # where no command line has
+        log.warning(line)
     console = Console(quiet=not is_first_rank(), highlight=False, markup=False, soft_wrap=True)  # lines as they are
     try:
         with resumable(config):

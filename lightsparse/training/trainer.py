@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lightsparse.config.build import ClassChoice
 from lightsparse.config.schema import Config
-from lightsparse.distributed.environment import is_first_rank
+from lightsparse.distributed.environment import cluster_environment, is_first_rank
 from lightsparse.distributed.strategies import strategy_for
 from lightsparse.evaluation.callback import TaskEvaluation
 from lightsparse.training.checkpoints.background_writer import CheckpointWriter
@@ -65,6 +65,6 @@ def build_trainer(
         enable_progress_bar=config.trainer.progress,
         logger=loggers,
         callbacks=callbacks,
-        plugins=[writer],
+        plugins=[writer, cluster_environment()],
         default_root_dir=directory.path,
     )

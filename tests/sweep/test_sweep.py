@@ -174,8 +174,8 @@ def test_a_sweep_has_one_controller(trials, monkeypatch, capsys):
 
 
 def test_under_torchrun_a_sweep_is_refused(trials, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
     assert sweep(monkeypatch, *SWEEP) == 2 and "start it without" in capsys.readouterr().err
 
 
