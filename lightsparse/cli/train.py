@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
-from lightsparse.config.compose import HYDRA_VERSION, conf_dir, plain, refused_in_words
+from lightsparse.config.compose import HYDRA_VERSION, conf_dir, handed, plain, refused_in_words
 from lightsparse.distributed.environment import ignore_stray_ranks, is_first_rank
 from lightsparse.sweep.launcher import ending, register_launcher
 from lightsparse.utils.refusal import Refusal
@@ -28,9 +29,7 @@ def train(composed: DictConfig) -> float:
         raw = plain(composed)
     except Refusal as refusal:  # an error here Hydra would announce in its own way first
         _end(2, str(refusal))
-    from lightsparse.cli.work.train import run
-
-    return run(raw)
+    return _run(raw)
 
 
 def main() -> None:
@@ -43,13 +42,23 @@ def main() -> None:
     register_launcher()
     code, sentence = 0, ""
     try:
-        with refused_in_words([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]):
-            train()
-        code, sentence = ending()
+        config = handed()
+        if config is not None:  # a rank or a trial: its words may compose to something else by now
+            _run(config)
+        else:
+            with refused_in_words([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]):
+                train()
+            code, sentence = ending()
     except Refusal as refusal:
         code, sentence = 2, str(refusal)
     if code:
         _end(code, sentence)
+
+
+def _run(raw: Mapping[str, Any]) -> float:
+    from lightsparse.cli.work.train import run
+
+    return run(raw)
 
 
 def _end(code: int, sentence: str) -> NoReturn:

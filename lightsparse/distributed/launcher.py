@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from subprocess import Popen, TimeoutExpired
 from typing import Any
 
@@ -35,12 +35,13 @@ class RankLauncher(Launcher):
     ranks     what Lightning knows of the job's processes
     here      ranks on this machine
     machines  of the job
+    handed    variables for the ranks that it starts
     """
 
     is_interactive_compatible = False  # a notebook's command line starts no second rank
 
-    def __init__(self, ranks: ClusterEnvironment, here: int, machines: int) -> None:
-        self._ranks, self._here, self._machines = ranks, here, machines
+    def __init__(self, ranks: ClusterEnvironment, here: int, machines: int, handed: Mapping[str, str]) -> None:
+        self._ranks, self._here, self._machines, self._handed = ranks, here, machines, handed
         self._children: list[Popen] = []
         self._watch: _Watch | None = None
 
@@ -77,7 +78,8 @@ class RankLauncher(Launcher):
         }
         command = [sys.executable, *sys.orig_argv[1:]]
         for local_rank in range(1, self._here):
-            self._children.append(Popen(command, env=os.environ | {"LOCAL_RANK": str(local_rank)}))
+            env = os.environ | self._handed | {"LOCAL_RANK": str(local_rank)}
+            self._children.append(Popen(command, env=env))
 
     def expect_end(self) -> None:
         """The ranks have agreed to end: that one has done so before this one has written everything is no loss."""
