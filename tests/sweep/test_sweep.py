@@ -201,9 +201,9 @@ def test_a_trial_is_the_command_itself_and_its_exit_code_the_commands(tmp_path):
 
 def test_w_and_b_groups_the_runs_by_the_sweep_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
-    assert trial_environment("s")["WANDB_RUN_GROUP"] == "s"
+    assert trial_environment("s", {})["WANDB_RUN_GROUP"] == "s"
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
-    assert trial_environment("s")["WANDB_RUN_GROUP"] == "mine"
+    assert trial_environment("s", {})["WANDB_RUN_GROUP"] == "mine"
 
 
 def test_who_holds_a_folder_is_told_to_others_only(tmp_path):
@@ -214,6 +214,64 @@ def test_who_holds_a_folder_is_told_to_others_only(tmp_path):
     told = subprocess.run([sys.executable, "-c", asks], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert told.stdout.startswith(f"process {os.getpid()} on ")
     unlock(tmp_path)
+
+
+TRIAL = """
+import json, os, sys
+from pathlib import Path
+from omegaconf import OmegaConf
+from lightsparse.cli import train
+from lightsparse.cli.work import train as work
+
+def fit(config):
+    folder = Path(config.runs_dir, config.name)
+    folder.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(dict(config.composed)), folder / "config.yaml")
+    summary = {"finished": True, "steps": config.trainer.max_steps, "val_bits_per_byte": 1.0}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+work.fit = fit
+train.main()
+"""
+
+
+@pytest.fixture
+def programs(monkeypatch, tmp_path):
+    """Trials are the command itself, as programs of their own, but for the training."""
+    monkeypatch.chdir(tmp_path)
+    started = []
+
+    def command(overrides):
+        started.append(overrides)
+        return [sys.executable, "-c", TRIAL, *overrides]
+
+    monkeypatch.setattr(work, "trial_command", command)
+    yield started
+    unlock(tmp_path / "runs/s")
+
+
+@pytest.mark.multiprocess
+def test_a_trial_runs_the_config_that_was_composed_for_it_and_resumes_it(programs, monkeypatch, tmp_path):
+    """Composed once more, its words would mean another one: a config, a folder and a moment are not among them."""
+    for folder in ("one", "two/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "one/own.yaml").write_text("defaults: [config, mine: here, _self_]\nname: at-${now:%S-%f}\n")
+    (tmp_path / "two/mine/here.yaml").write_text("# @package trainer\nmax_steps: 7\n")
+    where = ("--config-dir=one", "--config-name=own", f"hydra.searchpath=[file://{tmp_path}/two]", "seed=3")
+    where += ("hydra.launcher.name=s",)
+    assert sweep(monkeypatch, "-m", *where) == 0
+    (trial,) = load_record(Path("runs/s")).trials
+    assert OmegaConf.load(f"{trial.run}/config.yaml").trainer.max_steps == 7
+    assert Path(trial.run).name.startswith("at-") and (trial.status, trial.exit_code) == ("finished", 0)
+    assert sweep(monkeypatch, "-m", *where) == 0 and len(programs) == 1
+
+
+def test_what_was_not_chosen_by_the_sweep_is_not_listed_whatever_its_spelling(trials, monkeypatch):
+    words = ("trainer.progress=false", "eval.tasks.lengths=[64, 128]", "optimizer.lr=1e-3", "seed=1,2")
+    assert sweep(monkeypatch, "-m", "experiment=smoke", "hydra.launcher.name=s", *words) == 0
+    varied = [trial.varied for trial in load_record(Path("runs/s")).trials]
+    assert varied == [["seed=1"], ["seed=2"]]
 
 
 @pytest.mark.slow

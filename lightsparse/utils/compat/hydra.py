@@ -75,6 +75,17 @@ def single_words(overrides: Sequence[str]) -> list[str]:
     return words
 
 
+def varied_words(overrides: Sequence[str], command: Sequence[str]) -> list[str]:
+    """The overrides of a trial that its sweep has chosen: those that the command does not say, in whatever spelling."""
+
+    def read(words: Sequence[str]) -> list[tuple[str, str]]:
+        parsed = OverridesParser.create().parse_overrides(list(words))
+        return [(override.get_key_element(), repr(override.value())) for override in parsed]
+
+    fixed = set(read(command))
+    return [word for word, value in zip(overrides, read(overrides), strict=True) if value not in fixed]
+
+
 def is_sweep() -> bool:
     """Whether this is a job of -m that runs inside the sweep's process."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
