@@ -17,6 +17,8 @@ import copy
 import hashlib
 import importlib
 import json
+import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,10 +38,12 @@ from lightsparse.utils.compat.hydra import add_launcher, config_of_trial, result
 if TYPE_CHECKING:
     from lightsparse.sweep.trials import Trials
 
+log = logging.getLogger(__name__)
+
 
 class TrialLauncher(Launcher):
     """conf/hydra/launcher/trials.yaml has its arguments. `launch` returns what each trial minimises, and
-    infinity for one that failed: sweepers minimise."""
+    infinity for one that failed, below zero for a sweeper that maximises: a failed trial is never the best one."""
 
     __module__ = "hydra_plugins.lightsparse_trials"  # the name by which Hydra builds it
 
@@ -64,6 +68,13 @@ class TrialLauncher(Launcher):
         params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
         digest = _digest([*command, *params], config.hydra.overrides.hydra)
         directory = Path(config.runs_dir) / (self.name or f"sweep-{digest}")
+        direction = OmegaConf.select(config, "hydra.sweeper.direction")
+        self.failed = -math.inf if getattr(direction, "name", direction) == "maximize" else math.inf
+        if self.failed < 0:
+            log.warning(
+                "hydra.sweeper.direction is maximize, and what a trial returns (bits per byte, or the share of wrong "
+                "answers) is the better the lower it is: the sweeper will look for the worst trial"
+            )
         self.sweep = load_record(directory) or SweepRecord(directory, command)
         self._trials: Trials | None = None
         with read_write(config.hydra), open_dict(config.hydra):
@@ -76,7 +87,7 @@ class TrialLauncher(Launcher):
         if self._trials is None:
             from lightsparse.sweep.trials import Trials
 
-            self._trials = Trials(self.sweep, self.retry)
+            self._trials = Trials(self.sweep, self.retry, self.failed)
         values = self._trials.run(asked, raws, initial_job_idx + 1)
         return [result_of_trial(overrides, value) for overrides, value in zip(asked, values, strict=True)]
 

@@ -43,17 +43,18 @@ class _Plan:
 class Trials:
     """Of one sweep.
 
-    retry  whether failed ones are tried again
+    retry   whether failed ones are tried again
+    failed  what a failed one gives to the sweeper
     """
 
-    def __init__(self, sweep: SweepRecord, retry: bool) -> None:
-        self.sweep, self.retry = sweep, retry
+    def __init__(self, sweep: SweepRecord, retry: bool, failed: float = math.inf) -> None:
+        self.sweep, self.retry, self.failed = sweep, retry, failed
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self._plans: dict[Path, _Plan] = {}  # run directory → its trial
         leave_when_asked()
 
     def run(self, asked: Sequence[list[str]], composed: Sequence[Mapping[str, Any]], first: int) -> list[float]:
-        """What each trial minimises, and infinity for one that failed: sweepers minimise.
+        """What each trial minimises, and `failed` for one that has failed.
 
         asked     the overrides of each
         composed  the config of each, as Hydra composed it
@@ -68,7 +69,7 @@ class Trials:
                 trials = [self._trial(plan, preemption, f"trial {number}") for number, plan in enumerate(plans, first)]
             finally:
                 preemption.stop_listening()
-        return [math.inf if trial.sweep_metric is None else trial.sweep_metric for trial in trials]
+        return [self.failed if trial.sweep_metric is None else trial.sweep_metric for trial in trials]
 
     def _plan(self, overrides: list[str], composed: Mapping[str, Any]) -> _Plan:
         """Parse; raises ConfigError for a wrong config, and for two trials that share a run directory."""

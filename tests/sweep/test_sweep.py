@@ -267,6 +267,17 @@ def test_a_trial_runs_the_config_that_was_composed_for_it_and_resumes_it(program
     assert sweep(monkeypatch, "-m", *where) == 0 and len(programs) == 1
 
 
+@pytest.mark.parametrize(("direction", "best"), [("minimize", 2), ("maximize", 3)])
+def test_a_failed_trial_is_never_the_best_of_an_optimiser(trials, monkeypatch, capsys, direction, best):
+    pytest.importorskip("optuna")
+    trials.instead = {1: "exit 1"}
+    optuna = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1")
+    sweep(monkeypatch, *SWEEP, *optuna, f"hydra.sweeper.direction={direction}")
+    assert sorted(trials.started) == [1, 2, 3]
+    found = OmegaConf.load("runs/s/optimization_results.yaml")
+    assert found.best_value == 0.25 * best and int(found.best_params.seed) == best
+
+
 def test_what_was_not_chosen_by_the_sweep_is_not_listed_whatever_its_spelling(trials, monkeypatch):
     words = ("trainer.progress=false", "eval.tasks.lengths=[64, 128]", "optimizer.lr=1e-3", "seed=1,2")
     assert sweep(monkeypatch, "-m", "experiment=smoke", "hydra.launcher.name=s", *words) == 0
