@@ -7,6 +7,7 @@ from importlib import import_module
 
 from lightsparse.config.targets import did_you_mean
 from lightsparse.distributed.environment import ignore_stray_ranks
+from lightsparse.utils.screen import survive_the_screen
 
 VERBS = {  # verb → the module whose `main` runs it, and what it does
     "train": ("cli.train", "train a model; also python train.py"),
@@ -24,6 +25,7 @@ VERBS = {  # verb → the module whose `main` runs it, and what it does
 
 def main() -> int | None:
     """Run the verb; returns its exit code."""
+    survive_the_screen()
     program, *words = sys.argv
     verb = words[0] if words else "--help"
     if verb in ("-h", "--help"):

@@ -20,6 +20,7 @@ from lightsparse.config.compose import HYDRA_VERSION, conf_dir, handed, plain, r
 from lightsparse.distributed.environment import ignore_stray_ranks, is_first_rank
 from lightsparse.sweep.launcher import ending, register_launcher
 from lightsparse.utils.refusal import Refusal
+from lightsparse.utils.screen import survive_the_screen
 
 
 @hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name="config")
@@ -34,6 +35,7 @@ def train(composed: DictConfig) -> float:
 
 def main() -> None:
     """Run the command line."""
+    survive_the_screen()
     logging.basicConfig(format="%(message)s")
     for line in ignore_stray_ranks():  # first: Lightning reads them as it is imported
         logging.warning(line)

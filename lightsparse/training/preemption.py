@@ -1,6 +1,7 @@
 """Asked to stop, by a signal or because the time is up: a flag that all ranks read at the same step.
 
-SIGTERM and SIGUSR1 are what schedulers send before they take a machine away, SIGINT is Ctrl-C. A handler that saved by
+SIGTERM and SIGUSR1 are what schedulers send before they take a machine away, SIGINT is Ctrl-C, SIGHUP the end of a
+terminal, unless `nohup` has it ignored. A handler that saved by
 itself would stand in the middle of a step, and a signal to one rank only would leave the others waiting in a
 collective. So a handler sets a flag, and the ranks agree on it after each optimizer step.
 
@@ -32,7 +33,7 @@ from lightsparse.utils.rank_errors import EXIT_CODE, leave
 
 log = logging.getLogger(__name__)
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name))
 _TIME_IS_UP = 255  # stands for no signal
 
 
@@ -54,7 +55,7 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():
             return
         _outside.listeners.add(self)
-        for number in _SIGNALS:
+        for number in _heard():
             before = signal.signal(number, self._ask)
             if before != self._ask:
                 self._before[number] = before
@@ -103,9 +104,14 @@ def leave_when_asked() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
-    for number in _SIGNALS:
+    for number in _heard():
         signal.signal(number, _outside.note)
     threading.Thread(target=_outside.leave, args=(reading,), daemon=True, name="signals").start()
+
+
+def _heard() -> list[signal.Signals]:
+    """The signals that ask this process to stop: not SIGHUP where it was started to ignore it."""
+    return [number for number in _SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
 
 
 class _Outside:
@@ -127,11 +133,12 @@ class _Outside:
                 leave(EXIT_CODE, f"stopped by {name} outside of the training steps; the same command resumes the run")
 
     def forget(self) -> None:
-        """In a forked worker: its signals are not its parent's, which may end it and answers Ctrl-C for both."""
+        """In a forked worker: its signals are not its parent's, which may end it and answers the terminal for both."""
         if signal.getsignal(signal.SIGTERM) == self.note or self.listeners:
             signal.set_wakeup_fd(-1)
             for number in _SIGNALS:
-                signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+                of_all = number.name in ("SIGINT", "SIGHUP")  # a terminal sends them to parent and worker
+                signal.signal(number, signal.SIG_IGN if of_all else signal.SIG_DFL)
         self.listeners.clear()
 
 
