@@ -30,6 +30,7 @@ def trial_environment(sweep: str, composed: Mapping[str, Any]) -> dict[str, str]
     edited since. Raises ConfigError where the config is too long to be handed on.
     """
     environment = {"WANDB_RUN_GROUP": sweep, **os.environ, **handing(composed)}
+    environment.pop("SLURM_PROCID", None)  # the sweep is the job's task: a trial must not have the job started again
     # `python train.py` finds the package beside the script; `python -m` looks in the working directory instead.
     paths = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

@@ -21,7 +21,7 @@ from lightsparse.training.checkpoints.lock import holder, lock
 from lightsparse.training.checkpoints.run_directory import RunDirectory
 from lightsparse.training.endings import in_one_sentence
 from lightsparse.training.metrics.summary import sweep_metric
-from lightsparse.training.preemption import Preemption, leave_when_asked
+from lightsparse.training.preemption import Preemption, leave_when_asked, requeue
 from lightsparse.training.preflight.check import check
 from lightsparse.utils.compat.hydra import varied_words
 from lightsparse.utils.rank_errors import EXIT_CODE
@@ -173,4 +173,5 @@ class Trials:
     def _leave_if(self, preemption: Preemption) -> None:
         if preemption.asked:
             sys.stderr.write(f"{self.sweep.directory} is stopped; the same command resumes it\n")
+            requeue(preemption.asked)
             sys.exit(EXIT_CODE)

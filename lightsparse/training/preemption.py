@@ -27,8 +27,9 @@ from typing import Any, NoReturn
 import torch
 from lightning.pytorch import Trainer
 
-from lightsparse.distributed.environment import is_first_rank
+from lightsparse.distributed.environment import in_slurm_job, is_first_rank, launcher
 from lightsparse.distributed.launcher import RankLauncher
+from lightsparse.utils.compat.hydra import is_sweep
 from lightsparse.utils.rank_errors import EXIT_CODE, leave
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def end_run(asked: int, step: int) -> NoReturn:
     """After the checkpoint of `step`: say by what the run is stopped, and end it. Every rank calls this."""
     reason = "trainer.max_time" if asked == _TIME_IS_UP else signal.Signals(asked).name
     log.info("stopped by %s; the same command continues from step %d", reason, step)
-    _requeue(asked)
+    requeue(asked)
     raise SystemExit(EXIT_CODE)
 
 
@@ -128,7 +129,7 @@ class _Outside:
         while True:
             (number,) = os.read(reading, 1)  # of any signal that has a handler
             if number in _SIGNALS and not self.listeners:
-                _requeue(number)
+                requeue(number)
                 name = signal.Signals(number).name
                 leave(EXIT_CODE, f"stopped by {name} outside of the training steps; the same command resumes the run")
 
@@ -146,16 +147,28 @@ _outside = _Outside()
 os.register_at_fork(after_in_child=_outside.forget)
 
 
-def _requeue(asked: int) -> None:
-    """Where SLURM runs the job and its time is up, have the first rank ask it to start the job again.
-
-    `#SBATCH --signal=USR1@120` says that the time is up before it is. SIGTERM is no reason: it comes with scancel,
-    after which nobody wants the job back, and from a preemption, after which SLURM requeues by itself.
-    """
-    job = os.environ.get("SLURM_JOB_ID")
-    reasons = (signal.SIGUSR1, _TIME_IS_UP)
-    if job is None or asked not in reasons or not is_first_rank() or shutil.which("scontrol") is None:
+def requeue(asked: int) -> None:
+    """Where SLURM runs the job and its time is up, have the first rank ask it to start the job again."""
+    job = job_to_requeue(asked)
+    if job is None or shutil.which("scontrol") is None:
         return
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
         log.warning("scontrol requeue %s failed: %s; submit the job again", job, done.stderr.strip())
+
+
+def job_to_requeue(asked: int) -> str | None:
+    """The job that this process, stopped by `asked`, may start again as a whole; of an array only its own task.
+
+    `#SBATCH --signal=USR1@120` says that the job's time is up before it is. SIGTERM is no reason: it comes with scancel,
+    after which nobody wants the job back, and from a preemption, after which SLURM requeues by itself. Nor is
+    trainer.max_time, where this run is not all that the job does: in a script with other commands, in a sweep.
+    """
+    if asked not in (signal.SIGUSR1, _TIME_IS_UP) or not in_slurm_job() or not is_first_rank():
+        return None
+    task = os.environ.get("SLURM_TASK_PID")  # what srun, or the job, has started
+    own = os.getppid() if launcher() == "torchrun" else os.getpid()
+    if asked == _TIME_IS_UP and (is_sweep() or task not in (None, str(own))):
+        return None
+    array = [os.environ.get(name) for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")]
+    return "{}_{}".format(*array) if all(array) else os.environ.get("SLURM_JOB_ID")

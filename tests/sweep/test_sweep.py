@@ -179,6 +179,14 @@ def test_under_torchrun_a_sweep_is_refused(trials, monkeypatch, capsys):
     assert sweep(monkeypatch, *SWEEP) == 2 and "start it without" in capsys.readouterr().err
 
 
+def test_a_single_task_of_slurm_runs_a_sweep_whose_trials_have_no_rank_in_the_job(trials, monkeypatch):
+    task = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "sweep", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
+    assert sweep(monkeypatch, *SWEEP) == 0 and trials.started == [1, 2, 3]
+    assert "SLURM_PROCID" in os.environ and "SLURM_PROCID" not in trial_environment("s", {})
+
+
 def test_a_sampler_without_seed_is_refused_as_a_killed_sweep_could_not_go_on():
     config = OmegaConf.create(
         {"hydra": {"sweeper": {"sampler": {"seed": None}, "storage": None}, "overrides": {"task": [], "hydra": []}}}
