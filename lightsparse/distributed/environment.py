@@ -44,7 +44,10 @@ def launcher() -> Launcher | None:
         is_script = "SLURM_TASK_PID" in os.environ and "SLURM_STEP_ID" not in os.environ  # srun sets both
         if not is_script:
             return "SLURM"
-    if _are_numbers("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK") and "LSB_DJOB_RANKFILE" in os.environ:
+    if (
+        _are_numbers("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK")
+        and "LSB_DJOB_RANKFILE" in os.environ
+    ):
         return "jsrun"
     if _are_numbers("NODE_RANK", "MASTER_PORT") and os.environ.get("MASTER_ADDR"):
         return "by hand"
@@ -83,10 +86,12 @@ def in_slurm_job() -> bool:
 def ignore_stray_ranks() -> Iterator[str]:
     """Remove the rank variables that this process's launcher has not set; a sentence for each.
 
-    Lightning believes them: a process with RANK=1 would write no metrics, one with LOCAL_RANK=0 start no other rank.
+    Lightning believes them: a process with RANK=1 would write no metrics, one with LOCAL_RANK=0 start no other rank,
+    and one with somebody's MASTER_ADDR look for its own there.
     """
-    own = _RANKS if launcher() == "torchrun" else _RANK[launcher()]  # torchrun itself may be a task of another launcher
-    for name in _RANKS:
+    found = launcher()
+    own = _RANKS if found == "torchrun" else _RANK[found]  # torchrun itself may be a task of another launcher
+    for name in (*_RANKS, *(("MASTER_ADDR", "MASTER_PORT") if found is None else ())):
         value = os.environ.get(name)
         if value is None or name in own or (name in _SCHEDULERS and value == "0"):
             continue
@@ -118,10 +123,9 @@ def cluster_environment() -> ClusterEnvironment:
         TorchElasticEnvironment,
     )
 
-    found = launcher()
-    if found == "SLURM":
-        here, _ = launched_ranks() or (1, 1)
-        os.environ["SLURM_NTASKS_PER_NODE"] = str(here)  # Lightning refuses to go without, and srun need not set it
+    found, ranks_here = launcher(), launched_ranks()
+    if found == "SLURM" and ranks_here is not None:
+        os.environ["SLURM_NTASKS_PER_NODE"] = str(ranks_here[0])  # Lightning needs it, and srun need not set it
     kinds = {"torchrun": TorchElasticEnvironment, "SLURM": SLURMEnvironment, "jsrun": LSFEnvironment}
     if found in kinds:
         return kinds[found]()

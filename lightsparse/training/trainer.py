@@ -11,7 +11,7 @@ from rich.console import Console
 from lightsparse.config.build import ClassChoice
 from lightsparse.config.compose import handing
 from lightsparse.config.schema import Config
-from lightsparse.distributed.environment import cluster_environment, is_first_rank
+from lightsparse.distributed.environment import cluster_environment, is_first_rank, launched_ranks
 from lightsparse.distributed.strategies import GridStrategy, strategy_for
 from lightsparse.evaluation.callback import TaskEvaluation
 from lightsparse.training.checkpoints.background_writer import CheckpointWriter
@@ -23,9 +23,7 @@ from lightsparse.training.metrics.progress import TrainingProgress
 from lightsparse.training.metrics.recorder import Recorder
 
 
-def build_trainer(
-    config: Config, directory: RunDirectory, recorder: Recorder, console: Console
-) -> Trainer:
+def build_trainer(config: Config, directory: RunDirectory, recorder: Recorder, console: Console) -> Trainer:
     """Lightning's trainer with our files and clocks; validation before the first step and after the last one."""
     loggers: list[Logger] = [MetricsFile(directory.metrics, attention_stats.columns(config))]
     for name, node in config.logger.items():
@@ -48,7 +46,7 @@ def build_trainer(
     writer = CheckpointWriter(config.checkpoint.background, config.checkpoint.timeout)
     callbacks.append(StepCheckpoint(config, directory.checkpoints, writer, saved=recorder.release))
     strategy = strategy_for(config.strategy, config.ranks)
-    if isinstance(strategy, GridStrategy):
+    if isinstance(strategy, GridStrategy) and launched_ranks() is None:
         strategy.handed = handing(config.composed)
     return Trainer(
         strategy=strategy,

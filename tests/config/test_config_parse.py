@@ -317,7 +317,10 @@ def test_sweeps_do_not_hide_a_misspelt_key():
 
 
 def test_a_handed_config_is_the_composed_one_once(monkeypatch):
-    words = ["name=\\${x}", "+callbacks.a={_target_: b, steps: {0: 4}, rate: 1e-3, text: '1e3', yes: 'yes', none: null}"]
+    words = [
+        "name=\\${x}",
+        "+callbacks.a={_target_: b, steps: {0: 4}, rate: 1e-3, text: '1e3', yes: 'yes', none: null}",
+    ]
     composed = compose_raw([*words, "seed=3", "attention=moba"])
     assert composed["name"] == "${x}" and composed["callbacks"]["a"]["steps"] == {0: 4}
     for name, text in handing(composed).items():

@@ -50,6 +50,8 @@ STRAY = [
     {"LOCAL_RANK": "0"},
     {"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
     {"RANK": "1", "WORLD_SIZE": "2"},
+    {"MASTER_ADDR": "gone", "MASTER_PORT": ""},
+    {"NODE_RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": "1"},
 ]
 NOT_RANKS = [
     SLURM | {"SLURM_NTASKS": "1", "SLURM_NNODES": "1"},
@@ -82,7 +84,7 @@ def test_a_rank_without_a_launcher_is_ignored_by_name(use, variables: dict[str, 
     use(variables)
     assert launcher() is None and is_first_rank() and launched_ranks() is None
     said = list(ignore_stray_ranks())
-    ranks = [name for name in _RANKS if name in variables]
+    ranks = [name for name in (*_RANKS, "MASTER_ADDR", "MASTER_PORT") if name in variables]
     assert [line.partition(" ")[0] for line in said] == [f"{name}={variables[name]}" for name in ranks]
     assert not set(ranks) & os.environ.keys()
     assert not cluster_environment().creates_processes_externally

@@ -279,7 +279,12 @@ def test_a_trial_runs_the_config_that_was_composed_for_it_and_resumes_it(program
 def test_a_failed_trial_is_never_the_best_of_an_optimiser(trials, monkeypatch, capsys, direction, best):
     pytest.importorskip("optuna")
     trials.instead = {1: "exit 1"}
-    optuna = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1")
+    optuna = (
+        "hydra/sweeper=optuna",
+        "hydra/sweeper/sampler=grid",
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.n_jobs=1",
+    )
     sweep(monkeypatch, *SWEEP, *optuna, f"hydra.sweeper.direction={direction}")
     assert sorted(trials.started) == [1, 2, 3]
     found = OmegaConf.load("runs/s/optimization_results.yaml")
