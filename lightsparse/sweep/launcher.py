@@ -64,9 +64,11 @@ class TrialLauncher(Launcher):
                 "hydra.sweeper.sampler.seed is null, with which a killed sweep could not resume with the same trials; "
                 "set hydra.sweeper.sampler.seed=<a number>"
             )
-        command = [str(word) for word in config.hydra.overrides.task]
-        params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
-        digest = _digest([*command, *params], config.hydra.overrides.hydra)
+        written = OmegaConf.to_container(config.hydra, resolve=False)  # a ${now:} would name another sweep each time
+        assert isinstance(written, dict)
+        command, params = written["overrides"]["task"], written["sweeper"].get("params") or {}
+        said = [*command, *(f"{key}={value}" for key, value in params.items())]
+        digest = _digest(said, written["overrides"]["hydra"])
         directory = Path(config.runs_dir) / (self.name or f"sweep-{digest}")
         direction = OmegaConf.select(config, "hydra.sweeper.direction")
         self.failed = -math.inf if getattr(direction, "name", direction) == "maximize" else math.inf
@@ -83,7 +85,7 @@ class TrialLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         asked = [list(overrides) for overrides in job_overrides]
-        raws = [self._composed(overrides) for overrides in asked]
+        raws = [self._composed(overrides, number) for number, overrides in enumerate(asked, initial_job_idx)]
         if self._trials is None:
             from lightsparse.sweep.trials import Trials
 
@@ -91,11 +93,12 @@ class TrialLauncher(Launcher):
         values = self._trials.run(asked, raws, initial_job_idx + 1)
         return [result_of_trial(overrides, value) for overrides, value in zip(asked, values, strict=True)]
 
-    def _composed(self, overrides: list[str]) -> dict[str, Any]:
-        composed = copy.deepcopy(config_of_trial(self.hydra_context, self.config, overrides))
-        with read_write(composed), open_dict(composed):
-            del composed["hydra"]
-        return plain(composed)
+    def _composed(self, overrides: list[str], number: int) -> dict[str, Any]:
+        with config_of_trial(self.hydra_context, self.config, overrides, number) as found:
+            composed = copy.deepcopy(found)
+            with read_write(composed), open_dict(composed):
+                del composed["hydra"]
+            return plain(composed)
 
 
 _begun: list[SweepRecord] = []  # sweeps of this process

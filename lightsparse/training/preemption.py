@@ -160,8 +160,8 @@ def requeue(asked: int) -> None:
 def job_to_requeue(asked: int) -> str | None:
     """The job that this process, stopped by `asked`, may start again as a whole; of an array only its own task.
 
-    `#SBATCH --signal=USR1@120` says that the job's time is up before it is. SIGTERM is no reason: it comes with scancel,
-    after which nobody wants the job back, and from a preemption, after which SLURM requeues by itself. Nor is
+    `#SBATCH --signal=USR1@120` says that the job's time is up before it is. SIGTERM is no reason: it comes with
+    scancel, after which nobody wants the job back, and from a preemption, after which SLURM requeues by itself. Nor is
     trainer.max_time, where this run is not all that the job does: in a script with other commands, in a sweep.
     """
     if asked not in (signal.SIGUSR1, _TIME_IS_UP) or not in_slurm_job() or not is_first_rank():

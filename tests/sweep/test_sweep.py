@@ -156,8 +156,9 @@ def test_trials_that_would_share_a_directory_are_refused_before_any_starts(trial
 
 
 def test_the_key_in_the_name_lets_them_differ(trials, monkeypatch):
-    words = ("experiment=smoke", "trainer.max_steps=4,5", "name=run-${trainer.max_steps}", "hydra.launcher.name=s")
-    assert sweep(monkeypatch, "-m", *words) == 0 and len(trials.started) == 2
+    words = ("experiment=smoke", "trainer.max_steps=4,5", "hydra.launcher.name=s")
+    assert sweep(monkeypatch, "-m", *words, "name=run-${trainer.max_steps}-${hydra:job.num}") == 0
+    assert len(trials.started) == 2 and {path.name for path in Path("runs").iterdir()} == {"run-4-0", "run-5-1", "s"}
 
 
 def test_a_sweep_has_one_controller(trials, monkeypatch, capsys):
@@ -255,8 +256,7 @@ def programs(monkeypatch, tmp_path):
         return [sys.executable, "-c", TRIAL, *overrides]
 
     monkeypatch.setattr(work, "trial_command", command)
-    yield started
-    unlock(tmp_path / "runs/s")
+    return started
 
 
 @pytest.mark.multiprocess
@@ -267,12 +267,13 @@ def test_a_trial_runs_the_config_that_was_composed_for_it_and_resumes_it(program
     (tmp_path / "one/own.yaml").write_text("defaults: [config, mine: here, _self_]\nname: at-${now:%S-%f}\n")
     (tmp_path / "two/mine/here.yaml").write_text("# @package trainer\nmax_steps: 7\n")
     where = ("--config-dir=one", "--config-name=own", f"hydra.searchpath=[file://{tmp_path}/two]", "seed=3")
-    where += ("hydra.launcher.name=s",)
     assert sweep(monkeypatch, "-m", *where) == 0
-    (trial,) = load_record(Path("runs/s")).trials
+    (folder,) = Path("runs").glob("sweep-*")
+    (trial,) = load_record(folder).trials
     assert OmegaConf.load(f"{trial.run}/config.yaml").trainer.max_steps == 7
     assert Path(trial.run).name.startswith("at-") and (trial.status, trial.exit_code) == ("finished", 0)
     assert sweep(monkeypatch, "-m", *where) == 0 and len(programs) == 1
+    unlock(folder)
 
 
 @pytest.mark.parametrize(("direction", "best"), [("minimize", 2), ("maximize", 3)])

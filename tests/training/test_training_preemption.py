@@ -12,10 +12,11 @@ from lightsparse.training.preemption import _TIME_IS_UP, Preemption, job_to_requ
 
 @pytest.fixture
 def hangup():
-    """Whatever a test does with SIGHUP is undone."""
-    before = signal.getsignal(signal.SIGHUP)
+    """Whatever a test does with SIGHUP is undone, and nobody else hears it: tests before may have called a command."""
+    before, wakeup = signal.getsignal(signal.SIGHUP), signal.set_wakeup_fd(-1)
     yield
     signal.signal(signal.SIGHUP, before)
+    signal.set_wakeup_fd(wakeup)
 
 
 def test_the_end_of_the_terminal_asks_to_stop_unless_nohup_has_it_ignored(hangup) -> None:

@@ -1,4 +1,4 @@
-"""Ranks that were given different configs, or folders, refuse to train: all of them, with the key, before any writes."""
+"""Ranks that were given different configs or folders refuse to train: all of them, with the key, before any writes."""
 
 import pytest
 import torch.distributed as dist
@@ -58,7 +58,7 @@ def test_a_relative_runs_dir_means_another_folder_in_another_working_directory(t
 def test_a_rank_that_does_not_see_the_folder_is_named_where_it_would_write_there(second_rank, tiny, tmp_path):
     mine, seen = values(tiny()), tmp_path / "run_id"
     second_rank((None, mine), (None, None))
-    with pytest.raises(ConfigError, match="rank 1 does not see .*run_id, which rank 0 has written"):
+    with pytest.raises(ConfigError, match=r"rank 1 does not see .*run_id, which rank 0 has written"):
         begin_together(mine, lambda: seen.write_text("1"), seen)
     second_rank((None, mine), (None, b"1"))
     begin_together(mine, lambda: seen.write_text("1"), seen)
