@@ -264,9 +264,10 @@ def test_a_trial_runs_the_config_that_was_composed_for_it_and_resumes_it(program
     """Composed once more, its words would mean another one: a config, a folder and a moment are not among them."""
     for folder in ("one", "two/mine"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "one/own.yaml").write_text("defaults: [config, mine: here, _self_]\nname: at-${now:%S-%f}\n")
+    (tmp_path / "one/own.yaml").write_text("defaults: [config, mine: here, _self_]\n")
     (tmp_path / "two/mine/here.yaml").write_text("# @package trainer\nmax_steps: 7\n")
     where = ("--config-dir=one", "--config-name=own", f"hydra.searchpath=[file://{tmp_path}/two]", "seed=3")
+    where += ("name=at-${now:%S-%f}",)
     assert sweep(monkeypatch, "-m", *where) == 0
     (folder,) = Path("runs").glob("sweep-*")
     (trial,) = load_record(folder).trials

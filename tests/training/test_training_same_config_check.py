@@ -13,7 +13,7 @@ from lightsparse.training.same_config_check import begin_together, values_to_agr
 def second_rank(monkeypatch):
     """second_rank(mine, theirs, …): what this process and another one give, each time the ranks gather."""
 
-    def use(*pairs, first=True):
+    def use(*pairs, first=True, rank=0, told=None):
         given = iter(pairs)
 
         def gather(into, value, group):
@@ -21,9 +21,11 @@ def second_rank(monkeypatch):
             into[:] = [value if mine is None else mine, theirs]
 
         monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-        monkeypatch.setattr(dist, "get_rank", lambda: 0)
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
         monkeypatch.setattr(dist, "all_gather_object", gather)
-        monkeypatch.setattr(dist, "broadcast_object_list", lambda values, src, group: None)
+        monkeypatch.setattr(
+            dist, "broadcast_object_list", lambda values, src, group: told and values.__setitem__(0, told)
+        )
         monkeypatch.setattr(same_config_check, "is_first_rank", lambda: first)
 
     return use
@@ -73,6 +75,9 @@ def test_what_the_first_rank_is_refused_every_rank_says(second_rank, tiny, monke
     second_rank((None, mine))
     with pytest.raises(ConfigError, match="is being written by process 7"):
         begin_together(mine, refuse)
+    second_rank((None, mine), first=False, rank=1, told="is being written by process 7")
+    with pytest.raises(ConfigError, match="is being written by process 7"):
+        begin_together(mine, lambda: pytest.fail("has prepared the directory"))
 
 
 def test_a_process_that_would_write_without_being_the_first_is_refused(second_rank, tiny):

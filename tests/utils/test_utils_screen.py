@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import sys, warnings
 from lightsparse.utils.screen import survive_the_screen
 survive_the_screen()
 survive_the_screen()
-for line in range(3000):
+for line in range(8000):
     print("step", line, "·", flush=line == 7)
     print("warning", line, "×", file=sys.stderr)
 with open(sys.argv[1], "w") as file:  # not under the number of a closed output
@@ -77,7 +78,8 @@ def test_a_slow_reader_of_a_pipe_that_does_not_block_misses_nothing(tmp_path: Pa
     os.set_blocking(writing, False)
     with subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "end")], stdout=writing) as program:
         os.close(writing)
+        time.sleep(0.5)  # until the pipe is full
         with os.fdopen(reading) as file:
             lines = list(file)
-            assert [line.split()[1] for line in lines[:-1]] == [str(number) for number in range(3000)]
+            assert [line.split()[1] for line in lines[:-1]] == [str(number) for number in range(8000)]
     assert program.returncode == 0
