@@ -37,5 +37,7 @@ def survive_the_screen() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
             continue
         raw = _Screen(stream.fileno(), "w", closefd=False)
-        kind = {"encoding": stream.encoding, "line_buffering": stream.line_buffering}
-        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), errors=errors, **kind))
+        unbuffered = stream.write_through  # python -u
+        buffer = raw if unbuffered else io.BufferedWriter(raw)
+        kind = {"encoding": stream.encoding, "line_buffering": stream.line_buffering, "write_through": unbuffered}
+        setattr(sys, name, io.TextIOWrapper(buffer, errors=errors, **kind))

@@ -20,12 +20,13 @@ def second_rank(monkeypatch):
             mine, theirs = next(given)
             into[:] = [value if mine is None else mine, theirs]
 
+        def broadcast(values, src, group):
+            values[:] = values if rank == src else [told]
+
         monkeypatch.setattr(dist, "get_world_size", lambda: 2)
         monkeypatch.setattr(dist, "get_rank", lambda: rank)
         monkeypatch.setattr(dist, "all_gather_object", gather)
-        monkeypatch.setattr(
-            dist, "broadcast_object_list", lambda values, src, group: told and values.__setitem__(0, told)
-        )
+        monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
         monkeypatch.setattr(same_config_check, "is_first_rank", lambda: first)
 
     return use
