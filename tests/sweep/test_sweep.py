@@ -141,6 +141,14 @@ def test_sigterm_reaches_the_trial_and_ends_the_sweep_with_75(trials, monkeypatc
     assert statuses() == ["finished", "stopped"] and "the same command resumes it" in capsys.readouterr().err
 
 
+def test_a_sweep_whose_job_has_no_time_left_asks_for_another_start(trials, monkeypatch):
+    asked = []
+    monkeypatch.setattr(work, "requeue", asked.append)
+    trials.instead = {2: f"kill -USR1 {os.getpid()}; while :; do sleep 0.05; done"}
+    assert sweep(monkeypatch, *SWEEP) == 75 and statuses() == ["finished", "stopped"]
+    assert asked == [signal.SIGUSR1]
+
+
 def test_a_trial_out_of_reach_fails_alone_without_a_start(trials, monkeypatch):
     words = ("-m", "experiment=smoke", "hydra.launcher.name=s", "attention.density=0.0001,1.0")
     assert sweep(monkeypatch, *words) == 1 and trials.started == [0]
