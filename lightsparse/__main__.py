@@ -6,6 +6,8 @@ import sys
 from importlib import import_module
 
 from lightsparse.config.targets import did_you_mean
+from lightsparse.distributed.environment import ignore_stray_ranks
+from lightsparse.utils.screen import survive_the_screen
 
 VERBS = {  # verb → the module whose `main` runs it, and what it does
     "train": ("cli.train", "train a model; also python train.py"),
@@ -23,6 +25,7 @@ VERBS = {  # verb → the module whose `main` runs it, and what it does
 
 def main() -> int | None:
     """Run the verb; returns its exit code."""
+    survive_the_screen()
     program, *words = sys.argv
     verb = words[0] if words else "--help"
     if verb in ("-h", "--help"):
@@ -34,6 +37,7 @@ def main() -> int | None:
         sys.stderr.write(f"{verb} is not a command{near}\n")
         return 2
     sys.argv = [program, *words[1:]]
+    sys.stderr.writelines(f"{line}\n" for line in ignore_stray_ranks())  # first: Lightning reads them as it is imported
     return import_module(f"lightsparse.{VERBS[verb][0]}").main()
 
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from itertools import groupby
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from lightsparse.config.compose import HYDRA_VERSION, composed, conf_dir, plain, refused_in_words
-from lightsparse.distributed.environment import is_first_rank
+from lightsparse.config.compose import HYDRA_VERSION, composed, conf_dir, handed, plain, refused_in_words
+from lightsparse.distributed.environment import ignore_stray_ranks, is_first_rank
 from lightsparse.sweep.launcher import ending, register_launcher
 from lightsparse.utils.refusal import Refusal
+from lightsparse.utils.screen import survive_the_screen
 
 
 @hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name="config")
@@ -29,31 +31,41 @@ def train(config: DictConfig) -> float:
         raw = plain(config)
     except Refusal as refusal:  # an error here Hydra would announce in its own way first
         _end(2, str(refusal))
-    from lightsparse.cli.work.train import run
-
-    return run(raw)
+    return _run(raw)
 
 
 def main() -> None:
     """Run the command line."""
+    survive_the_screen()
     logging.basicConfig(format="%(message)s")
+    for line in ignore_stray_ranks():  # first: Lightning reads them as it is imported
+        logging.warning(line)
     logging.getLogger("lightsparse").setLevel(logging.INFO if is_first_rank() else logging.WARNING)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them in its own way
     flags = {word for word in sys.argv[1:] if word.startswith("-")}
     words = [word for word in sys.argv[1:] if word not in flags]
     code, sentence = 0, ""
     try:
-        if flags and flags <= {"-h", "--help"}:
+        config = handed()
+        if config is not None:  # a rank or a trial: its words may compose to something else by now
+            _run(config)
+        elif flags and flags <= {"-h", "--help"}:
             sys.stdout.write(_help(words))
-            return
-        register_launcher()
-        with refused_in_words([word for word in words if "=" in word]):
-            train()
-        code, sentence = ending()
+        else:
+            register_launcher()
+            with refused_in_words([word for word in words if "=" in word]):
+                train()
+            code, sentence = ending()
     except Refusal as refusal:
         code, sentence = 2, str(refusal)
     if code:
         _end(code, sentence)
+
+
+def _run(raw: Mapping[str, Any]) -> float:
+    from lightsparse.cli.work.train import run
+
+    return run(raw)
 
 
 def _help(words: list[str]) -> str:

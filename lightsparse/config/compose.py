@@ -7,12 +7,13 @@ that its schema takes (a test holds that), so the composed config tells which ke
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +30,8 @@ from lightsparse.utils.compat.hydra import (
     word_with_several_values,
 )
 
+HANDED = "LIGHTSPARSE_CONFIG"  # the variable in which a process hands its composed config to one that it starts
+_LONGEST = 2**17 - len(HANDED) - 2  # bytes of its value that Linux takes
 HYDRA_VERSION = "1.3"  # the behaviour we ask for, whatever 1.x is installed
 
 
@@ -76,6 +79,26 @@ def _at_home(node: Any, key: str) -> Any:
     if path == node:
         raise ConfigError(f"{key} is {node}, and this user has no home directory; write the path from / on")
     return path
+
+
+def handing(composed: Mapping[str, Any]) -> dict[str, str]:
+    """The variable for a process that shall run this very config, whatever its words would compose to by then.
+
+    Raises ConfigError where the system does not take it for its length.
+    """
+    text = yaml.safe_dump(dict(composed), sort_keys=False)
+    if len(text.encode()) > _LONGEST:
+        raise ConfigError(
+            f"the composed config has {len(text.encode())} bytes, and a process that this one starts can be handed "
+            f"{_LONGEST}; name files by a pattern instead of a list"
+        )
+    return {HANDED: text}
+
+
+def handed() -> dict[str, Any] | None:
+    """The composed config that this process was handed, once; None where it has words to compose."""
+    text = os.environ.pop(HANDED, None)
+    return None if text is None else yaml.safe_load(text)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from subprocess import Popen, TimeoutExpired
 from typing import Any
 
@@ -19,12 +19,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 
+from lightsparse.distributed.environment import OWN
 from lightsparse.utils.compat.lightning import Launcher
 from lightsparse.utils.compat.torch import TORCHRUN_ID
 from lightsparse.utils.machine import usable_cores
 from lightsparse.utils.rank_errors import EXIT_CODE
 
-_PARENT = "LIGHTSPARSE_LAUNCHER"  # set for the ranks that a first rank starts: its process id
 _POLL, _GRACE = 0.5, 5.0  # seconds between looks; seconds that a process has to end by itself, with its own words
 _AGREED = 30.0  # the same, where the ranks have agreed to end; torchrun gives as much
 
@@ -35,12 +35,13 @@ class RankLauncher(Launcher):
     ranks     what Lightning knows of the job's processes
     here      ranks on this machine
     machines  of the job
+    handed    variables for the ranks that it starts
     """
 
     is_interactive_compatible = False  # a notebook's command line starts no second rank
 
-    def __init__(self, ranks: ClusterEnvironment, here: int, machines: int) -> None:
-        self._ranks, self._here, self._machines = ranks, here, machines
+    def __init__(self, ranks: ClusterEnvironment, here: int, machines: int, handed: Mapping[str, str]) -> None:
+        self._ranks, self._here, self._machines, self._handed = ranks, here, machines, handed
         self._children: list[Popen] = []
         self._watch: _Watch | None = None
 
@@ -68,7 +69,7 @@ class RankLauncher(Launcher):
         Lightning's own launcher would make it up from sys.argv, which has lost the verb.
         """
         os.environ |= {
-            _PARENT: str(os.getpid()),
+            OWN: str(os.getpid()),
             "MASTER_ADDR": self._ranks.main_address,
             "MASTER_PORT": str(self._ranks.main_port),
             "NODE_RANK": str(self._ranks.node_rank()),
@@ -77,7 +78,8 @@ class RankLauncher(Launcher):
         }
         command = [sys.executable, *sys.orig_argv[1:]]
         for local_rank in range(1, self._here):
-            self._children.append(Popen(command, env=os.environ | {"LOCAL_RANK": str(local_rank)}))
+            env = os.environ | self._handed | {"LOCAL_RANK": str(local_rank)}
+            self._children.append(Popen(command, env=env))
 
     def expect_end(self) -> None:
         """The ranks have agreed to end: that one has done so before this one has written everything is no loss."""
@@ -128,7 +130,7 @@ class _Watch(threading.Thread):
 
 def _launching_parent() -> int | None:
     """The rank that started this one, or None where it was torchrun, SLURM or a user."""
-    parent = int(os.environ.get(_PARENT, 0))
+    parent = int(os.environ.get(OWN, 0))
     return parent if parent not in (0, os.getpid()) else None
 
 

@@ -48,6 +48,8 @@ class GridStrategy(ParallelStrategy):
     grid: RankGrid
     timeout_s: float
     context_group: dist.ProcessGroup | None = None  # of this rank's sequence; None where one rank holds it
+    handed: Mapping[str, str] = {}  # variables for the ranks that this one starts
+    when_met: Callable[[dist.ProcessGroup | None], None] = staticmethod(lambda group: None)  # called once all have
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -58,7 +60,7 @@ class GridStrategy(ParallelStrategy):
     def launcher(self) -> RankLauncher:
         assert self.cluster_environment is not None and self.parallel_devices is not None
         here = len(self.parallel_devices)
-        return RankLauncher(self.cluster_environment, here, self.grid.ranks // here)
+        return RankLauncher(self.cluster_environment, here, self.grid.ranks // here, self.handed)
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
@@ -111,6 +113,10 @@ class ReplicatedStrategy(GridStrategy, DDPStrategy):
         super().setup_distributed()
         self._joined()
 
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.when_met(None)  # over the usual group, as this rank has its device now
+
     def configure_ddp(self) -> None:
         super().configure_ddp()
         if self.hook is not None:  # Lightning registers those it is given on CUDA only
@@ -160,6 +166,7 @@ class ShardedStrategy(GridStrategy, ModelParallelStrategy):
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
         assert isinstance(group, dist.ProcessGroup)  # of all ranks
         self.save_group = group
+        self.when_met(group)
 
     @cached_property
     def device_mesh(self) -> DeviceMesh:

@@ -17,6 +17,8 @@ import copy
 import hashlib
 import importlib
 import json
+import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -37,10 +39,12 @@ from lightsparse.utils.compat.hydra import add_launcher, config_of_trial, result
 if TYPE_CHECKING:
     from lightsparse.sweep.trials import Trials
 
+log = logging.getLogger(__name__)
+
 
 class TrialLauncher(Launcher):
     """conf/hydra/launcher/trials.yaml has its arguments. `launch` returns what each trial minimises, and
-    infinity for one that failed: sweepers minimise."""
+    infinity for one that failed, below zero for a sweeper that maximises: a failed trial is never the best one."""
 
     __module__ = "hydra_plugins.lightsparse_trials"  # the name by which Hydra builds it
 
@@ -61,10 +65,19 @@ class TrialLauncher(Launcher):
                 "hydra.sweeper.sampler.seed is null, with which a killed sweep could not resume with the same trials; "
                 "set hydra.sweeper.sampler.seed=<a number>"
             )
-        command = [str(word) for word in config.hydra.overrides.task]
-        params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
-        digest = _digest([*command, *params], config.hydra.overrides.hydra)
+        written = OmegaConf.to_container(config.hydra, resolve=False)  # a ${now:} would name another sweep each time
+        assert isinstance(written, dict)
+        command, params = written["overrides"]["task"], written["sweeper"].get("params") or {}
+        said = [*command, *(f"{key}={value}" for key, value in params.items())]
+        digest = _digest(said, written["overrides"]["hydra"])
         directory = Path(os.path.expanduser(config.runs_dir)) / (self.name or f"sweep-{digest}")
+        direction = OmegaConf.select(config, "hydra.sweeper.direction")
+        self.failed = -math.inf if getattr(direction, "name", direction) == "maximize" else math.inf
+        if self.failed < 0:
+            log.warning(
+                "hydra.sweeper.direction is maximize, and what a trial returns (bits per byte, or the share of wrong "
+                "answers) is the better the lower it is: the sweeper will look for the worst trial"
+            )
         self.sweep = load_record(directory) or SweepRecord(directory, command)
         self._trials: Trials | None = None
         with read_write(config.hydra), open_dict(config.hydra):
@@ -73,19 +86,20 @@ class TrialLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         asked = [list(overrides) for overrides in job_overrides]
-        raws = [self._composed(overrides) for overrides in asked]
+        raws = [self._composed(overrides, number) for number, overrides in enumerate(asked, initial_job_idx)]
         if self._trials is None:
             from lightsparse.sweep.trials import Trials
 
-            self._trials = Trials(self.sweep, self.retry)
+            self._trials = Trials(self.sweep, self.retry, self.failed)
         values = self._trials.run(asked, raws, initial_job_idx + 1)
         return [result_of_trial(overrides, value) for overrides, value in zip(asked, values, strict=True)]
 
-    def _composed(self, overrides: list[str]) -> dict[str, Any]:
-        composed = copy.deepcopy(config_of_trial(self.hydra_context, self.config, overrides))
-        with read_write(composed), open_dict(composed):
-            del composed["hydra"]
-        return plain(composed)
+    def _composed(self, overrides: list[str], number: int) -> dict[str, Any]:
+        with config_of_trial(self.hydra_context, self.config, overrides, number) as found:
+            composed = copy.deepcopy(found)
+            with read_write(composed), open_dict(composed):
+                del composed["hydra"]
+            return plain(composed)
 
 
 _begun: list[SweepRecord] = []  # sweeps of this process

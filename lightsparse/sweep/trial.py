@@ -6,22 +6,31 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from lightsparse.config.compose import handing
 from lightsparse.training.preemption import Preemption
 
 _POLL = 0.2  # seconds between looks
 
 
 def trial_command(overrides: Sequence[str]) -> list[str]:
-    """What to execute; a trial of several ranks starts them by itself, and its exit code is theirs."""
+    """What to execute; a trial of several ranks starts them by itself, and its exit code is theirs.
+
+    The words are for who looks at processes: it runs the config that its environment hands it.
+    """
     return [sys.executable, "-m", "lightsparse", "train", *overrides]
 
 
-def trial_environment(sweep: str) -> dict[str, str]:
-    """This process's variables; lightsparse can be imported, and W&B groups the runs of a sweep by its name."""
-    environment = {"WANDB_RUN_GROUP": sweep, **os.environ}
+def trial_environment(sweep: str, composed: Mapping[str, Any]) -> dict[str, str]:
+    """This process's variables and the trial's config; lightsparse can be imported, and W&B groups the runs of a sweep
+    by its name. Composed once more, the words could mean another config: with ${now:}, with --config-name, with conf/
+    edited since. Raises ConfigError where the config is too long to be handed on.
+    """
+    environment = {"WANDB_RUN_GROUP": sweep, **os.environ, **handing(composed)}
+    environment.pop("SLURM_PROCID", None)  # the sweep is the job's task: a trial must not have the job started again
     # `python train.py` finds the package beside the script; `python -m` looks in the working directory instead.
     paths = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

@@ -21,8 +21,9 @@ from lightsparse.training.checkpoints.lock import holder, lock
 from lightsparse.training.checkpoints.run_directory import RunDirectory
 from lightsparse.training.endings import in_one_sentence
 from lightsparse.training.metrics.summary import sweep_metric
-from lightsparse.training.preemption import Preemption, leave_when_asked
+from lightsparse.training.preemption import Preemption, leave_when_asked, requeue
 from lightsparse.training.preflight.check import check
+from lightsparse.utils.compat.hydra import varied_words
 from lightsparse.utils.rank_errors import EXIT_CODE
 from lightsparse.utils.text import duration
 
@@ -42,17 +43,18 @@ class _Plan:
 class Trials:
     """Of one sweep.
 
-    retry  whether failed ones are tried again
+    retry   whether failed ones are tried again
+    failed  what a failed one gives to the sweeper
     """
 
-    def __init__(self, sweep: SweepRecord, retry: bool) -> None:
-        self.sweep, self.retry = sweep, retry
+    def __init__(self, sweep: SweepRecord, retry: bool, failed: float = math.inf) -> None:
+        self.sweep, self.retry, self.failed = sweep, retry, failed
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self._plans: dict[Path, _Plan] = {}  # run directory → its trial
         leave_when_asked()
 
     def run(self, asked: Sequence[list[str]], composed: Sequence[Mapping[str, Any]], first: int) -> list[float]:
-        """What each trial minimises, and infinity for one that failed: sweepers minimise.
+        """What each trial minimises, and `failed` for one that has failed.
 
         asked     the overrides of each
         composed  the config of each, as Hydra composed it
@@ -67,7 +69,7 @@ class Trials:
                 trials = [self._trial(plan, preemption, f"trial {number}") for number, plan in enumerate(plans, first)]
             finally:
                 preemption.stop_listening()
-        return [math.inf if trial.sweep_metric is None else trial.sweep_metric for trial in trials]
+        return [self.failed if trial.sweep_metric is None else trial.sweep_metric for trial in trials]
 
     def _plan(self, overrides: list[str], composed: Mapping[str, Any]) -> _Plan:
         """Parse; raises ConfigError for a wrong config, and for two trials that share a run directory."""
@@ -79,9 +81,13 @@ class Trials:
                 f"trainer.num_nodes is {config.trainer.num_nodes}, and trials of this launcher stay on this machine; "
                 "use hydra/launcher=submitit_slurm"
             )
-        plan = _Plan(overrides, config)
+        plan, known = _Plan(overrides, config), self.sweep.of(overrides)
+        if known is not None and config.composed["name"] is not None and not plan.directory.path.exists():
+            path = Path(known.run)  # where an earlier start of the sweep has put it, by a name with ${now:}
+            if path.exists():
+                plan = _Plan(overrides, parse({**config.composed, "name": path.name, "runs_dir": str(path.parent)}))
         other = self._plans.setdefault(plan.directory.path, plan)
-        if other.config.composed != config.composed:
+        if other.config.composed != plan.config.composed:
             raise ConfigError(
                 f"trials {' '.join(other.overrides)} and {' '.join(overrides)} would share {plan.directory.path}, as "
                 "they differ only in keys that do not change what is trained, or name is given; put the key into the "
@@ -103,8 +109,7 @@ class Trials:
         """Run the trial unless there is no need to; returns its record."""
         trial = self.sweep.of(plan.overrides)
         if trial is None:
-            fixed = set(self.sweep.command)
-            varied = [word for word in plan.overrides if word not in fixed]
+            varied = varied_words(plan.overrides, self.sweep.command)
             trial = TrialRecord(plan.overrides, varied, str(plan.directory.path), plan.config.ranks, "running")
             self.sweep.trials.append(trial)
         self._wait_for_other(plan, preemption, label)
@@ -129,11 +134,12 @@ class Trials:
     def _start(self, trial: TrialRecord, plan: _Plan, preemption: Preemption) -> None:
         log = self.sweep.directory / "logs" / f"{plan.directory.path.name}.txt"
         trial.status, trial.log, trial.starts = "running", str(log.relative_to(self.sweep.directory)), trial.starts + 1
+        trial.run = str(plan.directory.path)
         trial.error, trial.exit_code = None, None
         self.sweep.save()
         started = time.perf_counter()
-        command = trial_command(plan.overrides)
-        trial.exit_code = run_trial(command, trial_environment(self.sweep.directory.name), log, preemption)
+        environment = trial_environment(self.sweep.directory.name, plan.config.composed)
+        trial.exit_code = run_trial(trial_command(plan.overrides), environment, log, preemption)
         trial.seconds = round(trial.seconds + time.perf_counter() - started, 3)
         if trial.exit_code or not self._note_finished(trial, plan):
             # Asked to stop while Python still imported, a trial ends with the signal and not with 75.
@@ -167,4 +173,5 @@ class Trials:
     def _leave_if(self, preemption: Preemption) -> None:
         if preemption.asked:
             sys.stderr.write(f"{self.sweep.directory} is stopped; the same command resumes it\n")
+            requeue(preemption.asked)
             sys.exit(EXIT_CODE)

@@ -3,9 +3,9 @@
 0    the run is finished
 1    an error of the program, or a second Ctrl-C, which waits for no step; after -m, trials have failed
 2    the config, its data, the loss or the memory cannot be used; one sentence on stderr says why
-75   not done, and the same command resumes the run: asked to stop (SIGTERM, SIGUSR1, Ctrl-C, trainer.max_time) with the
-     step saved, or before the first step or after the last one, with nothing to save; another rank lost or late, a disk
-     full, a checkpoint not written in time
+75   not done, and the same command resumes the run: asked to stop (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C, trainer.max_time)
+     with the step saved, or before the first step or after the last one, with nothing to save; another rank lost or
+     late, a disk full, a checkpoint not written in time
 -15  (143 in a shell, SIGTERM) asked while Python was still importing
 
 torchrun's own code is 1 whenever a rank's is not 0, or when it was asked to stop itself: it hands SIGTERM and Ctrl-C on

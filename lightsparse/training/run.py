@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer, seed_everything
 from rich.console import Console
 
 from lightsparse.config.schema import Config
 from lightsparse.data.module import DataModule
 from lightsparse.data.run_tokenizer import keep_tokenizer, with_run_tokenizer
-from lightsparse.distributed.environment import is_first_rank
-from lightsparse.distributed.strategies import ShardedStrategy
+from lightsparse.distributed.environment import ignore_stray_ranks, is_first_rank
+from lightsparse.distributed.strategies import GridStrategy, ShardedStrategy
 from lightsparse.distributed.strategy_config import ContextRanks
 from lightsparse.kernels.compute_dtype import product_dtype
 from lightsparse.models.transformer import Transformer
@@ -32,9 +35,12 @@ from lightsparse.training.metrics.summary import show, summarize
 from lightsparse.training.module import LanguageModel, language_model
 from lightsparse.training.preflight.check import check_resumable, fixed_layout, set_machine
 from lightsparse.training.preflight.flops import matmul_error, matmul_peak
+from lightsparse.training.same_config_check import begin_together, values_to_agree_on
 from lightsparse.training.trainer import build_trainer
 from lightsparse.utils.atomic_files import write_text
 from lightsparse.utils.text import count_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ def fit(config: Config) -> dict[str, Any]:
     """
     directory = RunDirectory.of(config)
     recorder = Recorder(config, directory)  # its clock starts
+    for line in ignore_stray_ranks():  # where no command line has
+        log.warning(line)
     console = Console(quiet=not is_first_rank(), highlight=False, markup=False, soft_wrap=True)  # lines as they are
     try:
         with resumable(config):
@@ -84,7 +92,7 @@ def open_directory(config: Config, directory: RunDirectory) -> Start:
 
 
 def build(config: Config, directory: RunDirectory, start: Start, recorder: Recorder, console: Console) -> Run:
-    """Data, model and trainer. An earlier run stays as it is until everything that may be refused has been."""
+    """Data, model and trainer; nothing is written yet."""
     seed_everything(config.seed, workers=True, verbose=False)
     tokenized = with_run_tokenizer(config.data, directory.path, resumed=start.checkpoint is not None)
     data = DataModule(tokenized, config.seed, config.eval.tokens)
@@ -96,17 +104,17 @@ def build(config: Config, directory: RunDirectory, start: Start, recorder: Recor
         console.print(load_start(config, module.model))
     if config.compile:
         module.model.compile()  # in place: the names in the checkpoint stay as they are
-    if is_first_rank():
-        directory.prepare(config)
-        if start.checkpoint is None:
-            keep_tokenizer(data.tokenizer, directory.path)
-        MetricsFile(directory.metrics, attention_stats.columns(config)).rewind(start.step if start.checkpoint else -1)
-    trainer = build_trainer(config, start.step, directory, recorder, console)
+    trainer = build_trainer(config, directory, recorder, console)
     return Run(config, directory, start, console, data, module, recorder, trainer, fixed_layout(config))
 
 
 def train(run: Run) -> None:
     """All steps and validations; the first rank says before what runs on what machine, from which step."""
+    strategy = run.trainer.strategy
+    if isinstance(strategy, GridStrategy):
+        strategy.when_met = partial(begin_ranks, run)
+    else:
+        prepare(run)
     if is_first_rank():
         device = run.trainer.strategy.root_device
         run.recorder.peak = matmul_peak(device, product_dtype(run.config.precision, device))
@@ -114,6 +122,22 @@ def train(run: Run) -> None:
             run.console.print(line)
     run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.start.checkpoint, weights_only=True)
     run.recorder.measure_memory(run.trainer)
+
+
+def begin_ranks(run: Run, group: dist.ProcessGroup | None) -> None:
+    """`prepare` on the first rank, once all ranks have met and agreed. Every rank calls this."""
+    values = values_to_agree_on(run.config, run.directory, run.start.step, run.data.fingerprint)
+    seen = run.directory.identity if run.config.strategy.sharded else None
+    begin_together(values, partial(prepare, run), seen, group)
+
+
+def prepare(run: Run) -> None:
+    """An earlier run stays as it is until this, when everything that may be refused has been."""
+    run.directory.prepare(run.config)
+    if run.start.checkpoint is None:
+        keep_tokenizer(run.data.tokenizer, run.directory.path)
+    rows = MetricsFile(run.directory.metrics, attention_stats.columns(run.config))
+    rows.rewind(run.start.step if run.start.checkpoint else -1)
 
 
 def finish(run: Run) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from lightsparse.config.build import ClassChoice
+from lightsparse.config.compose import handing
 from lightsparse.config.schema import Config
-from lightsparse.distributed.environment import is_first_rank
-from lightsparse.distributed.strategies import strategy_for
+from lightsparse.distributed.environment import cluster_environment, is_first_rank, launched_ranks
+from lightsparse.distributed.strategies import GridStrategy, strategy_for
 from lightsparse.evaluation.callback import TaskEvaluation
 from lightsparse.training.checkpoints.background_writer import CheckpointWriter
 from lightsparse.training.checkpoints.callback import StepCheckpoint
@@ -20,12 +21,9 @@ from lightsparse.training.measures import attention_stats
 from lightsparse.training.metrics.metrics_file import MetricsFile
 from lightsparse.training.metrics.progress import TrainingProgress
 from lightsparse.training.metrics.recorder import Recorder
-from lightsparse.training.same_config_check import SameConfig
 
 
-def build_trainer(
-    config: Config, start_step: int, directory: RunDirectory, recorder: Recorder, console: Console
-) -> Trainer:
+def build_trainer(config: Config, directory: RunDirectory, recorder: Recorder, console: Console) -> Trainer:
     """Lightning's trainer with our files and clocks; validation before the first step and after the last one."""
     loggers: list[Logger] = [MetricsFile(directory.metrics, attention_stats.columns(config))]
     for name, node in config.logger.items():
@@ -37,7 +35,7 @@ def build_trainer(
             takes = inspect.signature(choice.target).parameters
             given = {key: value for key, value in ours.items() if key in takes and key not in node}
             loggers.append(choice.build(**given))
-    callbacks: list[Callback] = [SameConfig(config.composed, start_step), recorder]
+    callbacks: list[Callback] = [recorder]
     if config.trainer.progress:
         callbacks.append(TrainingProgress(recorder, console))
     if config.eval.tasks.names:
@@ -47,8 +45,11 @@ def build_trainer(
             callbacks.append(ClassChoice.of(node, f"callbacks.{name}", Callback, config.allow_targets).build())
     writer = CheckpointWriter(config.checkpoint.background, config.checkpoint.timeout)
     callbacks.append(StepCheckpoint(config, directory.checkpoints, writer, saved=recorder.release))
+    strategy = strategy_for(config.strategy, config.ranks)
+    if isinstance(strategy, GridStrategy) and launched_ranks() is None:
+        strategy.handed = handing(config.composed)
     return Trainer(
-        strategy=strategy_for(config.strategy, config.ranks),
+        strategy=strategy,
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
         precision=config.precision,
@@ -65,6 +66,6 @@ def build_trainer(
         enable_progress_bar=config.trainer.progress,
         logger=loggers,
         callbacks=callbacks,
-        plugins=[writer],
+        plugins=[writer, cluster_environment()],
         default_root_dir=directory.path,
     )

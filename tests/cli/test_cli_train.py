@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from lightsparse.cli import train as command
+from lightsparse.cli import train as cli
 from lightsparse.cli.work import train as work
 from lightsparse.config.compose import compose_raw, conf_dir
 
@@ -31,7 +31,7 @@ def run(monkeypatch, tmp_path):
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        command.main()
+        cli.main()
         return seen
 
     return call
@@ -48,7 +48,7 @@ def test_hydras_own_launcher_runs_every_value_in_this_process(run, tmp_path):
 
 
 def test_training_returns_validation_bits_per_byte_for_sweepers(run):
-    assert command.train(OmegaConf.create(compose_raw(["seed=2"]))) == 0.5
+    assert cli.train(OmegaConf.create(compose_raw(["seed=2"]))) == 0.5
 
 
 WRONG = {
@@ -87,6 +87,16 @@ def test_the_command_says_how_threads_wait_before_torch_loads():
     environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["False", "10000"]
+
+
+@pytest.mark.multiprocess
+def test_a_run_whose_reader_is_gone_is_finished_as_any_other(command, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = command("trainer.max_steps=2", "trainer.progress=true", "eval.sample_tokens=0")
+    code = subprocess.run(words, stdout=writing, stderr=writing, timeout=120, check=False).returncode
+    os.close(writing)
+    assert code == 0 and json.loads((tmp_path / "runs/tiny/summary.json").read_text())["steps"] == 2
 
 
 def test_conf_is_found_without_the_clone_around_it():

@@ -1,6 +1,7 @@
 """The schema of conf/: what it refuses and in which words, what names a run, what a resumed run may change."""
 
 import dataclasses
+import os
 import shutil
 import typing
 from collections import namedtuple
@@ -10,7 +11,7 @@ import torch
 import yaml
 from hydra.errors import ConfigCompositionException
 
-from lightsparse.config.compose import compose_raw, conf_dir, explain
+from lightsparse.config.compose import HANDED, compose_raw, conf_dir, explain, handed, handing
 from lightsparse.config.parse import compose, parse
 from lightsparse.config.run_identity import config_hash, differences
 from lightsparse.config.schema import Config
@@ -343,3 +344,18 @@ def test_a_config_keeps_what_it_was_made_from_beside_its_keys():
 def test_sweeps_do_not_hide_a_misspelt_key():
     error = ConfigCompositionException("Could not override 'sed'.\nTo append to your config use +sed=1,2")
     assert explain(error, ["attention=dense,sliding_window", "sed=1,2"]) == "sed is not a key; did you mean seed?"
+
+
+def test_a_handed_config_is_the_composed_one_once(monkeypatch):
+    words = [
+        "name=\\${x}",
+        "+callbacks.a={_target_: b, steps: {0: 4}, rate: 1e-3, text: '1e3', yes: 'yes', none: null}",
+    ]
+    composed = compose_raw([*words, "seed=3", "attention=moba"])
+    assert composed["name"] == "${x}" and composed["callbacks"]["a"]["steps"] == {0: 4}
+    for name, text in handing(composed).items():
+        monkeypatch.setenv(name, text)
+    assert HANDED in os.environ and handed() == composed
+    assert HANDED not in os.environ and handed() is None
+    with pytest.raises(ConfigError, match="name files by a pattern"):
+        handing({"paths": ["x" * 100] * 2000})

@@ -6,7 +6,7 @@ import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1
 from typing import Any
 
 import pytest
@@ -82,6 +82,7 @@ def test_ranks_that_the_first_one_starts_stop_together(folder: Path) -> None:
         ((Event(0, "backward", 1, SIGTERM), Event(1, "optimizer", 1, SIGTERM)), 5),
         ((Event(1, "validation", 1, SIGUSR1),), 6),
         ((Event(0, "forward", 2, SIGINT, "group"),), 8),  # as Ctrl-C does
+        ((Event(0, "forward", 2, SIGHUP, "group"),), 10),  # as the end of a terminal does
     ]
     saved: set[int] = set()
     for events, step in stops:

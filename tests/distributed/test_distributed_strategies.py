@@ -98,7 +98,7 @@ def test_the_global_batch_and_the_hook_do_count() -> None:
 
 LAUNCHERS = {
     "torchrun": ({"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "RANK": "4", "LOCAL_RANK": "1"}, (3, 2)),
-    "slurm": ({"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}, (4, 2)),
+    "slurm": ({"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "5"}, (4, 2)),
     "lightning": ({"WORLD_SIZE": "2", "LOCAL_RANK": "1", "NODE_RANK": "0"}, None),
     "nobody": ({}, None),
 }
@@ -108,7 +108,7 @@ LAUNCHERS = {
 def test_ranks_follow_from_the_launcher_and_the_run_s_name_does_not(
     launcher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NAME"):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NAME", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     name_before = compose(["strategy=context"]).name
     environment, ranks = LAUNCHERS[launcher]

@@ -141,6 +141,14 @@ def test_sigterm_reaches_the_trial_and_ends_the_sweep_with_75(trials, monkeypatc
     assert statuses() == ["finished", "stopped"] and "the same command resumes it" in capsys.readouterr().err
 
 
+def test_a_sweep_whose_job_has_no_time_left_asks_for_another_start(trials, monkeypatch):
+    asked = []
+    monkeypatch.setattr(work, "requeue", asked.append)
+    trials.instead = {2: f"kill -USR1 {os.getpid()}; while :; do sleep 0.05; done"}
+    assert sweep(monkeypatch, *SWEEP) == 75 and statuses() == ["finished", "stopped"]
+    assert asked == [signal.SIGUSR1]
+
+
 def test_a_trial_out_of_reach_fails_alone_without_a_start(trials, monkeypatch):
     words = ("-m", "experiment=smoke", "hydra.launcher.name=s", "attention.density=0.0001,1.0")
     assert sweep(monkeypatch, *words) == 1 and trials.started == [0]
@@ -156,8 +164,9 @@ def test_trials_that_would_share_a_directory_are_refused_before_any_starts(trial
 
 
 def test_the_key_in_the_name_lets_them_differ(trials, monkeypatch):
-    words = ("experiment=smoke", "trainer.max_steps=4,5", "name=run-${trainer.max_steps}", "hydra.launcher.name=s")
-    assert sweep(monkeypatch, "-m", *words) == 0 and len(trials.started) == 2
+    words = ("experiment=smoke", "trainer.max_steps=4,5", "hydra.launcher.name=s")
+    assert sweep(monkeypatch, "-m", *words, "name=run-${trainer.max_steps}-${hydra:job.num}") == 0
+    assert len(trials.started) == 2 and {path.name for path in Path("runs").iterdir()} == {"run-4-0", "run-5-1", "s"}
 
 
 def test_a_sweep_has_one_controller(trials, monkeypatch, capsys):
@@ -174,9 +183,17 @@ def test_a_sweep_has_one_controller(trials, monkeypatch, capsys):
 
 
 def test_under_torchrun_a_sweep_is_refused(trials, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
     assert sweep(monkeypatch, *SWEEP) == 2 and "start it without" in capsys.readouterr().err
+
+
+def test_a_single_task_of_slurm_runs_a_sweep_whose_trials_have_no_rank_in_the_job(trials, monkeypatch):
+    task = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "sweep", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
+    assert sweep(monkeypatch, *SWEEP) == 0 and trials.started == [1, 2, 3]
+    assert "SLURM_PROCID" in os.environ and "SLURM_PROCID" not in trial_environment("s", {})
 
 
 def test_a_sampler_without_seed_is_refused_as_a_killed_sweep_could_not_go_on():
@@ -201,9 +218,9 @@ def test_a_trial_is_the_command_itself_and_its_exit_code_the_commands(tmp_path):
 
 def test_w_and_b_groups_the_runs_by_the_sweep_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
-    assert trial_environment("s")["WANDB_RUN_GROUP"] == "s"
+    assert trial_environment("s", {})["WANDB_RUN_GROUP"] == "s"
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
-    assert trial_environment("s")["WANDB_RUN_GROUP"] == "mine"
+    assert trial_environment("s", {})["WANDB_RUN_GROUP"] == "mine"
 
 
 def test_who_holds_a_folder_is_told_to_others_only(tmp_path):
@@ -214,6 +231,81 @@ def test_who_holds_a_folder_is_told_to_others_only(tmp_path):
     told = subprocess.run([sys.executable, "-c", asks], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert told.stdout.startswith(f"process {os.getpid()} on ")
     unlock(tmp_path)
+
+
+TRIAL = """
+import json, os, sys
+from pathlib import Path
+from omegaconf import OmegaConf
+from lightsparse.cli import train
+from lightsparse.cli.work import train as work
+
+def fit(config):
+    folder = Path(config.runs_dir, config.name)
+    folder.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(dict(config.composed)), folder / "config.yaml")
+    summary = {"finished": True, "steps": config.trainer.max_steps, "val_bits_per_byte": 1.0}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+work.fit = fit
+train.main()
+"""
+
+
+@pytest.fixture
+def programs(monkeypatch, tmp_path):
+    """Trials are the command itself, as programs of their own, but for the training."""
+    monkeypatch.chdir(tmp_path)
+    started = []
+
+    def command(overrides):
+        started.append(overrides)
+        return [sys.executable, "-c", TRIAL, *overrides]
+
+    monkeypatch.setattr(work, "trial_command", command)
+    return started
+
+
+@pytest.mark.multiprocess
+def test_a_trial_runs_the_config_that_was_composed_for_it_and_resumes_it(programs, monkeypatch, tmp_path):
+    """Composed once more, its words would mean another one: a config, a folder and a moment are not among them."""
+    for folder in ("one", "two/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "one/own.yaml").write_text("defaults: [config, mine: here, _self_]\n")
+    (tmp_path / "two/mine/here.yaml").write_text("# @package trainer\nmax_steps: 7\n")
+    where = ("--config-dir=one", "--config-name=own", f"hydra.searchpath=[file://{tmp_path}/two]", "seed=3")
+    where += ("name=at-${now:%S-%f}",)
+    assert sweep(monkeypatch, "-m", *where) == 0
+    (folder,) = Path("runs").glob("sweep-*")
+    (trial,) = load_record(folder).trials
+    assert OmegaConf.load(f"{trial.run}/config.yaml").trainer.max_steps == 7
+    assert Path(trial.run).name.startswith("at-") and (trial.status, trial.exit_code) == ("finished", 0)
+    assert sweep(monkeypatch, "-m", *where) == 0 and len(programs) == 1
+    unlock(folder)
+
+
+@pytest.mark.parametrize(("direction", "best"), [("minimize", 2), ("maximize", 3)])
+def test_a_failed_trial_is_never_the_best_of_an_optimiser(trials, monkeypatch, capsys, direction, best):
+    pytest.importorskip("optuna")
+    trials.instead = {1: "exit 1"}
+    optuna = (
+        "hydra/sweeper=optuna",
+        "hydra/sweeper/sampler=grid",
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.n_jobs=1",
+    )
+    sweep(monkeypatch, *SWEEP, *optuna, f"hydra.sweeper.direction={direction}")
+    assert sorted(trials.started) == [1, 2, 3]
+    found = OmegaConf.load("runs/s/optimization_results.yaml")
+    assert found.best_value == 0.25 * best and int(found.best_params.seed) == best
+
+
+def test_what_was_not_chosen_by_the_sweep_is_not_listed_whatever_its_spelling(trials, monkeypatch):
+    words = ("trainer.progress=false", "eval.tasks.lengths=[64, 128]", "optimizer.lr=1e-3", "seed=1,2")
+    assert sweep(monkeypatch, "-m", "experiment=smoke", "hydra.launcher.name=s", *words) == 0
+    varied = [trial.varied for trial in load_record(Path("runs/s")).trials]
+    assert varied == [["seed=1"], ["seed=2"]]
 
 
 @pytest.mark.slow

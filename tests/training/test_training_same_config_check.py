@@ -1,38 +1,87 @@
-"""Ranks that were given different configs refuse to train, all of them and with the key."""
-
-from types import SimpleNamespace
+"""Ranks that were given different configs or folders refuse to train: all of them, with the key, before any writes."""
 
 import pytest
 import torch.distributed as dist
 
 from lightsparse.config.targets import ConfigError
-from lightsparse.training.same_config_check import SameConfig
+from lightsparse.training import same_config_check
+from lightsparse.training.checkpoints.run_directory import RunDirectory
+from lightsparse.training.same_config_check import begin_together, values_to_agree_on
 
 
 @pytest.fixture
 def second_rank(monkeypatch):
-    """Gathering gives this rank's values, and others on rank 1."""
+    """second_rank(mine, theirs, …): what this process and another one give, each time the ranks gather."""
 
-    def use(**changed):
-        def gather(into, values):
-            into[:] = [values, values | changed]
+    def use(*pairs, first=True, rank=0, told=None):
+        given = iter(pairs)
 
+        def gather(into, value, group):
+            mine, theirs = next(given)
+            into[:] = [value if mine is None else mine, theirs]
+
+        def broadcast(values, src, group):
+            values[:] = values if rank == src else [told]
+
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
         monkeypatch.setattr(dist, "all_gather_object", gather)
+        monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+        monkeypatch.setattr(same_config_check, "is_first_rank", lambda: first)
 
     return use
 
 
-COMPOSED = {"seed": 1, "threads": 2, "trainer": {"max_steps": 4}}
-PAIR = SimpleNamespace(world_size=2)
+def values(config, **changed):
+    return values_to_agree_on(config, RunDirectory.of(config), 0, "f00d") | changed
 
 
-def test_another_value_on_another_rank_is_refused_with_key_and_values(second_rank):
-    second_rank(**{"trainer.max_steps": 5})
-    with pytest.raises(ConfigError, match=r"^rank 1 has trainer\.max_steps=5 and rank 0 has trainer\.max_steps=4; "):
-        SameConfig(COMPOSED, 0).setup(PAIR, None, "fit")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("trainer.max_steps", 5), ("name", "x-12-00-01"), ("run directory", "/b/x"), ("fingerprint of the data", "beef")],
+)
+def test_another_value_on_another_rank_is_refused_before_anything_is_written(second_rank, tiny, key, value):
+    mine = values(tiny())
+    second_rank((None, mine | {key: value}))
+    with pytest.raises(ConfigError) as refused:
+        begin_together(mine, lambda: pytest.fail("has prepared the directory"))
+    assert str(refused.value).startswith(f"rank 1 has {key}={value} and rank 0 has {key}={mine[key]}; ")
 
 
-def test_threads_may_differ_between_machines(second_rank):
-    second_rank()
-    SameConfig(COMPOSED, 0).setup(PAIR, None, "fit")
-    assert "threads" not in SameConfig(COMPOSED, 0).values
+def test_a_relative_runs_dir_means_another_folder_in_another_working_directory(tiny, tmp_path, monkeypatch):
+    config = tiny("runs_dir=runs", "threads=2")
+    monkeypatch.chdir(tmp_path)
+    here = values(config)
+    assert here["run directory"] == str(tmp_path / "runs" / "tiny") and "threads" not in here
+    monkeypatch.chdir("/")
+    assert values(config) != here
+    assert values(tiny(f"runs_dir={tmp_path}/runs", "threads=1")) == here
+
+
+def test_a_rank_that_does_not_see_the_folder_is_named_where_it_would_write_there(second_rank, tiny, tmp_path):
+    mine, seen = values(tiny()), tmp_path / "run_id"
+    second_rank((None, mine), (None, None))
+    with pytest.raises(ConfigError, match=r"rank 1 does not see .*run_id, which rank 0 has written"):
+        begin_together(mine, lambda: seen.write_text("1"), seen)
+    second_rank((None, mine), (None, b"1"))
+    begin_together(mine, lambda: seen.write_text("1"), seen)
+
+
+def test_what_the_first_rank_is_refused_every_rank_says(second_rank, tiny, monkeypatch):
+    mine = values(tiny())
+
+    def refuse():
+        raise ConfigError("is being written by process 7")
+
+    second_rank((None, mine))
+    with pytest.raises(ConfigError, match="is being written by process 7"):
+        begin_together(mine, refuse)
+    second_rank((None, mine), first=False, rank=1, told="is being written by process 7")
+    with pytest.raises(ConfigError, match="is being written by process 7"):
+        begin_together(mine, lambda: pytest.fail("has prepared the directory"))
+
+
+def test_a_process_that_would_write_without_being_the_first_is_refused(second_rank, tiny):
+    second_rank(first=False)
+    with pytest.raises(ConfigError, match="whether it is the first rank"):
+        begin_together(values(tiny()), lambda: pytest.fail("has prepared the directory"))

@@ -12,7 +12,7 @@ from typing import Any
 from lightsparse.config.parse import on_this_machine, parse
 from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
-from lightsparse.distributed.environment import is_first_rank, launched_ranks
+from lightsparse.distributed.environment import check_machines, is_first_rank, launched_ranks
 from lightsparse.training.endings import in_one_sentence
 from lightsparse.training.metrics.summary import sweep_metric
 from lightsparse.training.preemption import leave_when_asked
@@ -37,6 +37,7 @@ def run(composed: Mapping[str, Any]) -> float:
         _refuse_ranks_inside_a_sweep(config)
         if config.doctor:
             return examine(config)
+        check_machines(config.trainer.num_nodes)
         check_memory(config)
         check(config)
         needed = estimate(config)

@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,10 @@ class RunDirectory:
             raise ConfigError(_damaged(self.config, f"holds a {type(stored).__name__}"))
         return {str(key): value for key, value in stored.items()}
 
-    @property
+    @cached_property
     def run_id(self) -> str:
-        """What loggers call this run, the same at every start."""
-        return self.identity.read_text(encoding="utf-8").strip()
+        """What loggers call this run, the same at every start; a new one until `prepare` has written it."""
+        return self.identity.read_text(encoding="utf-8").strip() if self.identity.exists() else secrets.token_hex(4)
 
     def open(self, config: Config) -> Start:
         """`look`, where nobody else is writing: on the first rank a directory that exists is this process's alone from
@@ -120,7 +121,7 @@ class RunDirectory:
         for folder in (self.path, self.checkpoints):
             remove_partial_files(folder)
         if not self.identity.exists():
-            write_text(self.identity, secrets.token_hex(4) + "\n")
+            write_text(self.identity, self.run_id + "\n")
         self.summary.unlink(missing_ok=True)  # of fewer steps: the run is not finished any more
         write_text(self.config, OmegaConf.to_yaml(OmegaConf.create(dict(config.composed))))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,7 +14,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 # ---- what an error says: there are few types, and fewer fields ---------------------------------------------------
@@ -75,6 +76,17 @@ def single_words(overrides: Sequence[str]) -> list[str]:
     return words
 
 
+def varied_words(overrides: Sequence[str], command: Sequence[str]) -> list[str]:
+    """The overrides of a trial that its sweep has chosen: those that the command does not say, in whatever spelling."""
+
+    def read(words: Sequence[str]) -> list[tuple[str, str]]:
+        parsed = OverridesParser.create().parse_overrides(list(words))
+        return [(override.get_key_element(), repr(override.value())) for override in parsed]
+
+    fixed = set(read(command))
+    return [word for word, value in zip(overrides, read(overrides), strict=True) if value not in fixed]
+
+
 def is_sweep() -> bool:
     """Whether this is a job of -m that runs inside the sweep's process."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
@@ -85,9 +97,23 @@ def add_launcher(kind: type[Launcher]) -> None:
     Plugins.instance().register(kind)
 
 
-def config_of_trial(context: HydraContext, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The composed config of one trial of a sweep. Only the example of a launcher documents it."""
-    return context.config_loader.load_sweep_config(config, list(overrides))
+@contextmanager
+def config_of_trial(
+    context: HydraContext, config: DictConfig, overrides: Sequence[str], number: int
+) -> Iterator[DictConfig]:
+    """The composed config of the trial of a sweep with this number from 0. Only the example of a launcher documents it.
+
+    Within, ${hydra:job.num} and its like are this trial's, as in Hydra's own launchers.
+    """
+    composed = context.config_loader.load_sweep_config(config, list(overrides))
+    with read_write(composed), open_dict(composed):
+        composed.hydra.job.num, composed.hydra.job.id = number, f"job_id_for_{number}"
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(composed)
+    try:
+        yield composed
+    finally:
+        HydraConfig.instance().cfg = before
 
 
 def result_of_trial(overrides: Sequence[str], value: Any) -> JobReturn:

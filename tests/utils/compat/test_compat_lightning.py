@@ -32,7 +32,7 @@ from lightsparse.utils.compat.torch import FSDP_VIEW
 # What ours define anew; under another name Lightning would call its own and say nothing.
 OVERRIDDEN = {
     (GridStrategy, ParallelStrategy): ("launcher", "on_exception", "distributed_sampler_kwargs"),
-    (ReplicatedStrategy, DDPStrategy): ("setup_distributed", "configure_ddp"),
+    (ReplicatedStrategy, DDPStrategy): ("setup_distributed", "setup_environment", "configure_ddp"),
     (ShardedStrategy, ModelParallelStrategy): (
         *("setup_environment", "device_mesh", "lightning_restore_optimizer", "lightning_module_state_dict"),
         *("optimizer_state", "save_checkpoint", "load_checkpoint", "load_model_state_dict"),
