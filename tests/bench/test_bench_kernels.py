@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightsparse.bench import command, kernels
+from lightsparse.bench import against_dense, command, kernels
+from lightsparse.kernels import block_sparse_attention
+from lightsparse.patterns import LocalWindow
 
 TINY = ["kernels", "--seq", "96,130", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--block", "16"]
 TINY += ["--density", "0.4", "--repeats", "2", "--backends", "native,blocked"]
@@ -93,3 +95,11 @@ def test_a_device_that_is_not_there_or_not_measured_is_refused_in_a_sentence(wor
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["kernels", *words]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_dense_yardstick_is_causal_and_serves_grouped_queries():
+    q, k, v = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    layout = LocalWindow(12).layout(12, block=4)
+    torch.testing.assert_close(
+        against_dense.dense(q, k, v), block_sparse_attention(q, k, v, layout, backend="reference")
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -80,3 +81,22 @@ def test_a_place_where_nothing_can_be_written_is_refused_and_none_is_made(tmp_pa
     for folder in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/x")):
         with pytest.raises(Refusal, match=rf"^{folder} cannot be written to \(.+\); use to=<another folder>$"):
             writable(folder, "to")
+
+
+def test_the_bytes_are_on_disk_before_the_name_and_the_name_before_the_return(tmp_path: Path, monkeypatch) -> None:
+    done = []
+    sync, rename = os.fsync, Path.replace
+
+    def note_sync(descriptor: int) -> None:
+        state = os.fstat(descriptor)
+        done.append("folder" if stat.S_ISDIR(state.st_mode) else f"{state.st_size} bytes")
+        sync(descriptor)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    write_text(tmp_path / "a.txt", "seven b")
+    assert done == ["7 bytes", "rename", "folder"]  # not flushed they would be none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from lightsparse.distributed import sharded_files
 from lightsparse.training.checkpoints import background_writer as module
 from lightsparse.training.checkpoints.background_writer import CheckpointLateError, CheckpointWriter
 from lightsparse.training.checkpoints.files import read_checkpoint
@@ -89,3 +94,38 @@ def test_a_state_that_could_not_be_read_back_is_refused_when_it_is_written(tmp_p
         TypeError, match="of a callback's state that weights_only does not read back; use numbers, text"
     ):
         CheckpointWriter(False, 60).save_checkpoint({"state": tmp_path}, tmp_path / "a")
+
+
+def test_a_folder_is_on_disk_with_all_its_files_before_it_has_its_name(tmp_path: Path, monkeypatch: Any) -> None:
+    done: list[tuple[str, str]] = []
+    sync, rename, sync_folder = os.fsync, Path.rename, module.sync_folder
+
+    def note_sync(descriptor: int) -> None:
+        done.append(("sync", Path(f"/proc/self/fd/{descriptor}").resolve().name))
+        sync(descriptor)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        done.append(("rename", target.name))
+        return rename(path, target)
+
+    def note_folder(folder: Path) -> None:
+        done.append(("folder", folder.name))
+        sync_folder(folder)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    monkeypatch.setattr(module, "sync_folder", note_folder)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weights = distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (1,)), [Shard(0)])
+        rest, shards = sharded_files.separated({"weights": weights, "step": 4}, lambda path: "weights")
+        path, group = tmp_path / "step-4.ckpt", dist.group.WORLD
+        CheckpointWriter(False, 60).save_shards(rest, shards, path, group, True, lambda: done.append(("then", "")))
+    finally:
+        dist.destroy_process_group()
+    named = done.index(("rename", "step-4.ckpt"))
+    partial = next(name for kind, name in done if kind == "folder")
+    assert partial.endswith(".partial") and done[named - 2][0] == "folder"
+    files = {path.name for path in (tmp_path / "step-4.ckpt").iterdir()}
+    assert files - {".metadata"} <= {name for kind, name in done[:named] if kind == "sync"}
+    assert ("folder", tmp_path.name) in done[named:] and done[-1] == ("then", "")
