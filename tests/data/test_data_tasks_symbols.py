@@ -88,6 +88,16 @@ def test_evidence_is_where_the_answer_stands(task):
             assert example.labels[place] in example.tokens[start : start + 2]
 
 
+@pytest.mark.parametrize("task", [task for task, solve in CASES if solve in (recalled, recalled_again)])
+def test_evidence_is_the_nearest_place_of_the_same_key(task):
+    for example in examples(task, 10):
+        for place in np.flatnonzero(example.evidence >= 0):
+            start = place - example.evidence[place]
+            end = 2 * task.pairs if isinstance(task, MultiQueryRecall) else task.context - 2
+            keys = range(task.context % 2 if isinstance(task, AssociativeRecall) else 0, end, 2)
+            assert start == max(at for at in keys if example.tokens[at] == example.tokens[place])
+
+
 def test_every_next_token_is_a_label_where_the_training_may_ask_for_all():
     for task in (AssociativeRecall(context=20, vocabulary=10), InductionHead(context=30)):
         example = task.example(Draws(0, 0, 0))

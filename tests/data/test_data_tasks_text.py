@@ -157,11 +157,17 @@ def test_the_common_words_are_those_of_the_list():
     assert sorted(set(counts.values())) == [2, 12] and len(counts) > 50
 
 
-def test_the_frequent_words_are_the_three_below_the_noise():
-    prompt, references = words_of(FrequentWords(context=4000))
+@pytest.mark.parametrize("alpha", [2.0, 3.0])
+def test_the_frequent_words_are_the_three_below_the_noise(alpha):
+    prompt, references = words_of(FrequentWords(context=4000, alpha=alpha))
     counts = Counter(prompt.split("\n")[1].split())
     assert [word for word, _ in counts.most_common(4)] == ["....", *references]
-    assert counts["...."] / counts[references[0]] == pytest.approx(4, rel=0.1)  # Zipf with exponent 2
+    assert counts["...."] / counts[references[0]] == pytest.approx(2**alpha, rel=0.1)  # Zipf's law
+
+
+def test_a_passkey_is_looked_for_in_ten_tokens():
+    task = Passkey(context=1500)
+    assert task.new_tokens(task.question(Draws(5, 1, 0))) == 10
 
 
 def test_scores_are_those_of_the_papers():

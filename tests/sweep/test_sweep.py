@@ -15,7 +15,7 @@ from lightsparse.cli import train as command
 from lightsparse.config.targets import ConfigError
 from lightsparse.sweep import launcher
 from lightsparse.sweep import trials as work
-from lightsparse.sweep.record import load_record
+from lightsparse.sweep.record import SweepRecord, TrialRecord, load_record
 from lightsparse.sweep.trial import run_trial, trial_command, trial_environment
 from lightsparse.training.checkpoints.lock import holder, lock, unlock
 from lightsparse.training.preemption import Preemption
@@ -106,6 +106,18 @@ def test_a_trial_that_crashes_or_is_killed_is_named_and_the_others_run(trials, m
     assert (second.status, second.exit_code) == ("failed", -9) and second.error.startswith("signal 9")
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("2 of 3 trials failed") and "seed=1; seed=2" in said
+
+
+def test_a_trial_that_ends_badly_after_its_summary_is_failed(trials, monkeypatch):
+    finish = trials.command
+    monkeypatch.setattr(work, "trial_command", lambda overrides: (finish(overrides), ["sh", "-c", "exit 4"])[1])
+    assert sweep(monkeypatch, *SWEEP) == 1
+    assert [(trial.status, trial.exit_code) for trial in load_record(Path("runs/s")).trials] == [("failed", 4)] * 3
+
+
+def test_a_trial_is_found_by_all_of_its_overrides():
+    trials = [TrialRecord(words, words, "runs/x", 1, "running") for words in (["a=1", "b=2"], ["a=1"])]
+    assert SweepRecord(Path("s"), [], trials).of(["a=1"]) is trials[1]
 
 
 def test_a_failed_trial_is_tried_again_when_asked_only(trials, monkeypatch):

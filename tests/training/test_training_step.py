@@ -112,6 +112,16 @@ def test_bits_per_byte_are_of_the_bytes_that_are_predicted(tiny: Tiny) -> None:
     assert validation.bits_per_byte == pytest.approx(validation.nats / math.log(2) / expected)
 
 
+def test_the_density_of_a_step_is_the_mean_over_its_micro_batches(tiny: Tiny) -> None:
+    words = ("attention=sliding_window", "attention.window=16", "attention.block=16", "trainer.max_steps=2")
+    for batches in (1, 4):
+        config = tiny(*words, f"trainer.accumulate_grad_batches={batches}", f"name=by{batches}")
+        fit(config)
+        layout = run.fixed_layout(config)
+        assert layout is not None
+        assert [row["attention_density"] for row in rows(config)[1:]] == pytest.approx([layout.density()] * 2, rel=1e-5)
+
+
 def test_flops_and_mfu_are_of_what_was_computed(tiny: Tiny) -> None:
     words = ("attention=sliding_window", "attention.window=16", "attention.sinks=0", "attention.block=16")
     config = tiny(*words, "data.context=256", "eval.tokens=512", "trainer.max_steps=3")

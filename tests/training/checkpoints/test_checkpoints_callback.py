@@ -9,7 +9,7 @@ import torch
 
 from lightsparse.config.parse import compose
 from lightsparse.training.checkpoints.background_writer import CheckpointWriter
-from lightsparse.training.checkpoints.callback import validation_follows
+from lightsparse.training.checkpoints.callback import StepCheckpoint, validation_follows
 from lightsparse.training.checkpoints.files import checkpoint_steps, newest_checkpoint
 
 
@@ -81,3 +81,11 @@ def test_validation_comes_at_its_interval_and_once_at_the_end() -> None:
     for last, steps in ((7, [3, 6, 7]), (6, [3, 6])):
         config = compose(["eval.every_n_steps=3", f"trainer.max_steps={last}"])
         assert [step for step in range(last + 1) if validation_follows(config, step)] == steps
+
+
+def test_the_newest_and_the_best_stay(tiny, tmp_path):
+    for step in range(1, 6):
+        (tmp_path / f"step-{step}.ckpt").touch()
+    config = tiny("checkpoint.keep=2")
+    StepCheckpoint(config, tmp_path, CheckpointWriter(False, 1), lambda step: None)._tidy(5, 2, 1.5)
+    assert list(checkpoint_steps(tmp_path)) == [2, 4, 5]
