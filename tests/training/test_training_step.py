@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import pytest
@@ -120,6 +121,16 @@ def test_the_density_of_a_step_is_the_mean_over_its_micro_batches(tiny: Tiny) ->
         layout = run.fixed_layout(config)
         assert layout is not None
         assert [row["attention_density"] for row in rows(config)[1:]] == pytest.approx([layout.density()] * 2, rel=1e-5)
+
+
+def test_the_seconds_of_training_are_without_those_of_validations(tiny: Tiny, monkeypatch) -> None:
+    def slowly(self: LanguageModel, before=LanguageModel.on_validation_epoch_start) -> None:
+        time.sleep(0.4)
+        before(self)
+
+    monkeypatch.setattr(LanguageModel, "on_validation_epoch_start", slowly)
+    summary = fit(tiny("trainer.max_steps=4", "eval.every_n_steps=1"))
+    assert summary["wall_s"] - summary["train_s"] > 5 * 0.4
 
 
 def test_flops_and_mfu_are_of_what_was_computed(tiny: Tiny) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightsparse.config.parse import compose
+from lightsparse.training.checkpoints import callback
 from lightsparse.training.checkpoints.background_writer import CheckpointWriter
 from lightsparse.training.checkpoints.callback import StepCheckpoint, validation_follows
 from lightsparse.training.checkpoints.files import checkpoint_steps, newest_checkpoint
@@ -89,3 +91,16 @@ def test_the_newest_and_the_best_stay(tiny, tmp_path):
     config = tiny("checkpoint.keep=2")
     StepCheckpoint(config, tmp_path, CheckpointWriter(False, 1), lambda step: None)._tidy(5, 2, 1.5)
     assert list(checkpoint_steps(tmp_path)) == [2, 4, 5]
+
+
+def test_a_rank_goes_on_with_its_own_random_state_and_with_none_of_other_ranks(tiny, tmp_path, monkeypatch):
+    given: list[dict] = []
+    monkeypatch.setattr(callback, "set_random_state", given.append)
+    watch = StepCheckpoint(tiny(), tmp_path, CheckpointWriter(False, 1), lambda step: None)
+    watch._random_states = [{"of": 0}, {"of": 1}]
+    try:
+        for world_size in (2, 3):
+            watch.on_train_start(SimpleNamespace(global_step=4, world_size=world_size, global_rank=1), None)
+    finally:
+        watch.teardown(None, None, "fit")
+    assert given == [{"of": 1}]
