@@ -54,6 +54,10 @@ def job(folder: Path, name: str, variant: str, *events: Event) -> list[int | Non
     return [agent.wait() for agent in agents]
 
 
+def printed(folder: Path) -> str:
+    return "\n".join((folder / f"log{node}").read_text() for node in range(2))
+
+
 def left(folder: Path, name: str) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """The rows of metrics.csv without what the clock decides, and the last checkpoint."""
     table = read_metrics(folder / "runs" / name / "metrics.csv")
@@ -92,7 +96,7 @@ def assert_same_bits(ours: Any, theirs: Any, where: str = "checkpoint") -> None:
 @pytest.mark.parametrize("variant", RUNS)
 @pytest.mark.parametrize("kills", [3, pytest.param(14, marks=pytest.mark.slow)])
 def test_two_machines_killed_anywhere_end_with_the_same_bits(kills: int, variant: str, tmp_path: Path) -> None:
-    assert job(tmp_path, "whole", variant) == [0, 0]
+    assert job(tmp_path, "whole", variant) == [0, 0], printed(tmp_path)
     done = 0
     for event in drawn(random.Random(f"{variant}{kills}"), kills):
         codes = job(tmp_path, "killed", variant, event)
@@ -100,9 +104,9 @@ def test_two_machines_killed_anywhere_end_with_the_same_bits(kills: int, variant
             break
         done += 1
         killed = event.rank if event.to != "self" else None
-        assert codes == [-signal.SIGKILL if node == killed else 1 for node in range(2)], event
+        assert codes == [-signal.SIGKILL if node == killed else 1 for node in range(2)], (event, printed(tmp_path))
     assert done >= min(kills, 3)
-    assert job(tmp_path, "killed", variant) == [0, 0]
+    assert job(tmp_path, "killed", variant) == [0, 0], printed(tmp_path)
     rows, ours = left(tmp_path, "killed")
     wanted, theirs = left(tmp_path, "whole")
     assert rows == wanted
