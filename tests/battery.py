@@ -327,7 +327,7 @@ def decodes_token_by_token(variant: Variant) -> None:
     """A prompt, then one token at a time (and a few at once) with the keys so far, equals the full forward."""
     shape = Shape(75, 2, 4, 2, 32)
     core, given = variant.core(shape, dtype=torch.float64), Inputs.random(shape, dtype=torch.float64)
-    for documents in (None, documents_at(shape.n, 40, batch=2)) if core.supports_documents else (None,):
+    for documents in (None, documents_at(shape.n, 40, batch=2)):
         whole, states, pieces = attend(core, given, documents), {core.shape.layer: {}}, []
         for start, stop in _steps(shape.n):
             ctx = context(stop, None if documents is None else documents[:, :stop], q_start=start, states=states)
@@ -343,7 +343,7 @@ def decodes_from_a_cache(variant: Variant, shape: Shape) -> None:
     """
     core, given = variant.core(shape, dtype=torch.float64), Inputs.random(shape, dtype=torch.float64)
     packed = torch.cat([documents_at(shape.n, 11, 50), documents_at(shape.n, 37)])[: shape.batch]
-    for documents in (None, packed) if core.supports_documents else (None,):
+    for documents in (None, packed):
         key_expiry = core.key_expiry(shape.n, documents)
         cache, pieces = KVCache(key_expiry), []
         for start, stop in _steps(shape.n):
@@ -512,6 +512,21 @@ def reports_its_density(variant: Variant) -> None:
     except NotImplementedError:
         return
     assert abs(layout.density() - float(density)) < 1e-6
+
+
+def density_is_a_target_or_refused(variant: Variant) -> None:
+    """Another `attention.density` changes what is read or the loss that teaches it, or the field is refused by name."""
+    shape = Shape(1000, 1, 4, 2, 32)
+    given, found = Inputs.random(shape), []
+    for density in (0.3, 0.6):
+        try:
+            core = variant.core(shape, density=density).train()
+        except ValueError as error:
+            assert "density" in str(error) and str(density) in str(error)
+            return
+        result = core(*given.tensors()[:3], x=given.x, ctx=context(shape.n))
+        found.append((result.stats["density"], 0.0 if result.aux_loss is None else result.aux_loss.detach()))
+    assert found[0] != found[1], "attention.density changes nothing"
 
 
 def refuses_what_it_declares_it_cannot(variant: Variant) -> None:

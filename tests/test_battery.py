@@ -29,8 +29,8 @@ PROPERTIES = (
     Property(battery.averages_values, "exact_at_full_budget", SHAPES[:3]),
     Property(battery.never_sees_the_future, "supports_causal"),
     Property(battery.never_sees_the_future_while_training, "supports_causal"),
-    Property(battery.keeps_documents_apart, "supports_documents"),
-    Property(battery.packs_like_separate_documents, "supports_documents"),
+    Property(battery.keeps_documents_apart),
+    Property(battery.packs_like_separate_documents),
     Property(battery.is_dense_at_full_budget, "exact_at_full_budget", SHAPES[:3]),
     Property(battery.decodes_token_by_token, "supports_causal"),
     Property(battery.decodes_from_a_cache, "supports_causal", DECODED),
@@ -42,6 +42,7 @@ PROPERTIES = (
     Property(battery.takes_a_batch_of_none),
     Property(battery.grows_linearly),
     Property(battery.reports_its_density),
+    Property(battery.density_is_a_target_or_refused),
     Property(battery.refuses_what_it_declares_it_cannot),
 )
 

@@ -13,38 +13,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from battery import Variant, variants
 from torch import Tensor, nn
 
 import lightsparse
 from lightsparse import AttentionShape, GlobalTokens, LocalWindow, SequenceContext, patterns
 from lightsparse.attention.core import AttentionCore
 from lightsparse.config.compose import conf_dir
+from lightsparse.config.variants import build_attention
 from lightsparse.models import ModelConfig, Transformer, context_for
 from lightsparse.models.rope import RopeConfig, RotaryEmbedding
 
-# One of each, at a hundred tokens, in the words of a caller.
-VARIANTS: dict[str, dict[str, object]] = {
-    "adaptive": {"block": 16, "k_max": 2},
-    "big_bird": {"block": 16, "window": 32, "global_tokens": 4, "random": 1},
-    "block_sparse": {
-        "block": 16,
-        "segment_lengths": (32, 64),
-        "dilation_rates": [1, 2],
-        "pattern": LocalWindow(20) | GlobalTokens(4),
-    },
-    "csa": {"window": 21, "block": 16, "top_k": 5, "index_heads": 2, "index_dim": 8},
-    "dense": {},
-    "dilated": {"segment_lengths": (16, 40), "dilation_rates": (1, 2), "block": 16, "branches": "partition"},
-    "dsa": {"top_k": 24, "index_heads": 2, "index_dim": 8},
-    "hca": {"window": 21, "stride": 16, "block": 16},
-    "hierarchical": {"preset": None, "levels": [(9, 1), (25, 4), (None, 16)], "block": 16},
-    "moba": {"block": 16, "top_k": 3},
-    "nsa": {"compress_block": 8, "compress_stride": 4, "select_block": 16, "top_n": 4, "window": 21},
-    "seer": {"block": 16, "top_k": 3, "gate_dim": 8},
-    "sliding_window": {"window": 21, "sinks": 3, "block": 16},
+# As a caller may write what small() has as tuples, or leave to a preset.
+IN_OTHER_WORDS: dict[str, dict[str, object]] = {
+    "block_sparse": {"dilation_rates": [1, 2], "pattern": LocalWindow(20) | GlobalTokens(4)},
+    "dilated": {"segment_lengths": (16, 40), "dilation_rates": (1, 2), "branches": "partition"},
+    "hierarchical": {"preset": None, "levels": [(9, 1), (25, 4), (None, 16)]},
 }
-READS_X = {"csa", "dsa", "hca", "nsa"}
-CAUSAL_ONLY = {"csa", "dsa", "hca", "hierarchical", "moba", "nsa", "seer"}
+
+
+def words(variant: Variant) -> dict[str, object]:
+    """The fields in which the variant at a hundred tokens differs from its defaults."""
+    defaults = variant.choice.config
+    small, fields = defaults.small(), [field.name for field in dataclasses.fields(defaults)]
+    differing = {name: getattr(small, name) for name in fields if getattr(small, name) != getattr(defaults, name)}
+    return differing | IN_OTHER_WORDS.get(variant.name, {})
+
+
+VARIANTS = {variant.name: words(variant) for variant in variants()}
+READS_X = {variant.name for variant in variants() if variant.core_class.needs_hidden_states}
+CAUSAL_ONLY = {variant.name for variant in variants() if not variant.core_class.supports_bidirectional}
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -125,7 +123,7 @@ def test_the_names_are_those_of_the_command_line_with_their_defaults():
 
 
 def test_no_field_of_a_variant_hides_behind_a_word_of_the_shape():
-    taken = set(inspect.signature(lightsparse.config.variants.build_attention).parameters) - {"fields"}
+    taken = set(inspect.signature(build_attention).parameters) - {"fields"}
     assert not {(name, key) for name, fields in lightsparse.variants().items() for key in fields if key in taken}
 
 

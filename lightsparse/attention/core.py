@@ -171,7 +171,6 @@ class AttentionCore(nn.Module):
     Config: ClassVar[type[AttentionConfig]]
     supports_causal: ClassVar[bool] = True
     supports_bidirectional: ClassVar[bool] = True
-    supports_documents: ClassVar[bool] = True
     supports_gqa: ClassVar[bool] = True
     exact_at_full_budget: ClassVar[bool] = True  # with budget = everything it equals dense attention
     # Whether `attend` reads x. If not, x may be left out, and with model.activation_checkpointing it comes without its

@@ -40,8 +40,6 @@ if torch.cuda.is_available():
         for causal in variant.directions():
             core, given = variant.core(shape, causal=causal).train(), battery.Inputs.random(shape)
             for documents in (None, battery.documents_at(shape.n, 64, 96, batch=shape.batch)):
-                if documents is not None and not core.supports_documents:
-                    continue
                 expected = results(core, given, "cpu", documents)
                 found = results(core, given, "cuda", documents)
                 assert found.keys() == expected.keys()

@@ -46,7 +46,10 @@ class TokenBlocksConfig(StagedConfig):
 
 
 class Scored(NamedTuple):
-    """The score of a query for a block is the product of the two. Without gradient."""
+    """The score of a query for a block is the product of the two. Without gradient.
+
+    Where ranks share the sequence, `queries` are this rank's and `blocks` still all of them (see gather_block_means).
+    """
 
     queries: Tensor  # [B, S, n, F], of this pass
     blocks: Tensor  # [B, Hkv, C, F], of the whole sequence
@@ -78,8 +81,7 @@ class TokenBlocksAttention(StagedAttention):
         raise NotImplementedError(f"{type(self).__name__} has no scored()")
 
     def keep(self, scored: Scored, length: int, state: dict[str, Tensor]) -> None:
-        """Put into the layer's decoding state what the next pass needs, `length` tokens having been read."""
-        raise NotImplementedError(f"{type(self).__name__} has no keep()")
+        """Put into the layer's decoding state what spares the next pass work, `length` tokens having been read."""
 
     def learned(self, q: Tensor, k: Tensor, ctx: SequenceContext) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The auxiliary loss, if any, and what it reports."""
