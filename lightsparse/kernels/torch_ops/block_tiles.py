@@ -25,7 +25,7 @@ _COPY, _LONE, _TILE, _PLACE, _FITTED = 4, 2, 512, 8, 64
 class BlockTiles:
     """Tiles of queries that read one key block each, block by block, and where to find each query's parts.
 
-    block_T      int64, ascending
+    block_T      int64, ascending; of tiles left over any block that is read
     query_TP     int64: the query in each place, −1 in those left over
     position_RK  int64: place (tile · P + p) of each entry; T · P behind the end of a list
     """
@@ -43,37 +43,59 @@ def queries_per_tile(readers_Y: Tensor, entries: int, sharing: int, keys: int) -
     keys       of a block
     Of equal costs the first of (16, 32, …) wins, and it wins over gathering.
     """
+    return _cheapest([tiles_of(readers_Y, p) for p in _PLACES], entries, sharing, keys)
+
+
+def queries_per_tile_of_shape(blocks: int, entries: int, sharing: int, keys: int) -> int | None:
+    """The same without a look at who reads what: by the most tiles that there can be, of lists with no end."""
+    return _cheapest([most_tiles(blocks, entries, sharing, p) for p in _PLACES], entries, sharing, keys)
+
+
+def _cheapest(tiles: list[int], entries: int, sharing: int, keys: int) -> int | None:
     by_query = entries * keys * (_COPY + sharing * _LONE)
     of_place = max(keys + _PLACE * (1 - keys / _FITTED), 0)  # at _FITTED keys it is in the 1
-    costs = [int((-(-readers_Y // p)).sum()) * (p * of_place + _TILE + keys * _COPY) for p in _PLACES]
+    costs = [t * (p * of_place + _TILE + keys * _COPY) for t, p in zip(tiles, _PLACES, strict=True)]
     best = min(costs)
     return _PLACES[costs.index(best)] if best <= by_query else None
 
 
+def tiles_of(readers_Y: Tensor, places: int) -> int:
+    """Tiles of so many places that these readers fill."""
+    return int((-(-readers_Y // places)).sum())
+
+
+def most_tiles(blocks: int, entries: int, sharing: int, places: int) -> int:
+    """A bound on that: of each block that can have a reader one tile may not be full."""
+    return min(blocks, entries) + entries * sharing // places
+
+
 def readers(block_LK: Tensor, blocks: int, sharing: int) -> Tensor:
     """Queries that read each of `blocks` key blocks, from lists behind whose ends stands the number `blocks`: [Y]."""
-    return torch.bincount(block_LK.flatten(), minlength=blocks + 1)[:blocks] * sharing
+    number = block_LK.flatten().long()
+    counts = torch.zeros(blocks + 1, dtype=torch.int64, device=number.device)  # bincount would wait for the largest
+    return counts.scatter_add_(0, number, torch.ones_like(number))[:blocks] * sharing
 
 
-def block_tiles(block_LK: Tensor, readers_Y: Tensor, sharing: int, places: int) -> BlockTiles:
-    """Tiles of the same lists; query l · sharing + i reads list l."""
+def block_tiles(block_LK: Tensor, readers_Y: Tensor, sharing: int, places: int, total: int) -> BlockTiles:
+    """`total` tiles of the same lists, `tiles_of` their readers or more; query l · sharing + i reads list l."""
     device, (lists, entries), blocks = block_LK.device, block_LK.shape, len(readers_Y)
-    in_order, entry = block_LK.flatten().sort(stable=True)
-    used = int(readers_Y.sum()) // sharing
-    in_order, entry = in_order[:used].long(), entry[:used]
+    in_order, entry = block_LK.flatten().sort(stable=True)  # behind all blocks the entries that are none
 
     tiles_Y = -(-readers_Y // places)
-    first_place = (tiles_Y.cumsum(0) - tiles_Y) * places
-    first_reader = readers_Y.cumsum(0) - readers_Y
-    total = int(tiles_Y.sum())
+    stop_Y = tiles_Y.cumsum(0)
+    first_place, first_reader = (stop_Y - tiles_Y) * places, readers_Y.cumsum(0) - readers_Y
+    shift = torch.nn.functional.pad(first_place - first_reader, (0, 1))[in_order.long()][:, None]
     of_list = torch.arange(sharing, device=device)
-    rank = torch.arange(used, device=device)[:, None] * sharing + of_list
-    place = rank + (first_place - first_reader)[in_order][:, None]
+    place = torch.arange(len(entry), device=device)[:, None] * sharing + of_list + shift
+    place = torch.where(in_order[:, None] < blocks, place, total * places)
 
-    query = torch.full((total * places,), -1, device=device)
+    query = torch.full((total * places + 1,), -1, device=device)  # the last is for the entries that are none
     query[place.flatten()] = ((entry // max(entries, 1))[:, None] * sharing + of_list).flatten()
-    position = torch.full((lists * entries, sharing), total * places, device=device)
+    position = torch.empty((lists * entries, sharing), dtype=torch.int64, device=device)
     position[entry] = place
     position_RK = position.view(lists, entries, sharing).transpose(1, 2).reshape(lists * sharing, entries)
-    block_T = torch.repeat_interleave(torch.arange(blocks, device=device), tiles_Y, output_size=total)
-    return BlockTiles(block_T, query.view(total, places), position_RK)
+    tile = torch.arange(total, device=device)
+    block_T = torch.searchsorted(stop_Y, tile, right=True)
+    # A tile left over is the first query's again, against a block of its own list: it meets nothing it does not read.
+    block_T = torch.where(tile < stop_Y[-1:], block_T, block_LK[:1, :1].flatten().clamp(max=blocks - 1))
+    return BlockTiles(block_T, query[:-1].view(total, places), position_RK)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightsparse.kernels import chunk_sizes
 from lightsparse.kernels.compute_dtype import sum_dtype
 from lightsparse.kernels.dropout import Dropout, key_hashes
 from lightsparse.patterns.layout import BlockLayout
@@ -20,7 +21,13 @@ from lightsparse.patterns.mask import ALWAYS
 
 
 class Call:
-    """What forward and backward share. dtype: of the matrix products; sums are kept in `sum_dtype`."""
+    """What forward and backward share.
+
+    dtype        of what the matrix products multiply; sums over many of them are kept in sum_dtype
+    score_dtype  of what the products give: dtype on a CPU; where chunks are wide sum_dtype, so that half precision is
+                 multiplied and nothing else
+    late_scale   of the scores: 1 where q can take the scale without rounding anew
+    """
 
     def __init__(
         self,
@@ -40,7 +47,10 @@ class Call:
         self.U = self.H if layout.kv_indices.shape[1] == self.H else self.Hkv
         self.G, self.J = self.H // self.U, max(layout.num_kv_blocks, 1)
         self.L, self.M = self.B * self.U * self.NQ, self.Q * self.G
-        self.q_LMD = self.by_list(q.to(dtype) * scale)
+        self.wide = chunk_sizes.is_wide(q.device)
+        self.score_dtype = self.sum_dtype if self.wide else dtype
+        self.late_scale = 1.0 if self.score_dtype == dtype else scale
+        self.q_LMD = self.by_list(q.to(dtype) * scale if self.late_scale == 1.0 else q)
         self.k_YSD, self.v_YSD = (self._by_block(x).flatten(0, 2) for x in (k, v))
         self.bias_LGK = None
         if bias is not None:
@@ -69,6 +79,21 @@ class Call:
         """[L, M, …] → [B, H, N, …]"""
         x = x.view(self.B, self.U, self.NQ, self.Q, self.G, *x.shape[2:]).movedim(4, 2)
         return x.flatten(3, 4).flatten(1, 2)[:, :, : self.N].contiguous()
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        """Batched matrix product of two tensors of `dtype`, in score_dtype."""
+        if self.score_dtype == self.dtype:
+            return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
+        if a.device.type == "cuda":
+            result = torch.bmm(a, b, out_dtype=self.score_dtype)
+        else:  # there is no such product; products of two half-precision numbers are exact in fp32
+            result = torch.bmm(a.to(self.score_dtype), b.to(self.score_dtype))
+        return result if out is None else out.copy_(result)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Scaled products of rows of q_LMD [.., M, D] and keys [.., C, D]: [.., M, C]."""
+        scores = self.product(q, k.mT)
+        return scores if self.late_scale == 1.0 else scores.mul_(self.late_scale)
 
     def nothing_read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The output [L, M, D] and log-sum-exp [L, M] of queries that read nothing, to be filled."""
@@ -111,12 +136,12 @@ class Gradients:
         self.call = call
         self.dout_LMD = call.by_list(grad_out)
         self.dlse_LM = None if grad_lse is None else call.by_list(grad_lse).to(call.sum_dtype)
-        self.dq_LMD = torch.zeros_like(call.q_LMD)
+        self.dq_LMD = torch.zeros_like(call.q_LMD, dtype=call.score_dtype)
         self.dk_YSD, self.dv_YSD = (torch.zeros_like(call.k_YSD, dtype=call.sum_dtype) for _ in "kv")
         self.dbias_LGK = None if call.bias_LGK is None else torch.zeros_like(call.bias_LGK)
 
     def add_keys(self, block: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """dk, dv: the parts of some key blocks, one behind the other; q is scaled already."""
+        """dk, dv: the parts of some key blocks, one behind the other; dk lacks the late scale."""
         for total, part in ((self.dk_YSD, dk), (self.dv_YSD, dv)):
             total.flatten(1).index_add_(0, block, part.view(len(block), -1).to(total.dtype))
 
@@ -125,7 +150,8 @@ class Gradients:
         call = self.call
         dq = call.by_head(self.dq_LMD * call.scale).to(k.dtype)
         by_head = (call.B, call.Hkv, call.J * call.S, call.D)
-        dk, dv = (x.view(by_head)[:, :, : k.shape[2]].to(k.dtype) for x in (self.dk_YSD, self.dv_YSD))
+        dk_YSD = self.dk_YSD if call.late_scale == 1.0 else self.dk_YSD * call.late_scale
+        dk, dv = (x.view(by_head)[:, :, : k.shape[2]].to(k.dtype) for x in (dk_YSD, self.dv_YSD))
         if bias is None or self.dbias_LGK is None:
             return dq, dk, dv, None
         dbias_BUGNK = self.dbias_LGK.view(call.B, call.U, call.NQ, call.G, -1).transpose(2, 3)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightsparse.kernels import chunk_sizes
 from lightsparse.kernels.dropout import kept, row_hashes
 from lightsparse.kernels.torch_ops.call import Call
 
 _NUMBERS = 1 << 20  # scores, gathered keys and values of the lists worked on at once
+_WIDE_NUMBERS = 1 << 26  # where chunks are wide
 
 
 class Lists:
@@ -45,11 +47,23 @@ class Lists:
         self.partial_LK = call.is_partial(self.block_LK, self.position_LM[:, None], document_L1M) | ~self.is_entry_LK
 
     def parts(self) -> Iterator[Part]:
-        """A few lists of about one length at once, cut to the longest of them; those without entries are left out."""
+        """A few lists of about one length at once, cut to the longest of them; those without entries are left out.
+
+        Lists of single queries, where chunks are wide: in their order at full width, so that no length is read. They
+        are of nearly one length; those of tiles are not, and one look at their lengths saves more than it costs.
+        """
         call = self.call
+        if call.wide and call.Q == 1:
+            lists, entries = self.block_LK.shape
+            order_L = torch.arange(lists, device=call.device)
+            at_once = max(_WIDE_NUMBERS // max(entries * call.S * (call.M + 2 * call.D), 1), 1)
+            for start in range(0, lists if entries else 0, at_once):
+                yield Part(self, order_L[start : start + at_once], entries)
+            return
         length_L, order_L = self.is_entry_LK.sum(-1).sort(stable=True)
         lengths = length_L.tolist()
-        at_once = max(_NUMBERS // max(lengths[-1] * call.S * (call.M + 2 * call.D), 1), 1)
+        numbers = chunk_sizes.at_once(call.device, _NUMBERS, _WIDE_NUMBERS)
+        at_once = max(numbers // max(lengths[-1] * call.S * (call.M + 2 * call.D), 1), 1)
         for start in range(lengths.count(0), len(lengths), at_once):
             stop = min(start + at_once, len(lengths))
             yield Part(self, order_L[start:stop], lengths[stop - 1])
@@ -71,16 +85,24 @@ class Part:
     def masked_scores(self, k_LCD: Tensor) -> Tensor:
         """[L, M, C]; −inf where a query may not read."""
         call, lists, at = self.call, self.lists, self.at
-        scores_LMC = torch.bmm(self.q_LMD, k_LCD.mT)
+        scores_LMC = call.scores(self.q_LMD, k_LCD)
         scores_LMKS = scores_LMC.unflatten(-1, (self.K, call.S))
         if call.bias_LGK is not None:
-            bias_LGK = call.bias_LGK[self.of_call, :, : self.K].to(call.dtype)
+            bias_LGK = call.bias_LGK[self.of_call, :, : self.K].to(call.score_dtype)
             scores_LMKS.unflatten(1, (call.Q, call.G)).add_(bias_LGK[:, None, ..., None])
-        l, k = lists.partial_LK[at, : self.K].nonzero(as_tuple=True)
-        document = None if lists.document_LM is None else lists.document_LM[at][l]
-        allowed = call.may_read(self.block_LK[l, k], lists.position_LM[at][l], document)
-        allowed &= lists.is_entry_LK[at][l, k, None, None]
-        scores_LMKS[l, :, k] = scores_LMKS[l, :, k].masked_fill_(~allowed, float("-inf"))
+        position_LM, document_LM = lists.position_LM[at], None if lists.document_LM is None else lists.document_LM[at]
+        if call.wide:  # a mask for all costs less than finding out who needs one
+            document_L1M = None if document_LM is None else document_LM[:, None]
+            allowed_LKMS = call.may_read(self.block_LK, position_LM[:, None], document_L1M)
+            allowed_LKMS &= lists.is_entry_LK[at, : self.K, None, None]
+            scores_LMKS.masked_fill_(~allowed_LKMS.transpose(1, 2), float("-inf"))
+        else:
+            l, k = lists.partial_LK[at, : self.K].nonzero(as_tuple=True)
+            allowed = call.may_read(
+                self.block_LK[l, k], position_LM[l], None if document_LM is None else document_LM[l]
+            )
+            allowed &= lists.is_entry_LK[at][l, k, None, None]
+            scores_LMKS[l, :, k] = scores_LMKS[l, :, k].masked_fill_(~allowed, float("-inf"))
         if (explicit := call.layout.mask.dense) is not None:
             key_LC = (self.block_LK % call.J * call.S)[..., None] + torch.arange(call.S, device=call.device)
             key_L1C = key_LC.flatten(1)[:, None].clamp(max=call.layout.num_keys - 1)
@@ -97,4 +119,4 @@ class Part:
         if call.dropout is None or call.key_hashes is None or hash_LM is None:
             return None
         of_keys_LC = call.at(call.key_hashes, self.block_LK).flatten(1)
-        return kept(call.dropout.rate, hash_LM[self.at][..., None], of_keys_LC[:, None], call.dtype)
+        return kept(call.dropout.rate, hash_LM[self.at][..., None], of_keys_LC[:, None], call.score_dtype)

@@ -9,7 +9,7 @@ from kernel_cases import Sizes, Tables, assert_equals_reference, dropout, inputs
 from lightsparse.kernels import block_sparse_attention
 from lightsparse.kernels.torch_ops import lists as lists_module
 from lightsparse.kernels.torch_ops import per_query
-from lightsparse.kernels.torch_ops.block_tiles import block_tiles, queries_per_tile, readers
+from lightsparse.kernels.torch_ops.block_tiles import block_tiles, most_tiles, queries_per_tile, readers, tiles_of
 from lightsparse.patterns import BlockLayout, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 
@@ -20,7 +20,8 @@ SIZES = Sizes(dim=16)
 def way(request, monkeypatch) -> str:
     """Every call goes this way, whatever it costs."""
     slots = {"by block": 16, "by query": None}[request.param]
-    monkeypatch.setattr(per_query, "queries_per_tile", lambda *sizes: slots)
+    for name in ("queries_per_tile", "queries_per_tile_of_shape"):
+        monkeypatch.setattr(per_query, name, lambda *sizes: slots)
     return request.param
 
 
@@ -71,16 +72,22 @@ def test_scores_far_apart_in_different_blocks_are_merged_exactly(way):
 
 @pytest.mark.parametrize("slots", [16, 32])
 @pytest.mark.parametrize("sharing", [1, 3])
-def test_tiles_bring_every_query_to_each_of_its_blocks_once(sharing, slots):
+@pytest.mark.parametrize("counted", [True, False])
+def test_tiles_bring_every_query_to_each_of_its_blocks_once(counted, sharing, slots):
     g = torch.Generator().manual_seed(1)
     lists, entries, blocks = 50, 4, 6
     block = torch.rand(lists, blocks + 1, generator=g).argsort(-1)[:, :entries].sort(-1).values  # `blocks`: an end
-    tiles = block_tiles(block, readers(block, blocks, sharing), sharing, slots)
+    of_block = readers(block, blocks, sharing)
+    used, most = tiles_of(of_block, slots), most_tiles(blocks, lists * entries, sharing, slots)
+    assert used < most
+    tiles = block_tiles(block, of_block, sharing, slots, used if counted else most)
     places = itertools.product(range(len(tiles.block_T)), range(slots))
     pairs = [(int(tiles.block_T[t]), int(tiles.query_TP[t, p])) for t, p in places]
     wanted = [(int(b), r) for r in range(lists * sharing) for b in block[r // sharing] if b < blocks]
     assert sorted(pair for pair in pairs if pair[1] >= 0) == sorted(wanted)
-    assert tiles.block_T.tolist() == sorted(tiles.block_T.tolist()) and (tiles.query_TP[:, 0] >= 0).all()
+    assert tiles.block_T[:used].tolist() == sorted(tiles.block_T[:used].tolist())
+    assert (tiles.query_TP[:used, 0] >= 0).all() and (tiles.query_TP[used:] == -1).all()
+    assert (tiles.block_T[used:] == block[0, 0]).all()  # a block that query 0, which stands in there, reads
     for r, k in itertools.product(range(lists * sharing), range(entries)):
         at, of = int(tiles.position_RK[r, k]), int(block[r // sharing, k])
         assert at == len(pairs) if of == blocks else pairs[at] == (of, r)
