@@ -21,14 +21,15 @@ from lightsparse.attention.selection.dense_warning import warn_if_dense
 from lightsparse.attention.selection.indexer import Index, Indexer
 from lightsparse.attention.selection.indexer_loss import IndexerResult, Keys, choose, choose_and_learn, learn_from_dense
 from lightsparse.attention.selection.kept_mass import kept_mass, queries_at, sampled_queries
-from lightsparse.attention.selection.row_parts import row_parts, single_rows
+from lightsparse.attention.selection.row_parts import block_ends, row_parts, single_rows
 from lightsparse.attention.selection.stages import StagedAttention, StagedConfig
 from lightsparse.attention.sharded_call import sequence_length, sharded_attention
 from lightsparse.context_parallel.shard import sum_over
-from lightsparse.kernels import Dropout
+from lightsparse.kernels import Dropout, chunk_sizes
 from lightsparse.patterns import BlockLayout, ElementMask, interval_mask
 
 _TABLE = 1 << 24  # entries of the table in memory at once; more are worked on in parts, chosen again for the backward
+_WIDE_TABLE = 1 << 26  # where chunks are wide
 _UNIT = 16  # tokens that ranks do not cut; the choice of the last of them is reported
 
 
@@ -137,7 +138,8 @@ class DsaAttention(StagedAttention):
         """The sparse stage; `keys` are there where the indexer learns."""
         dropout = self.dropout(q, ctx)
         per_query = len(q) * min(self.options.top_k, sequence_length(k, ctx))
-        done, parts = [], row_parts(q.shape[2], per_query, _UNIT, _TABLE, ctx)
+        entries = chunk_sizes.at_once(q.device, _TABLE, _WIDE_TABLE)
+        done, parts = [], row_parts(q.shape[2], per_query, _UNIT, entries, ctx)
         for part in parts:
             mask = self._mask(part, k, ctx)
             of_part = Index(index.q[:, part], index.weight[:, part], index.keys[:, : mask.num_keys])
@@ -154,7 +156,7 @@ class DsaAttention(StagedAttention):
             else:
                 out = self._read([layout], *arguments)
             tokens = mask.q_pos[0]
-            ends = (tokens % _UNIT == _UNIT - 1) | (tokens == sequence_length(k, ctx) - 1)
+            ends = block_ends(tokens, ctx.q_start + part.start, _UNIT, sequence_length(k, ctx), ctx)
             done.append((out, *layout.areas(), layout.kv_indices[:, :, ends], *indexed[1:]))
         out, computed, dense, choice, divergence, uniform, rows = zip(*done, strict=True)
         whole = out[0] if len(out) == 1 else torch.cat(out, 2)

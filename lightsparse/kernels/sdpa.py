@@ -35,6 +35,8 @@ def _is_dense(layout: BlockLayout) -> bool:
         return False
     if mask.causal and nq not in (1, nkv):
         return False
+    if layout.kv_indices.shape[3] < layout.num_kv_blocks and not len(layout.dense_rows):
+        return False  # the last row cannot list all blocks: known without a look at the device
     key = torch.arange(nkv, device=mask.device)
     if mask.causal:
         unhidden = (mask.visible_from == key) & (mask.visible_until == ALWAYS)

@@ -23,8 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from lightsparse.attention.selection.row_parts import slices
 from lightsparse.attention.selection.top_blocks import Documents
+from lightsparse.kernels import chunk_sizes
 
-_WEIGHTS = 1 << 20  # of query–key pairs in memory at once
+_WEIGHTS, _WIDE_WEIGHTS = 1 << 20, 1 << 26  # of query–key pairs in memory at once; the second where chunks are wide
 
 
 class BlockKL(NamedTuple):
@@ -73,9 +74,12 @@ class _BlockKL(torch.autograd.Function):
         batch, heads, rows, _ = keys.q.shape
         sums = gate_q.new_zeros(3)
         grad_q, grad_k = torch.zeros_like(gate_q), torch.zeros_like(gate_k)
-        at_once = max(_WEIGHTS // max(batch * heads * keys.k.shape[2], 1), 1)
+        weights = chunk_sizes.at_once(gate_q.device, _WEIGHTS, _WIDE_WEIGHTS)
+        at_once = max(weights // max(batch * heads * keys.k.shape[2], 1), 1)
         for part in slices(rows, at_once):
-            columns = int(keys.tokens[part.stop - 1]) // keys.block  # blocks before the last row's own one
+            columns = gate_k.shape[2]
+            if not chunk_sizes.is_wide(gate_q.device):
+                columns = int(keys.tokens[part.stop - 1]) // keys.block  # blocks before the last row's own one
             if columns == 0:
                 continue
             log_target, candidates = _log_target(keys, part, columns)
@@ -109,7 +113,9 @@ def _log_target(keys: _Keys, part: slice, columns: int) -> tuple[Tensor, Tensor]
     The entries of blocks that cannot be chosen are meaningless.
     """
     tokens, block = keys.tokens[part], keys.block
-    reach = (int(tokens[-1]) // block + 1) * block
+    reach = k_end = keys.k.shape[2]
+    if not chunk_sizes.is_wide(keys.k.device):
+        reach = min((int(tokens[-1]) // block + 1) * block, k_end)
     k = keys.k[:, :, :reach]
     q = keys.q[:, :, part].to(k.dtype).unflatten(1, (k.shape[1], -1)) * k.shape[-1] ** -0.5
     at = torch.arange(reach, device=k.device)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightsparse.attention.core import SequenceContext
 from lightsparse.attention.selection.router import best
+from lightsparse.kernels import chunk_sizes
 
 STD = 0.02  # of new projections, as in the model's layers
 _EPS = 1e-6  # of the LayerNorm, as published
@@ -99,6 +100,11 @@ def chosen_columns(scores: Tensor, among: Tensor, most: int, width: int) -> tupl
     Returns bool [B, R, C], and the same as a table int32 [B, R, width], ascending, −1 padded.
     """
     chosen = best(scores, among, most)
+    if chunk_sizes.is_wide(scores.device):  # no look at how many there are: those that are not go to one entry more
+        place = torch.where(chosen, chosen.cumsum(-1) - 1, width)
+        column_BRC = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).expand(place.shape)
+        table = torch.full((*place.shape[:-1], width + 1), -1, dtype=torch.int32, device=scores.device)
+        return chosen, table.scatter_(-1, place, column_BRC)[..., :width].contiguous()
     counts = chosen.sum(-1).flatten()
     row, column = chosen.flatten(0, 1).nonzero(as_tuple=True)
     first = counts.cumsum(0) - counts

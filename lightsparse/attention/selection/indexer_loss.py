@@ -26,9 +26,11 @@ from torch.autograd.function import once_differentiable
 
 from lightsparse.attention.selection.indexer import Index, Scores, chosen_columns, products
 from lightsparse.attention.selection.row_parts import slices
+from lightsparse.kernels import chunk_sizes
 from lightsparse.patterns import ElementMask
 
-_ROWS = 64  # a chunk's scores of all columns; more rows are no faster
+_ROWS = 64  # a chunk's scores of all columns; on a CPU more rows are no faster
+_WIDE_SCORES = 1 << 26  # of a chunk, where chunks are wide
 _HIDDEN = -1e30  # added to a score; finite, so that a row of nothing but hidden ones stays free of NaN
 _COPY, _LONE = 4, 2  # of a gathered key, and of one query against it; a product in a matrix product is 1 (routes.py)
 
@@ -91,8 +93,12 @@ def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *
         if attention is not None:
             q, k, rest = attention
             attention = Keys(q.to(index.q), k.to(index.q), None if rest is None else rest.to(index.q))
-        for part in slices(rows, max(_ROWS // max(batch, 1), 1)):
-            seen = max(int((mask.visible_from <= mask.q_pos[:, part].max()).sum()), 1)  # columns of the chunk
+        wide = chunk_sizes.is_wide(index.q.device)
+        of_chunk = max(_WIDE_SCORES // max(columns, 1), 1) if wide else _ROWS
+        for part in slices(rows, max(of_chunk // max(batch, 1), 1)):
+            seen = columns
+            if not wide:
+                seen = max(int((mask.visible_from <= mask.q_pos[:, part].max()).sum()), 1)  # columns of the chunk
             now = Index(index.q[:, part], index.weight[:, part], index.keys[:, :seen])
             among = _visible(mask, part, seen)
             scores, chosen = Scores(now), among.expand(batch, -1, -1)
@@ -107,7 +113,7 @@ def _walk(index: Index, mask: ElementMask, top_k: int, attention: Keys | None, *
                 sums += _learn(now, scores, chosen, to, of, None)
                 continue
             widest = max(index.keys.shape[2], to.k.shape[3])
-            for few in slices(table.shape[1], max(_ROWS * columns // max(batch * width * widest, 1), 1)):
+            for few in slices(table.shape[1], max(of_chunk * columns // max(batch * width * widest, 1), 1)):
                 ids = table[:, few].clamp(min=0).long()
                 own = Index(now.q[:, few], now.weight[:, few], _taken(now.keys, ids))
                 grads = Index(of.q[:, few], of.weight[:, few], of.keys)

@@ -21,9 +21,10 @@ from torch import Tensor
 from lightsparse.attention.pooling.nsa_compress import complete, last_tokens, whole
 from lightsparse.attention.selection.router import best, listed
 from lightsparse.attention.selection.row_parts import slices
+from lightsparse.kernels import chunk_sizes
 from lightsparse.patterns.mask import document_starts
 
-_SCORES = 1 << 17  # in memory at once
+_SCORES, _WIDE_SCORES = 1 << 17, 1 << 26  # in memory at once; the second where chunks are wide
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,25 @@ class Selector:
         starts = None if documents is None else document_starts(documents)
         apart = None if documents is None else whole(keys.shape[2], self.compress_block, self.stride, documents)
         width = min(self.top, -(-length // self.block))
-        at_once = max(_SCORES // max(batch * heads * keys.shape[2], 1), 1)
+        scores = chunk_sizes.at_once(q.device, _SCORES, _WIDE_SCORES)
+        at_once = max(scores // max(batch * heads * keys.shape[2], 1), 1)
         tables = []
         for part in slices(rows, at_once):
             t = tokens[part]
-            of_blocks = self._importance_of(q[:, :, part], keys, t, documents, apart)
+            end = length if chunk_sizes.is_wide(q.device) else int(t[-1]) + 1
+            of_blocks = self._importance_of(q[:, :, part], keys, t, end, documents, apart)
             begins = None if starts is None else starts[:, t]
             tables.append(self._chosen(of_blocks, t, begins, width))
         return torch.cat(tables, 2) if tables else tokens.new_empty(batch, keys.shape[1], 0, width, dtype=torch.int32)
 
     def _importance_of(
-        self, q: Tensor, keys: Tensor, t: Tensor, documents: Tensor | None, within: Tensor | None
+        self, q: Tensor, keys: Tensor, t: Tensor, end: int, documents: Tensor | None, within: Tensor | None
     ) -> Tensor:
-        """[B, Hkv, R, J up to the last query's], after one softmax per query head over all summaries that it sees."""
-        end = int(t[-1]) + 1
-        count = complete(end, self.compress_block, self.stride)
+        """[B, Hkv, R, J up to token `end`], after one softmax per query head over all summaries that it sees.
+
+        end  a bound on the places t: nothing behind it is looked at
+        """
+        count = min(complete(end, self.compress_block, self.stride), keys.shape[2])
         scores = torch.einsum(
             "bhgrd,bhsd->bhgrs", q.to(keys.dtype).unflatten(1, (keys.shape[1], -1)), keys[:, :, :count]
         ) / math.sqrt(q.shape[-1])

@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lightsparse.attention.core import SequenceContext
 from lightsparse.attention.sharded_call import sharded_attention
-from lightsparse.kernels import Dropout
+from lightsparse.kernels import Dropout, chunk_sizes
 from lightsparse.patterns import BlockLayout, ElementMask, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 
-_TABLE = 1 << 24  # entries of the lists in memory at once
+_TABLE, _WIDE_TABLE = 1 << 24, 1 << 26  # entries of the lists in memory at once; the second where chunks are wide
 
 
 class BlockSelection(NamedTuple):
@@ -76,11 +76,11 @@ def attend_in_parts(
     def attend(q: Tensor, k: Tensor, v: Tensor, part: slice) -> RowPart:
         layout, tokens = layout_of(part)
         out = sharded_attention(q, k, v, layout, ctx, dropout=dropout)
-        ends = (tokens % block == block - 1) | (tokens == length - 1)
-        return RowPart(out, *layout.areas(), layout.kv_indices[:, :, ends])
+        rows = block_ends(tokens, ctx.q_start + part.start, block, length, ctx)
+        return RowPart(out, *layout.areas(), layout.kv_indices[:, :, rows])
 
     parts = []
-    for part in row_parts(q.shape[2], entries, block, _TABLE, ctx):
+    for part in row_parts(q.shape[2], entries, block, chunk_sizes.at_once(q.device, _TABLE, _WIDE_TABLE), ctx):
         keys = k.shape[2] if part.stop == q.shape[2] else ctx.q_start + part.stop  # up to the last query's own
         arguments = (q[:, :, part], k[:, :, :keys], v[:, :, :keys], part)
         if torch.is_grad_enabled() and part.stop - part.start < q.shape[2]:
@@ -99,6 +99,18 @@ def row_parts(queries: int, entries: int, block: int, most: int, ctx: SequenceCo
     Ranks that share a sequence take all of their queries at once, so that they stay in step.
     """
     return slices(queries, queries if ctx.shard is not None else max(most // max(entries, 1) // block, 1) * block)
+
+
+def block_ends(tokens: Tensor, first: int, block: int, length: int, ctx: SequenceContext) -> Tensor:
+    """Which of some queries at `tokens`, the first of them at `first`, are the last ones of a block: int64."""
+    if ctx.shard is not None:
+        return ((tokens % block == block - 1) | (tokens == length - 1)).nonzero().flatten()
+    stop = first + len(tokens)  # neighbours: known without a look at them
+    row = -(first + 1) % block
+    rows = torch.arange(row, max(row, len(tokens)), block, device=tokens.device)
+    if stop == length and length % block:
+        rows = torch.cat([rows, rows.new_full((1,), len(tokens) - 1)])
+    return rows
 
 
 def slices(count: int, at_once: int) -> list[slice]:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lightsparse.attention.selection.router import best, listed
 from lightsparse.attention.selection.row_parts import slices
+from lightsparse.kernels import chunk_sizes
 
-_SCORES = 1 << 17  # in memory at once
+_SCORES, _WIDE_SCORES = 1 << 17, 1 << 26  # in memory at once; the second where chunks are wide
 _ONE_BY_ONE = 4  # up to so many maxima are faster one after the other than by topk (measured: 64 … 512 blocks)
+_WIDE_ONE_BY_ONE = 16  # where chunks are wide; more are found by topk twice, as equal scores are never looked for
 
 
 class Documents(NamedTuple):
@@ -48,7 +50,8 @@ def top_blocks(
     width      entries of a row: at least min(top_k, C)
     """
     batch, heads, rows, _ = q.shape
-    at_once = max(_SCORES // max(batch * heads * of_blocks.shape[2], 1), 1)
+    scores = chunk_sizes.at_once(q.device, _SCORES, _WIDE_SCORES)
+    at_once = max(scores // max(batch * heads * of_blocks.shape[2], 1), 1)
     parts = [_chosen(q, of_blocks, own_R, top_k, width, documents, rule, part) for part in slices(rows, at_once)]
     return torch.cat(parts, 2) if parts else own_R.new_empty(batch, heads, 0, width, dtype=torch.int32)
 
@@ -64,8 +67,10 @@ def _chosen(
     part: slice,
 ) -> Tensor:
     own = own_R[part]
-    columns = int(own[-1]) if len(own) else 0  # blocks before the last row's own one
-    most = min(top_k - 1, columns)
+    columns = of_blocks.shape[2]
+    if not chunk_sizes.is_wide(q.device):
+        columns = int(own[-1]) if len(own) else 0  # blocks before the last row's own one
+    most = min(top_k - 1, columns, width - 1)
     if most == 0:
         table = own.to(torch.int32).expand(*q.shape[:2], -1)[..., None]
         return torch.nn.functional.pad(table, (0, width - 1), value=-1)
@@ -79,7 +84,7 @@ def _chosen(
     scores.masked_fill_(~before, -math.inf)
     scores, before = _by_rule(scores, before, rule)
     ids = _highest(scores, most)
-    if ids is None:  # equal scores at the border of the choice need the exact way
+    if ids is None:  # exact for equal scores at the border of the choice
         ids = listed(best(scores, before.expand(scores.shape), most), most).long()
     ids = torch.where(ids < 0, own[:, None] + 1, ids)  # of a row with fewer candidates; behind the own block
     ids = torch.cat([ids, own[:, None].expand(*ids.shape[:3], 1)], -1).sort(-1).values
@@ -100,14 +105,19 @@ def _by_rule(scores: Tensor, before: Tensor, rule: Rule) -> tuple[Tensor, Tensor
 
 
 def _highest(scores: Tensor, most: int) -> Tensor | None:
-    """Indices of the `most` highest, −1 for scores of −inf: [.., most]; None where equal ones make that ambiguous."""
-    if most <= _ONE_BY_ONE:
+    """Indices of the `most` highest, −1 for scores of −inf: [.., most]; None where that would take a look at
+    whether equal ones make it ambiguous, or they do.
+    """
+    wide = chunk_sizes.is_wide(scores.device)
+    if most <= (_WIDE_ONE_BY_ONE if wide else _ONE_BY_ONE):
         scores, ids = scores.clone(), []
         for _ in range(most):
             value, index = scores.max(-1, keepdim=True)  # the first of equal ones
             ids.append(torch.where(value == -math.inf, -1, index))
             scores.scatter_(-1, index, -math.inf)
         return torch.cat(ids, -1)
+    if wide:
+        return None
     value, index = scores.topk(most, -1)
     lowest = value[..., -1:]
     if bool(((scores >= lowest).sum(-1, keepdim=True) > most).logical_and(lowest > -math.inf).any()):

@@ -84,7 +84,7 @@ class Call:
         """Batched matrix product of two tensors of `dtype`, in score_dtype."""
         if self.score_dtype == self.dtype:
             return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
-        if a.device.type == "cuda":
+        if a.device.type != "cpu":
             result = torch.bmm(a, b, out_dtype=self.score_dtype)
         else:  # there is no such product; products of two half-precision numbers are exact in fp32
             result = torch.bmm(a.to(self.score_dtype), b.to(self.score_dtype))
@@ -108,6 +108,8 @@ class Call:
 
     def at(self, values: Tensor, block: Tensor) -> Tensor:
         """The values [B|1, J, …] of some key blocks, which are numbered over all heads."""
+        if len(values) == 1:
+            return values[0, block % self.J]
         return values[block // (self.J * self.Hkv) % len(values), block % self.J]
 
     def may_read(self, block: Tensor, position: Tensor, document: Tensor | None) -> Tensor:

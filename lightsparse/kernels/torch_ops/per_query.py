@@ -3,9 +3,10 @@
 By key block: the queries that chose a block are gathered in tiles, attend to it alone, and a query's parts are merged
 by their log-sum-exp. By query: its blocks are gathered and one softmax sees them all, as in `blocked`. block_tiles.py
 decides, for some lists at a time; never are all queries' gathered keys, nor the parts of all queries, in memory at
-once. The backward computes the scores again. On CPU the same inputs give the same bits; on CUDA sums of key gradients
-may be taken in any order. Where chunks are wide (chunk_sizes.py) no value is read: shapes decide which way is taken and
-how many tiles there are, and half precision is multiplied as it is, with fp32 sums; on a CPU it is multiplied in fp32. Names of dimensions: those of block_tiles.py.
+once. The backward computes the scores again. Where chunks are wide (chunk_sizes.py) no value is read: shapes decide
+which way is taken and how many tiles there are, and half precision is multiplied as it is, with fp32 sums; on a CPU it
+is multiplied in fp32. On CPU the same inputs give the same bits; on CUDA sums of key gradients may be taken in any
+order. Names of dimensions: those of block_tiles.py.
 """
 
 from __future__ import annotations

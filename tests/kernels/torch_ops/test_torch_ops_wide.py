@@ -7,12 +7,10 @@ that no step reads a value, and how many operations a call dispatches at its rea
 import pytest
 import torch
 from kernel_cases import Sizes, Tables, assert_equals_reference, dropout, inputs, random_layout, results
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightsparse.kernels import chunk_sizes
-from lightsparse.kernels.torch_ops import blocked, lists, per_query
+from lightsparse.kernels.torch_ops import lists, per_query
 from lightsparse.patterns import BlockLayout, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 
