@@ -7,16 +7,37 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, current_flash_attention_impl
 
 from lightsparse.bench.options import DTYPES
 from lightsparse.bench.report import Row
 from lightsparse.bench.timing import Lap, cpu_speedup, median_ms, speedup
 from lightsparse.kernels.compute_dtype import compute_dtype
+from lightsparse.utils.compat.torch import fused_attention_kernel
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, H, N, D], k, v [B, Hkv, N, D] → [B, H, N, D]."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+_KERNELS = {
+    SDPBackend.FLASH_ATTENTION: "flash",
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.EFFICIENT_ATTENTION: "efficient",
+    SDPBackend.MATH: "math",
+}
+
+
+def dense_kernel(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The kernel that `dense` takes for these: flash, cuDNN, efficient or math; FA3 or FA4 where put in flash's place.
+
+    They differ by a factor of two on one GPU, so that a speedup says nothing without it.
+    """
+    taken = fused_attention_kernel(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    name = _KERNELS.get(taken, taken.name.lower())
+    replaced = current_flash_attention_impl() if q.device.type == "cuda" else None
+    return replaced or name if name == "flash" else name
 
 
 def compared(laps: list[Lap], baseline: list[Lap], density: float) -> Row:

@@ -13,6 +13,7 @@ from lightsparse.bench.report import RESULTS, SETTINGS, Report, Row, cell, load
 # Of the columns of results those that say which row it is. A density is a float that rounding may move.
 NAMING = ("model", "saving", "seq", "work", "tokens")
 ROUNDED = "density"
+YARDSTICK = "dense_kernel"  # says what dense_ms is; rows of ours are the same beside another one
 
 Key = tuple[tuple[str, str], ...]
 
@@ -26,6 +27,7 @@ def show(first: Path, second: Path, console: Console) -> None:
     if a.kind != b.kind:
         raise ValueError(f"{first} holds `bench {a.kind}` and {second} `bench {b.kind}`; give two of the same command")
     names = [name for name in (*SETTINGS[a.kind], *NAMING, ROUNDED) if _is_in(name, a) and _is_in(name, b)]
+    names = [name for name in names if name != YARDSTICK]
     of_a, of_b = _by_key(a, names), _by_key(b, names)
     shared = [key for key in of_a if key in of_b]
     if not shared:
@@ -44,8 +46,11 @@ def show(first: Path, second: Path, console: Console) -> None:
 
 
 def differences(a: Report, b: Report) -> list[str]:
-    """A line per fact of machine, versions and command in which the two differ."""
+    """A line per fact of machine, versions, command and yardstick in which the two differ."""
     facts = [{**report.hardware, **report.versions, "command": report.command} for report in (a, b)]
+    if _is_in(YARDSTICK, a) and _is_in(YARDSTICK, b):
+        for of, report in zip(facts, (a, b), strict=True):
+            of[YARDSTICK] = ", ".join(sorted({str(row[YARDSTICK]) for row in report.rows}))
     return [
         f"{name}: {facts[0].get(name)} | {facts[1].get(name)}"
         for name in dict.fromkeys((*facts[0], *facts[1]))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from lightsparse.bench import measure_variants, options
-from lightsparse.bench.against_dense import compared, dense, product_notes
+from lightsparse.bench.against_dense import compared, dense, dense_kernel, product_notes
 from lightsparse.bench.choice import KINDS, pattern_at
 from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import alternate, runtime
@@ -131,6 +131,7 @@ def _measure_patterns(args: argparse.Namespace, report: Report) -> None:
                 "threads": args.threads,
                 "matmul_precision": args.matmul_precision,
                 "device": args.device,
+                "dense_kernel": dense_kernel(given.q, given.k, given.v),
                 "repeats": args.repeats,
             }
             trainable = {name: sparse[name] for name in backends}  # FlexAttention has no backward on CPU

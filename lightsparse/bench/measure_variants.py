@@ -13,7 +13,7 @@ import torch
 
 from lightsparse.attention.core import AttentionShape
 from lightsparse.bench import options, variants
-from lightsparse.bench.against_dense import compared, dense, product_notes
+from lightsparse.bench.against_dense import compared, dense, dense_kernel, product_notes
 from lightsparse.bench.kernel_time import kernel_seconds
 from lightsparse.bench.report import Report, Row
 from lightsparse.bench.timing import alternate, runtime
@@ -80,9 +80,9 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             log.info("%s, %s tokens: timing dense and %s in turns", dtype, f"{seq:,}", len(rows))
             calls: dict[str, Callable[[], object]] = {"dense": partial(_dense_forward_backward, given)}
             calls |= {str(i): partial(variants.forward_backward, c.core, given) for i, (c, _) in enumerate(rows)}
-            laps = alternate(calls, args.repeats) if rows else {}
+            laps, kernel = alternate(calls, args.repeats) if rows else {}, dense_kernel(given.q, given.k, given.v)
             for i, (contender, row) in enumerate(rows):
-                result = compared(laps[str(i)], laps["dense"], contender.density)
+                result = compared(laps[str(i)], laps["dense"], contender.density) | {"dense_kernel": kernel}
                 if contender.core.selects_from_input:
                     result |= _split(contender, given, float(str(result["ms"])), args.repeats)
                 report.rows.append(row | result)

@@ -20,7 +20,7 @@ Row = dict[str, object]
 SETTINGS = {
     "kernels": (
         *("dtype", "seq", "variant", "pattern", "heads", "kv_heads", "head_dim", "block", "threads"),
-        *("matmul_precision", "device", "backend", "pass", "asked"),
+        *("matmul_precision", "device", "dense_kernel", "backend", "pass", "asked"),
     ),
     "per_query": (
         *("dtype", "seq", "backend", "heads", "kv_heads", "head_dim", "block", "chosen", "threads", "matmul_precision"),

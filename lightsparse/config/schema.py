@@ -112,6 +112,7 @@ class KernelsConfig:
         "auto", "native", "blocked", "per_query", "reference", "flex", "sdpa"
     ]  # of attention; see kernels/dispatch.py
     flash: Literal["auto", "fa3", "fa4", "none"]  # of dense attention on CUDA; see kernels/flash.py
+    flex_backend: Literal["auto", "triton", "flash"]  # of FlexAttention on CUDA; see kernels/flex.py
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ FlexAttention (Dong et al. 2024, arXiv 2412.05496) compiles a kernel that walks 
 a token-level rule, here the layout's ElementMask, in those that are not read in full. Only the compiled kernel skips
 tiles: the eager one reads the rule alone, so it must never run in its place.
 
+On CUDA the kernel is Triton's, in tiles from a table (flex_tiles.py), or by `use_kernel("flash")` FlashAttention 4's.
+
 State of the process: `_block_masks`, FlexAttention's form of each layout, as long as it lives; `_compiled`'s cache, a
-compiled function per kind of device.
+compiled function per kind of device; `_kernel`, set by `use_kernel`.
 """
 
 from __future__ import annotations
@@ -19,12 +21,21 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from lightsparse.kernels import flash
+from lightsparse.kernels.flex_tiles import tile_options
 from lightsparse.patterns.layout import BlockLayout
 
 LIST_BYTES_LIMIT = 1 << 30  # of the four lists of a BlockMask, which are as wide as there are blocks: 1 GiB
 CUDA_BLOCK = 32  # tokens: the smallest tile for which PyTorch has a backward in every dtype; blocks are multiples of it
 _CUDA_HEAD_DIM = 16  # the smallest product of Triton
 _COMPILATIONS = 64  # kernels per process, an error beyond: one or two (CPU: one per length) for each set of shapes
+# FlexAttention leaves out a backward kernel whose default tile does not divide the layout's blocks, before it looks at
+# the tiles it was given; only among those of a search is there always one that does. So the search's list is asked for,
+# in which our options make all entries one, and `deterministic` takes the first of them without timing any.
+_WITHOUT_SEARCH = {"max_autotune": True, "deterministic": True}
+_FLASH_HEAD_DIM = 128
+_FLASH_BLOCKS = {9: (128, 128), 10: (256, 128)}  # queries × keys that its kernels take whole, by major capability
+_kernel = "triton"
 
 _block_masks: WeakKeyDictionary[BlockLayout, BlockMask] = WeakKeyDictionary()
 
@@ -54,7 +65,42 @@ def refusal(q: Tensor, layout: BlockLayout, *, gradients: bool, lse: bool) -> st
             f"lists tiles at full width, {size / 2**30:.1f} GiB for this layout where "
             f"{LIST_BYTES_LIMIT / 2**30:g} GiB are allowed (larger blocks or fewer distinct heads need less)"
         )
+    if on == "cuda" and _kernel == "flash":
+        _check_flash(q, layout, gradients=gradients, lse=lse)
     return None
+
+
+def use_kernel(choice: str) -> None:
+    """From now on FlexAttention on CUDA runs this kernel, in all threads of the process.
+
+    choice  auto = triton; triton; flash = FlashAttention 4 (package flash-attn-4), which PyTorch calls experimental
+    Raises ValueError for another word, and for flash where it cannot run.
+    """
+    global _kernel
+    if choice not in ("auto", "triton", "flash"):
+        raise ValueError(f"kernels.flex_backend is {choice!r}; choose auto, triton or flash")
+    if choice == "flash" and (reason := flash.KERNELS["fa4"].obstacle()) is not None:
+        raise ValueError(f"kernels.flex_backend is flash; {reason}; use kernels.flex_backend=triton")
+    _kernel = "flash" if choice == "flash" else "triton"
+
+
+def _check_flash(q: Tensor, layout: BlockLayout, *, gradients: bool, lse: bool) -> None:
+    """Raise ValueError for a call that Triton's kernel takes and FlashAttention's, which was asked for, does not."""
+    major = torch.cuda.get_device_capability(q.device)[0]
+    blocks, whole = (layout.q_block, layout.kv_block), _FLASH_BLOCKS.get(major, (256, 128))
+    reason = None
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        reason = f"it computes in bf16 and fp16, not in {str(q.dtype).removeprefix('torch.')}"
+    elif q.shape[-1] > _FLASH_HEAD_DIM:
+        reason = f"it takes heads up to {_FLASH_HEAD_DIM} wide, not {q.shape[-1]}"
+    elif any(block % of for block, of in zip(blocks, whole, strict=True)):
+        reason = f"it takes blocks in multiples of {whole[0]} × {whole[1]} on this GPU, not {blocks[0]} × {blocks[1]}"
+    elif gradients and lse:
+        reason = "its lse has no gradient"
+    elif gradients and torch.are_deterministic_algorithms_enabled():
+        reason = "its backward is not deterministic here, and deterministic algorithms are asked for"
+    if reason is not None:
+        raise ValueError(f"kernels.flex_backend is flash and {reason}; use kernels.flex_backend=triton")
 
 
 def list_bytes(layout: BlockLayout, heads: int) -> int:
@@ -89,34 +135,31 @@ def flex_with_lse(
     return out, lse.masked_fill(lse == float("-inf"), float("-inf"))
 
 
-@torch.compiler.disable  # a model compiled around it would compile it anew, without the search for a tile that fits
+@torch.compiler.disable  # a model compiled around it would compile it anew, without the options that let tiles fit
 def _run(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, with_lse: bool) -> tuple[Tensor, ...]:
     """out, and the lse if asked for."""
     if not torch.is_grad_enabled():
         q, k, v = q.detach(), k.detach(), v.detach()  # on CPU it refuses what requires a gradient, wanted or not
-    options = tile_options(layout) if q.device.type == "cuda" else {}
+    options = kernel_options(q, layout) if q.device.type == "cuda" else {}
     return _compiled(q.device.type)(q, k, v, block_mask(layout, q.shape[1]), scale, with_lse, options)
 
 
-def tile_options(layout: BlockLayout) -> dict[str, Any]:
-    """Kernel options for CUDA: forward tiles that divide the layout's blocks, where PyTorch's own do not.
-
-    PyTorch searches among tiles of 64 and 128 tokens forward, and from 32 on backward.
-    """
-    options: dict[str, Any] = {"BACKEND": "TRITON"}  # not its decoding kernel, which has tiles of its own
-    if layout.q_block % 64 or layout.kv_block % 64:
-        options["fwd_BLOCK_M"] = min(_power_of_two_in(layout.q_block), 64)
-        options["fwd_BLOCK_N"] = min(_power_of_two_in(layout.kv_block), 64)
-    return options
+def kernel_options(q: Tensor, layout: BlockLayout) -> dict[str, Any]:
+    """FlexAttention's options on CUDA: which kernel, and the Triton kernel's tiles."""
+    if _kernel == "flash":
+        return {"BACKEND": "FLASH"}
+    capability = torch.cuda.get_device_capability(q.device)
+    # TRITON: not its decoding kernel, which has tiles of its own.
+    tiles = tile_options(layout.q_block, layout.kv_block, q.shape[-1], q.dtype, capability)
+    return {"BACKEND": "TRITON", **tiles}
 
 
 @cache
 def _compiled(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
-    # On CUDA the one tile PyTorch takes without a search is up to 128 wide and does not divide smaller blocks. On CPU
-    # PyTorch 2.13 writes C++ that does not compile for some lengths that vary, so every shape has its own kernel there.
-    mode, dynamic = ("max-autotune-no-cudagraphs", None) if device_type == "cuda" else (None, False)
+    # On CPU PyTorch 2.13 writes C++ that does not compile for some lengths that vary: every shape has its own kernel.
+    options, dynamic = (_WITHOUT_SEARCH, None) if device_type == "cuda" else (None, False)
     return torch.compile(  # type: ignore[call-overload]  # its overloads leave recompile_limit out
-        _attend, fullgraph=True, mode=mode, dynamic=dynamic, recompile_limit=_COMPILATIONS
+        _attend, fullgraph=True, options=options, dynamic=dynamic, recompile_limit=_COMPILATIONS
     )
 
 
@@ -144,8 +187,3 @@ def _batch(layout: BlockLayout) -> int:
 
 def _heads(layout: BlockLayout, heads: int) -> int:
     return 1 if layout.kv_indices.shape[1] == 1 else heads
-
-
-def _power_of_two_in(block: int) -> int:
-    """The largest power of two that divides a block."""
-    return block & -block

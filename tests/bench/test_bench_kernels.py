@@ -1,8 +1,10 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 from lightsparse.bench import against_dense, command, kernels
 from lightsparse.kernels import block_sparse_attention
@@ -12,7 +14,7 @@ TINY = ["kernels", "--seq", "96,130", "--heads", "4", "--kv-heads", "2", "--head
 TINY += ["--density", "0.4", "--repeats", "2", "--backends", "native,blocked"]
 PROMISED = {
     *("backend", "pass", "seq", "heads", "head_dim", "block", "density", "dtype", "threads"),
-    *("ms", "dense_ms", "speedup", "flop_ratio", "efficiency"),
+    *("ms", "dense_ms", "dense_kernel", "speedup", "flop_ratio", "efficiency"),
 }
 
 
@@ -27,12 +29,31 @@ def test_a_run_leaves_rows_with_all_promised_keys_and_its_circumstances(tmp_path
         assert row["flop_ratio"] == pytest.approx(1 / row["density"])
         assert row["efficiency"] == pytest.approx(row["speedup"] / row["flop_ratio"])
         assert row["ms"] > 0 and row["dense_ms"] > 0
+    assert {row["dense_kernel"] for row in report["rows"]} == {"flash"}
     assert {row["pass"] for row in report["rows"]} == {"fwd", "fwd+bwd"}
     assert {row["dtype"] for row in report["rows"]} == {"fp32", "bf16"}
     assert {row["backend"] for row in report["rows"]} == {"native", "blocked"}
     assert report["hardware"]["cores"] >= 1 and report["versions"]["torch"]
     assert report["command"].startswith("lightsparse bench kernels --seq 96,130")
     assert "efficiency" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("taken", "in_place", "device", "name"),
+    [
+        (SDPBackend.FLASH_ATTENTION, None, "cuda", "flash"),
+        (SDPBackend.FLASH_ATTENTION, "FA3", "cuda", "FA3"),
+        (SDPBackend.FLASH_ATTENTION, "FA4", "cpu", "flash"),
+        (SDPBackend.CUDNN_ATTENTION, "FA4", "cuda", "cuDNN"),
+        (SDPBackend.EFFICIENT_ATTENTION, None, "cuda", "efficient"),
+        (SDPBackend.MATH, None, "cuda", "math"),
+    ],
+)
+def test_the_yardstick_names_the_kernel_that_dense_attention_takes(taken, in_place, device, name, monkeypatch):
+    monkeypatch.setattr(against_dense, "fused_attention_kernel", lambda *_, **__: taken)
+    monkeypatch.setattr(against_dense, "current_flash_attention_impl", lambda: in_place)
+    q = SimpleNamespace(shape=(1, 2, 8, 16), device=torch.device(device))
+    assert against_dense.dense_kernel(q, q, q) == name
 
 
 def test_a_wrong_kernel_ends_the_run_before_anything_is_timed(monkeypatch, tmp_path, capsys):

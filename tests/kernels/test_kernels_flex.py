@@ -1,16 +1,18 @@
 """The conversion to FlexAttention's lists is checked for every pattern without compiling; one kernel is compiled."""
 
 import gc
+import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.select_algorithm import AlgorithmSelectorCache
 from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
-from torch.nn.attention.flex_attention import _ordered_to_dense
+from torch.nn.attention.flex_attention import FlexKernelOptions, _ordered_to_dense
 
 from lightsparse.config.parse import compose
 from lightsparse.config.targets import ConfigError
@@ -18,10 +20,12 @@ from lightsparse.kernels import (
     block_sparse_attention,
     block_sparse_attention_with_lse,
     dispatch,
+    flash,
     flex,
     set_backend,
     use_backend,
 )
+from lightsparse.kernels.flex_tiles import tile_options
 from lightsparse.kernels.reference import reference_attention
 from lightsparse.patterns import (
     BigBird,
@@ -308,14 +312,165 @@ def test_blocks_that_cuda_has_tiles_for_are_taken_and_others_refused(block):
     if refused is not None:
         assert refused == f"needs blocks in multiples of 32 on CUDA, not {block} × {block}"
         return
-    found, options = CUDAConfigHeuristic(), flex.tile_options(layout)
-    forward = [
-        (options.get("fwd_BLOCK_M", tile.block_m), options.get("fwd_BLOCK_N", tile.block_n))
-        for tile in found.flex_attn_fwd_autotune_configs
-    ]
-    assert any(block % m == 0 and block % n == 0 for m, n in forward)
-    backward = found.flex_attn_bwd_autotune_configs
-    assert any(block % n == 0 for tile in backward for n in [max(tile.block_m1, tile.block_n1)])
+    # Or FlexAttention leaves out all backward kernels: it looks at the list's own tiles, not at those it was given.
+    listed = CUDAConfigHeuristic().flex_attn_bwd_autotune_configs
+    assert any(block % max(tile.block_m1, tile.block_n1) == 0 for tile in listed)
+
+
+CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
+BLOCKS = [32, 48, 64, 96, 128, 160, 192, 256]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 192, 256, 512])
+def test_tiles_divide_the_blocks_and_each_other_as_the_kernels_ask(dim, dtype, capability):
+    for q_block, kv_block in itertools.product(BLOCKS, BLOCKS):
+        of = tile_options(q_block, kv_block, dim, dtype, capability)
+        for name, block in (("M", q_block), ("M1", q_block), ("M2", q_block), ("N", kv_block)):
+            size = of[f"{'fwd' if name in 'MN' else 'bwd'}_BLOCK_{name}"]
+            assert block % size == 0 and size >= 16 and size & -size == size
+        assert kv_block % of["bwd_BLOCK_N1"] == 0 and kv_block % of["bwd_BLOCK_N2"] == 0
+        assert of["bwd_BLOCK_N1"] % of["bwd_BLOCK_M1"] == 0 and of["bwd_BLOCK_M2"] % of["bwd_BLOCK_N2"] == 0
+        for of_pass in ("fwd", "bwd"):
+            assert of[f"{of_pass}_num_warps"] in (4, 8) and of[f"{of_pass}_num_stages"] in (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kib"), [((8, 0), 163), ((8, 9), 99), ((9, 0), 227), ((10, 0), 227), ((12, 0), 99)]
+)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_forward_tiles_fit_into_the_shared_memory_of_the_chip(dim, capability, kib):
+    """A tile of queries, and the keys and values of every stage."""
+    for dtype in (torch.bfloat16, torch.float32):
+        of = tile_options(128, 128, dim, dtype, capability)
+        numbers = (of["fwd_BLOCK_M"] + 2 * of["fwd_BLOCK_N"] * of["fwd_num_stages"]) * dim
+        assert numbers * dtype.itemsize <= kib * 1024
+
+
+def test_every_option_is_one_that_flexattention_knows():
+    known = FlexKernelOptions.__annotations__
+    for name in tile_options(64, 64, 64, torch.bfloat16, (9, 0)):
+        assert name.removeprefix("fwd_").removeprefix("bwd_") in known
+
+
+def test_larger_blocks_have_larger_tiles():
+    small, large = (tile_options(block, block, 128, torch.bfloat16, (9, 0)) for block in (64, 128))
+    assert (large["fwd_BLOCK_M"], large["bwd_BLOCK_N1"]) == (128, 128)
+    assert (small["fwd_BLOCK_M"], small["bwd_BLOCK_N1"]) == (64, 64)
+
+
+def test_on_cuda_nothing_is_timed_to_find_a_tile():
+    """The first kernel of the list is taken: all have the tiles of the table."""
+
+    class Kernel:
+        def __init__(self, name: str):
+            self.name = name
+
+        def output_node(self) -> str:
+            return self.name
+
+    def never(*_, **__):
+        raise AssertionError("a search")
+
+    select = AlgorithmSelectorCache()
+    select.make_precompile_fn = never
+    with torch._inductor.config.patch(flex._WITHOUT_SEARCH):
+        assert select("flex_attention", [Kernel("first"), Kernel("second")], [], None, input_gen_fns={})[0] == "first"
+
+
+def test_torch_compile_takes_the_options_that_keep_it_from_searching(monkeypatch):
+    given = []
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: given.append(options) or compiler(f, **options))
+    flex._compiled.__wrapped__("cuda")
+    assert given[0]["options"] == flex._WITHOUT_SEARCH and given[0].get("mode") is None
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Iterator[Callable[..., None]]:
+    """A GPU of some compute capability, with FlashAttention 4 installed or not."""
+
+    def install(major: int, minor: int = 0, fa4: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
+        monkeypatch.setattr(flash, "_is_installed", lambda module: fa4)
+
+    yield install
+    flex.use_kernel("auto")
+
+
+@pytest.mark.parametrize(
+    ("install", "why"),
+    [
+        (None, "FA4 runs on CUDA only and there is no CUDA device here"),
+        ((8, 0), "FA4 needs a GPU of compute capability 9.x or 10.x and this one has 8.0"),
+        ((12, 0), "FA4 needs a GPU of compute capability 9.x or 10.x and this one has 12.0"),
+        ((9, 0, False), "FA4 needs the Python module flash_attn.cute.interface, which is not installed"),
+    ],
+)
+def test_flash_is_refused_where_it_cannot_run(install, why, gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if install is not None:
+        gpu(*install)
+    with pytest.raises(ValueError) as refused:
+        flex.use_kernel("flash")
+    assert str(refused.value) == f"kernels.flex_backend is flash; {why}; use kernels.flex_backend=triton"
+    with pytest.raises(ConfigError, match=r"^kernels\.flex_backend is flash; FA4"):
+        set_machine(compose(["kernels.flex_backend=flash", "threads=1", "matmul_precision=highest", "precision=32"]))
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(ValueError, match=r"kernels\.flex_backend is 'cudnn'; choose auto, triton or flash"):
+        flex.use_kernel("cudnn")
+
+
+def test_the_config_chooses_the_kernel_and_triton_is_the_default(gpu):
+    gpu(9)
+    layout, words = LocalWindow(40).layout(256, block=128), ["threads=1", "matmul_precision=highest", "precision=32"]
+    for choice, backend in (("flash", "FLASH"), ("triton", "TRITON"), ("auto", "TRITON")):
+        set_machine(compose([f"kernels.flex_backend={choice}", *words]))
+        options = flex.kernel_options(OnCuda(), layout)
+        assert options["BACKEND"] == backend
+        assert ("fwd_BLOCK_M" in options) == (backend == "TRITON")
+
+
+@pytest.mark.parametrize(
+    ("major", "block", "asked", "why"),
+    [
+        (9, 128, {"dtype": torch.float32}, "it computes in bf16 and fp16, not in float32"),
+        (9, 128, {"dim": 192}, "it takes heads up to 128 wide, not 192"),
+        (9, 64, {}, "it takes blocks in multiples of 128 × 128 on this GPU, not 64 × 64"),
+        (10, 128, {}, "it takes blocks in multiples of 256 × 128 on this GPU, not 128 × 128"),
+        (9, 128, {"lse": True}, "its lse has no gradient"),
+        (
+            9,
+            128,
+            {"deterministic": True},
+            "its backward is not deterministic here, and deterministic algorithms are asked for",
+        ),
+    ],
+)
+def test_what_flash_cannot_serve_is_an_error_and_never_another_kernel(major, block, asked, why, gpu, monkeypatch):
+    gpu(major)
+    flex.use_kernel("flash")
+    layout, lse = LocalWindow(40).layout(256, block=block), asked.get("lse", False)
+    q = OnCuda(asked.get("dim", 64), asked.get("dtype", torch.bfloat16))
+    if "deterministic" in asked:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with pytest.raises(ValueError) as refused:
+        flex.refusal(q, layout, gradients=True, lse=lse)
+    assert str(refused.value) == f"kernels.flex_backend is flash and {why}; use kernels.flex_backend=triton"
+    flex.use_kernel("triton")
+    assert flex.refusal(q, layout, gradients=True, lse=lse) is None
+
+
+def test_flash_serves_whole_blocks_in_half_precision(gpu):
+    gpu(9)
+    flex.use_kernel("flash")
+    layout = LocalWindow(40).layout(256, block=128)
+    assert flex.refusal(OnCuda(), layout, gradients=True, lse=False) is None
+    assert flex.refusal(OnCuda(), layout, gradients=False, lse=True) is None
 
 
 def test_small_heads_are_refused_on_cuda():

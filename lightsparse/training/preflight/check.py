@@ -32,7 +32,7 @@ from lightsparse.config.schema import Config
 from lightsparse.config.targets import ConfigError
 from lightsparse.data.module import DataModule
 from lightsparse.distributed.environment import is_first_rank
-from lightsparse.kernels import flash, set_backend
+from lightsparse.kernels import flash, flex, set_backend
 from lightsparse.models.transformer import Transformer
 from lightsparse.optim.optimizers import parameter_groups
 from lightsparse.patterns import BlockLayout
@@ -201,5 +201,6 @@ def set_machine(config: Config) -> None:
     try:
         set_backend(config.kernels.backend)
         flash.activate(config.kernels.flash)
+        flex.use_kernel(config.kernels.flex_backend)
     except ValueError as error:  # what only this machine knows; the names were checked with the schema
         raise ConfigError(f"kernels.{str(error).removeprefix('kernels.')}") from error

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the one way to see every operator run
 from torch.utils._pytree import tree_leaves as tree_leaves  # of what any module returns; there is no torch.utils.pytree
 from torch.utils.weak import (
@@ -23,6 +24,12 @@ def silu_backward_(grad: Tensor, x: Tensor) -> Tensor:
 def softmax_backward(grad: Tensor, p: Tensor) -> Tensor:
     """The gradient of the scores whose softmax over the last dimension is p: p · (grad − Σ grad · p), in one pass."""
     return torch.ops.aten._softmax_backward_data(grad, p, -1, p.dtype)
+
+
+def fused_attention_kernel(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, enable_gqa: bool) -> SDPBackend:
+    """Which of its kernels scaled_dot_product_attention takes for these tensors; it tells no one in public."""
+    choice = torch._fused_sdp_choice(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
+    return SDPBackend(choice)
 
 
 def scale_(tensors: Sequence[Tensor], factor: float) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.fsdp import fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightsparse.utils.compat import torch as compat
 
@@ -98,6 +99,13 @@ def test_an_overridden_method_has_pytorchs_signature(name: str) -> None:
         for kind in (compat.UnfusedMultiheadAttention, nn.MultiheadAttention)
     )
     assert ours == theirs
+
+
+def test_the_kernel_of_dense_attention_is_known_beforehand() -> None:
+    q, wide = torch.ones(1, 2, 8, 16), torch.ones(1, 2, 8, 16, dtype=torch.float16)
+    assert compat.fused_attention_kernel(q, q, q, is_causal=True, enable_gqa=False) == SDPBackend.FLASH_ATTENTION
+    with sdpa_kernel(SDPBackend.MATH):
+        assert compat.fused_attention_kernel(wide, wide, wide, is_causal=True, enable_gqa=False) == SDPBackend.MATH
 
 
 def test_what_cannot_be_compiled_is_a_compilation_error() -> None:
