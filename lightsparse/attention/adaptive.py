@@ -15,10 +15,11 @@ from lightsparse.attention.pooling.block_means import Summaries, summarise
 from lightsparse.attention.selection.router import BlockRouter, Choice, Noise
 from lightsparse.attention.sharded_call import sequence_length, sharded_attention
 from lightsparse.context_parallel.shard import sum_over
+from lightsparse.kernels import chunk_sizes
 from lightsparse.patterns import BlockLayout, interval_mask
 from lightsparse.patterns.layout import no_dense_rows
 
-_CHUNK = 1 << 20  # scores of block pairs in memory at once
+_CHUNK, _WIDE_CHUNK = 1 << 20, 1 << 24  # scores of block pairs in memory at once; the second where chunks are wide
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ class BlockSparseAdaptive(AttentionCore):
             )
 
         batch, heads, total, _ = of.query.shape
-        at_once = max(_CHUNK // max(batch * heads * of.key.shape[2], 1), 1)
+        scores = chunk_sizes.at_once(of.query.device, _CHUNK, _WIDE_CHUNK)
+        at_once = max(scores // max(batch * heads * of.key.shape[2], 1), 1)
         runs, shard = [(0, total)], ctx.shard
         if shard is not None:
             runs = shard.plans.get(

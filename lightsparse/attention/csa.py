@@ -34,10 +34,11 @@ from lightsparse.attention.selection.row_parts import row_parts, single_rows
 from lightsparse.attention.selection.stages import StagedConfig
 from lightsparse.attention.sharded_call import sequence_length
 from lightsparse.context_parallel.shard import sum_over
-from lightsparse.kernels import Dropout, block_sparse_attention_with_lse
+from lightsparse.kernels import Dropout, block_sparse_attention_with_lse, chunk_sizes
 from lightsparse.patterns import BlockLayout
 
 _TABLE = 1 << 22  # entries in memory at once; a longer sequence is worked on in parts, chosen again for the backward
+_WIDE_TABLE = 1 << 26  # where chunks are wide
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ class CsaAttention(CompressedAttention):
         if torch.is_grad_enabled() and not ctx.q_start:
             keys = self._keys(q, near_lse, entries)
         per_query = len(q) * min(self.csa.top_k, entries.count)
-        done, parts = [], row_parts(q.shape[2], per_query, self.block, _TABLE, ctx)
+        at_once = chunk_sizes.at_once(q.device, _TABLE, _WIDE_TABLE)
+        done, parts = [], row_parts(q.shape[2], per_query, self.block, at_once, ctx)
         for part in parts:
             of_part = Index(index.q[:, part], index.weight[:, part], index.keys)
             to = None if keys is None else keys.part(part, entries.count)

@@ -99,6 +99,13 @@ def test_a_layer_at_64k_launches_few_kernels_and_waits_for_none(variant, monkeyp
     assert launches(variant, LONG, "meta", monkeypatch).total() < MOST
 
 
+@pytest.mark.parametrize("top_k", [2, 8, 64])
+def test_however_many_blocks_are_chosen_none_is_looked_at(top_k):
+    q, means = torch.empty(1, 2, 4096, 16, device="meta"), torch.empty(1, 2, 128, 16, device="meta")
+    own = torch.arange(4096, device="meta") // 32
+    assert top_blocks.top_blocks(q, means, own, top_k, top_k).shape == (1, 2, 4096, top_k)
+
+
 @pytest.mark.parametrize("variant", ["moba", "nsa"])
 def test_on_the_meta_device_a_layer_launches_what_it_launches_on_values(variant, wide, monkeypatch):
     on_meta, on_cpu = (launches(variant, SHORT, device, monkeypatch, torch.float32) for device in ("meta", "cpu"))

@@ -31,7 +31,7 @@ def forward(
     """out [B, H, Nq, D] in q's dtype and lse [B, H, Nq] in fp64."""
     call = Call(q, k, v, layout, scale, bias, dropout, compute_dtype(q.dtype, q.device))
     out_LMD, lse_LM = call.nothing_read(q.dtype)
-    for lists in _all_lists(call):
+    for lists in all_lists(call):
         attend(lists, out_LMD, lse_LM)
     out, lse = call.by_head(out_LMD), call.by_head(lse_LM)
     for queries, wide in dense_rows(layout, q):
@@ -55,7 +55,7 @@ def backward(
     """Gradients of q, k, v and, if given, the block bias."""
     call = Call(q, k, v, layout, scale, bias, dropout, compute_dtype(q.dtype, q.device))
     sums = Gradients(call, grad_out, grad_lse)
-    for lists in _all_lists(call):
+    for lists in all_lists(call):
         add_gradients(lists, sums)
     dq, dk, dv, dbias = sums.of_inputs(k, bias)
     for queries, wide in dense_rows(layout, q):
@@ -119,7 +119,8 @@ def dense_rows(layout: BlockLayout, q: Tensor) -> Iterator[tuple[Tensor, BlockLa
     yield queries, BlockLayout(table, q_block, layout.kv_block, layout.mask.of_queries(queries), none)
 
 
-def _all_lists(call: Call) -> Iterator[Lists]:
+def all_lists(call: Call) -> Iterator[Lists]:
+    """All lists of a call, in runs that follow one another."""
     indices = chunk_sizes.at_once(call.device, _INDICES, _WIDE_INDICES)
     at_once = max(indices // max(call.layout.kv_indices.shape[3], call.M), 1)
     for start in range(0, call.L, at_once):

@@ -99,6 +99,9 @@ def _dtype(q: Tensor) -> torch.dtype:
 def _portions(call: Call) -> Iterator[tuple[Lists, BlockTiles | None]]:
     """All lists, in runs that follow one another, with tiles where walking by key block is cheaper."""
     entries, blocks = call.layout.kv_indices.shape[3], len(call.k_YSD)
+    if call.wide and queries_per_tile_of_shape(blocks, call.L * entries, call.M, call.S) is None:
+        yield from ((lists, None) for lists in blocked.all_lists(call))  # there are no parts to keep few
+        return
     parts = chunk_sizes.at_once(call.device, _PARTS, _WIDE_PARTS)
     at_once = max(parts // max(call.M * entries * call.D, 1), 1)
     for start in range(0, call.L, at_once):

@@ -93,6 +93,17 @@ def test_tiles_bring_every_query_to_each_of_its_blocks_once(counted, sharing, sl
         assert at == len(pairs) if of == blocks else pairs[at] == (of, r)
 
 
+@pytest.mark.parametrize("sharing", [1, 3])
+@pytest.mark.parametrize("places", [16, 128])
+def test_no_readers_fill_more_tiles_than_the_bound(places, sharing):
+    """The worst case is one query more than whole tiles in every block."""
+    for blocks, of_each in ((1, 1), (7, 1), (7, places + 1), (5, 3 * places), (40, 2 * places + 1)):
+        entries = blocks * of_each
+        of_block = torch.full((blocks,), of_each * sharing)
+        assert tiles_of(of_block, places) <= most_tiles(blocks, entries, sharing, places)
+        assert most_tiles(blocks, entries, sharing, places) <= tiles_of(of_block, places) + blocks
+
+
 def test_the_way_is_a_matter_of_how_many_rows_chose_the_same_block():
     alone, crowd = torch.tensor([1, 0, 1, 1]), torch.tensor([500, 0, 300, 7])
     assert queries_per_tile(alone, 3, 1, 64) is None
