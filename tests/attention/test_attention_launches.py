@@ -21,6 +21,7 @@ from lightsparse.attention.pooling.nsa_compress import complete
 from lightsparse.attention.selection import nsa_select, row_parts, top_blocks
 from lightsparse.kernels import chunk_sizes
 from lightsparse.kernels.torch_ops import lists, per_query
+from lightsparse.patterns import interval_mask
 
 LONG, SHORT = 1 << 16, 1 << 11
 MOST = 6000  # launches of a layer, forward and backward
@@ -97,6 +98,16 @@ def launches(variant: str, n: int, device: str, monkeypatch, dtype: torch.dtype 
 @pytest.mark.parametrize("variant", ["moba", "nsa"])
 def test_a_layer_at_64k_launches_few_kernels_and_waits_for_none(variant, monkeypatch):
     assert launches(variant, LONG, "meta", monkeypatch).total() < MOST
+
+
+def test_lists_walked_by_query_are_not_cut_to_the_size_of_parts_that_they_do_not_have():
+    """DSA's single keys: 512 for each query, gathered. Cut to the size of parts these would be 19,000 launches."""
+    q, k, v = (torch.ones(1, h, LONG, DIM, dtype=torch.bfloat16, device="meta").requires_grad_() for h in (8, 2, 2))
+    table = torch.empty(1, LONG, 512, dtype=torch.int32, device="meta")
+    with Launches() as counted:
+        out = PerQuery.apply(q, k, v, row_parts.single_rows(table, interval_mask(LONG, device="meta")))
+        out.backward(torch.ones_like(out))
+    assert counted.of.total() < 12_000
 
 
 @pytest.mark.parametrize("top_k", [2, 8, 64])
