@@ -42,6 +42,15 @@ def test_other_machines_and_versions_are_named(tmp_path, capsys):
     assert "cpu: Slow 1 | Quick 2" in out and "torch: 2.12 |" in out and "memory_gib" not in out
 
 
+def test_rows_beside_another_yardstick_are_compared_and_the_yardsticks_named(tmp_path, capsys):
+    rows = [{"backend": "flex", "seq": 64, "density": 0.1, "ms": 2.0, "dense_ms": 9.0, "dense_kernel": "flash"}]
+    a = saved(tmp_path / "a.json", rows, "kernels")
+    b = saved(tmp_path / "b.json", [{**rows[0], "ms": 1.0, "dense_kernel": "cuDNN"}], "kernels")
+    assert command.main(["compare", a, b]) == 0
+    out = capsys.readouterr().out
+    assert "dense_kernel: flash | cuDNN" in out and "0.500" in out
+
+
 @pytest.mark.parametrize(
     ("rows", "kind", "sentence"),
     [
