@@ -33,8 +33,9 @@ _COMPILATIONS = 64  # kernels per process, an error beyond: one or two (CPU: one
 # the tiles it was given; only among those of a search is there always one that does. So the search's list is asked for,
 # in which our options make all entries one, and `deterministic` takes the first of them without timing any.
 _WITHOUT_SEARCH = {"max_autotune": True, "deterministic": True}
-_FLASH_HEAD_DIM = 128
-_FLASH_BLOCKS = {9: (128, 128), 10: (256, 128)}  # queries × keys that its kernels take whole, by major capability
+# What flash-attn-4 (4.0.0b36, flash_attn/cute/interface.py) asks of block-sparse calls that are trained.
+_FLASH_HEAD_DIMS = range(8, 129, 8)
+_FLASH_QUERIES, _FLASH_KEYS = {9: 128, 10: 256}, 128  # a row's queries a multiple, by major capability; its keys alike
 _kernel = "triton"
 
 _block_masks: WeakKeyDictionary[BlockLayout, BlockMask] = WeakKeyDictionary()
@@ -87,14 +88,17 @@ def use_kernel(choice: str) -> None:
 def _check_flash(q: Tensor, layout: BlockLayout, *, gradients: bool, lse: bool) -> None:
     """Raise ValueError for a call that Triton's kernel takes and FlashAttention's, which was asked for, does not."""
     major = torch.cuda.get_device_capability(q.device)[0]
-    blocks, whole = (layout.q_block, layout.kv_block), _FLASH_BLOCKS.get(major, (256, 128))
+    queries = _FLASH_QUERIES.get(major, 256)
     reason = None
     if q.dtype not in (torch.bfloat16, torch.float16):
         reason = f"it computes in bf16 and fp16, not in {str(q.dtype).removeprefix('torch.')}"
-    elif q.shape[-1] > _FLASH_HEAD_DIM:
-        reason = f"it takes heads up to {_FLASH_HEAD_DIM} wide, not {q.shape[-1]}"
-    elif any(block % of for block, of in zip(blocks, whole, strict=True)):
-        reason = f"it takes blocks in multiples of {whole[0]} × {whole[1]} on this GPU, not {blocks[0]} × {blocks[1]}"
+    elif q.shape[-1] not in _FLASH_HEAD_DIMS:
+        reason = f"it takes head dims in multiples of 8 up to {_FLASH_HEAD_DIMS[-1]}, not {q.shape[-1]}"
+    elif layout.q_block % queries or layout.kv_block != _FLASH_KEYS:
+        reason = (
+            f"on this GPU it takes blocks of {_FLASH_KEYS} keys and of queries in multiples of {queries}, "
+            f"not {layout.q_block} × {layout.kv_block}"
+        )
     elif gradients and lse:
         reason = "its lse has no gradient"
     elif gradients and torch.are_deterministic_algorithms_enabled():

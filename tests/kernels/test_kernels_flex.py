@@ -439,9 +439,11 @@ def test_the_config_chooses_the_kernel_and_triton_is_the_default(gpu):
     ("major", "block", "asked", "why"),
     [
         (9, 128, {"dtype": torch.float32}, "it computes in bf16 and fp16, not in float32"),
-        (9, 128, {"dim": 192}, "it takes heads up to 128 wide, not 192"),
-        (9, 64, {}, "it takes blocks in multiples of 128 × 128 on this GPU, not 64 × 64"),
-        (10, 128, {}, "it takes blocks in multiples of 256 × 128 on this GPU, not 128 × 128"),
+        (9, 128, {"dim": 192}, "it takes head dims in multiples of 8 up to 128, not 192"),
+        (9, 64, {}, "on this GPU it takes blocks of 128 keys and of queries in multiples of 128, not 64 × 64"),
+        (9, 256, {}, "on this GPU it takes blocks of 128 keys and of queries in multiples of 128, not 256 × 256"),
+        (9, 128, {"dim": 20}, "it takes head dims in multiples of 8 up to 128, not 20"),
+        (10, 128, {}, "on this GPU it takes blocks of 128 keys and of queries in multiples of 256, not 128 × 128"),
         (9, 128, {"lse": True}, "its lse has no gradient"),
         (
             9,
