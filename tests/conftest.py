@@ -33,6 +33,26 @@ def matmul_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture(autouse=True)
+def same_process() -> Iterator[None]:
+    """What a test leaves in the environment, or its folder, would be that of all programs that later tests start."""
+
+    def state() -> dict[str, str]:
+        return {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")} | {
+            "cwd": os.getcwd()
+        }
+
+    before = state()
+    yield
+    after = state()
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    for name in changed - {"cwd"}:
+        os.environ.pop(name, None)
+        os.environ |= {name: before[name]} if name in before else {}
+    os.chdir(before["cwd"])
+    assert not changed, f"the test has changed {sorted(changed)}: { ({name: after.get(name) for name in changed}) }"
+
+
 @pytest.fixture
 def battery_result(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
     """Called with (variant, property), puts this test's outcome into the table."""
