@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, by whomever
+
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -35,22 +38,14 @@ def matmul_precision() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def same_process() -> Iterator[None]:
-    """What a test leaves in the environment, or its folder, would be that of all programs that later tests start."""
-
-    def state() -> dict[str, str]:
-        return {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")} | {
-            "cwd": os.getcwd()
-        }
-
-    before = state()
+    """A run sets variables of its process (ranks, threads); programs that later tests start must not get them."""
+    before, folder = dict(os.environ), os.getcwd()
     yield
-    after = state()
-    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    for name in changed - {"cwd"}:
-        os.environ.pop(name, None)
-        os.environ |= {name: before[name]} if name in before else {}
-    os.chdir(before["cwd"])
-    assert not changed, f"the test has changed {sorted(changed)}: { ({name: after.get(name) for name in changed}) }"
+    for name in os.environ.keys() - before.keys():
+        if not name.startswith("PYTEST_"):
+            del os.environ[name]
+    os.environ.update(before)
+    os.chdir(folder)
 
 
 @pytest.fixture

@@ -109,7 +109,16 @@ def members(rank: int, world: int) -> tuple[list[int], float, float]:
 
 def environment(**more: str) -> dict[str, str]:
     """For processes of their own: one thread each, this clone's package, nothing of a launcher around the tests."""
-    launchers = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR")
+    launchers = (
+        "LIGHTSPARSE_LAUNCHER",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "NODE_RANK",
+        "GROUP_RANK",
+        "MASTER_ADDR",
+    )
     kept = {name: value for name, value in os.environ.items() if name not in (*launchers, "MASTER_PORT")}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", **more}

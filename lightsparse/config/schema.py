@@ -109,7 +109,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class KernelsConfig:
     backend: Literal[
-        "auto", "native", "blocked", "per_query", "reference", "flex", "sdpa"
+        "auto", "native", "blocked", "per_query", "reference", "flex", "triton", "sdpa"
     ]  # of attention; see kernels/dispatch.py
     flash: Literal["auto", "fa3", "fa4", "none"]  # of dense attention on CUDA; see kernels/flash.py
     flex_backend: Literal["auto", "triton", "flash"]  # of FlexAttention on CUDA; see kernels/flex.py

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightsparse.kernels import flex, sdpa
+from lightsparse.kernels.argument_check import check_arguments
 from lightsparse.kernels.dropout import Dropout
 from lightsparse.kernels.native import call as native_call
 from lightsparse.kernels.reference import reference_attention
 from lightsparse.kernels.torch_ops.blocked import blocked_attention
 from lightsparse.kernels.torch_ops.per_query import per_query_attention
 from lightsparse.patterns.layout import BlockLayout
-from lightsparse.patterns.mask import ElementMask
 
 log = logging.getLogger(__name__)
 _logged: set[tuple[str, str]] = set()
@@ -40,6 +43,7 @@ class Request:
     dropout: bool
     lse: bool
     q: Tensor  # for its device, dtype and shape
+    kv_heads: int
     gradients: bool
 
 
@@ -93,12 +97,27 @@ def _flex_limits(ask: Request) -> str | None:
     return flex.refusal(ask.q, ask.layout, gradients=ask.gradients, lse=ask.lse)
 
 
+def _triton_limits(ask: Request) -> str | None:
+    if find_spec("triton") is None:
+        return "needs the package triton, which PyTorch for CUDA brings along"
+    from lightsparse.kernels.triton.attention import refusal
+
+    return refusal(ask.q, ask.layout, ask.kv_heads)
+
+
+def _triton_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from lightsparse.kernels.triton.attention import triton_attention  # not everywhere is there a triton
+
+    return triton_attention(*arguments)
+
+
 BACKENDS = {
     "reference": Backend(reference_attention),
     "blocked": Backend(blocked_attention),
     "native": Backend(native_call.native_attention, limits=_native_limits, explicit_mask=False),
     "per_query": Backend(per_query_attention, limits=_per_query_limits, explicit_mask=False),
     "flex": Backend(flex.flex_with_lse, flex.flex_alone, _flex_limits, block_bias=False, dropout=False),
+    "triton": Backend(_triton_attention, limits=_triton_limits, explicit_mask=False),
     "sdpa": Backend(None, sdpa.sdpa_attention, _sdpa_limits, block_bias=False, dropout=False),
 }
 
@@ -118,10 +137,13 @@ def set_backend(name: str) -> None:
     """From now on calls with backend="auto" outside `use_backend` take this one, in all threads of the process.
 
     With flex, rows of single queries (decoding) stay on automatic: they are no tiles. With per_query, all others do.
-    Raises ValueError for an unknown name, and for flex where no CUDA device could train with it.
+    With triton, key blocks that are no multiple of 16 (single keys) do.
+    Raises ValueError for an unknown name, and for flex and triton where no CUDA device could train with them.
     """
     global _backend_of_process
     _check_name(name)
+    if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(_refused("triton", "runs on CUDA, and no GPU is here", on_cpu=True))
     if name == "flex" and not torch.cuda.is_available():
         raise ValueError(_refused("flex", "has no backward on CPU", on_cpu=True))
     _backend_of_process = name
@@ -146,8 +168,9 @@ def block_sparse_attention(
     scale       multiplies q·k; default 1/√D
     block_bias  [B|1, H|Hkv|1, NQ, K]: added to the scores of that entry of the layout's table, differentiable
     dropout     Dropout(rate, keys) on the attention weights
-    backend     auto | native | blocked | per_query | reference | flex | sdpa; auto is sdpa for dense layouts, else flex
-                on CUDA and native on CPU where they can, else per_query for rows of single queries, else blocked
+    backend     auto | native | blocked | per_query | reference | flex | triton | sdpa; auto is sdpa for dense layouts,
+                else flex on CUDA and native on CPU where they can, else per_query for rows of single queries, else
+                blocked
 
     Returns out [B, H, Nq, D] in q's dtype; a row with nothing to read is 0.
     Raises ValueError for shapes, dtypes or devices that do not fit, and for what the backend cannot do.
@@ -195,10 +218,10 @@ def _chosen(
     lse: bool,
 ) -> Backend:
     """The backend that serves a call. Raises ValueError for what does not fit or cannot be done."""
-    _check(q, k, v, layout, bias, dropout)
+    check_arguments(q, k, v, layout, bias, dropout)
     _check_name(backend)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    ask = Request(layout, bias is not None, dropout is not None, lse, q, gradients)
+    ask = Request(layout, bias is not None, dropout is not None, lse, q, k.shape[1], gradients)
     name = (_preferred.get() or _process_choice(layout)) if backend == "auto" else backend
     if name == "auto":
         name = _automatic(ask)
@@ -212,7 +235,11 @@ def _chosen(
 
 
 def _process_choice(layout: BlockLayout) -> str:
-    fits = {"flex": layout.q_block > 1, "per_query": layout.q_block == 1}
+    fits = {
+        "flex": layout.q_block > 1,
+        "per_query": layout.q_block == 1,
+        "triton": layout.kv_block % 16 == 0,
+    }
     return _backend_of_process if fits.get(_backend_of_process, True) else "auto"
 
 
@@ -242,70 +269,3 @@ def _log_once(name: str, ask: Request) -> None:
 def _check_name(backend: str) -> None:
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend is {backend!r}; choose auto, {', '.join(BACKENDS)}")
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, bias: Tensor | None, dropout: Dropout | None) -> None:
-    if k.shape != v.shape or q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
-            "they must be [B, H, Nq, D] and twice [B, Hkv, Nkv, D]"
-        )
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if heads % kv_heads:
-        raise ValueError(
-            f"q has {heads} heads and k has {kv_heads}; the query heads must be a multiple of the key/value heads"
-        )
-    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one floating-point dtype")
-    if (layout.num_queries, layout.num_keys) != (q.shape[2], k.shape[2]):
-        raise ValueError(
-            f"the layout is for {layout.num_queries} queries and {layout.num_keys} keys; "
-            f"q has {q.shape[2]} and k {k.shape[2]}"
-        )
-    batch, of_heads = layout.kv_indices.shape[:2]
-    if batch not in (1, q.shape[0]) or of_heads not in (1, kv_heads, heads):
-        raise ValueError(
-            f"the layout's table is for batch {batch} and {of_heads} heads; q, k have batch {q.shape[0]}, "
-            f"{heads} and {kv_heads} heads, of which the table takes 1 or all"
-        )
-    if not (q.device == k.device == v.device):
-        raise ValueError(f"q, k, v are on {q.device}, {k.device} and {v.device}; they must share one device")
-    if layout.kv_indices.device != q.device:
-        raise ValueError(
-            f"the layout is on {layout.kv_indices.device} and q on {q.device}; build it with device=q.device"
-        )
-    if bias is not None and (
-        bias.shape[2:] != layout.kv_indices.shape[2:]
-        or (bias.shape[0] != 1 and bias.shape[0] != q.shape[0])
-        or (bias.shape[1] != 1 and bias.shape[1] != kv_heads and bias.shape[1] != heads)
-    ):
-        raise ValueError(
-            f"block_bias is {tuple(bias.shape)}; it must be [B|1, H|Hkv|1, NQ, K] "
-            f"with NQ, K = {tuple(layout.kv_indices.shape[2:])}"
-        )
-    if dropout is not None and dropout.keys.shape != q.shape[:1]:
-        raise ValueError(
-            f"dropout.keys has shape {tuple(dropout.keys.shape)}; q has batch {q.shape[0]}, a key per sample"
-        )
-    _check_mask(layout.mask, q)
-
-
-def _check_mask(mask: ElementMask, q: Tensor) -> None:
-    for name in ("q_pos", "visible_from", "visible_until", "q_doc", "kv_doc"):
-        values = getattr(mask, name)
-        # Here and above not `in (1, batch)`: torch.compile takes that for false where the batch is a symbol.
-        if values is not None and values.shape[0] != 1 and values.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"mask.{name} is for batch {values.shape[0]}; q has batch {q.shape[0]}, of which it takes 1 or all"
-            )
-    if mask.dense is not None:
-        batch, heads = mask.dense.shape[:2]
-        if (
-            batch not in (1, q.shape[0])
-            or heads not in (1, q.shape[1])
-            or mask.dense.shape[2:] != (mask.num_queries, mask.num_keys)
-        ):
-            raise ValueError(
-                f"mask.dense is {tuple(mask.dense.shape)}; it must be [B|1, H|1, Nq, Nkv], here with B, H, Nq, Nkv = "
-                f"{(*q.shape[:3], mask.num_keys)}"
-            )

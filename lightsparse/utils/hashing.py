@@ -11,7 +11,7 @@ from torch import Tensor
 
 _WORD = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
-_M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+M1, M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def mixed(*numbers: int) -> int:
@@ -19,16 +19,16 @@ def mixed(*numbers: int) -> int:
     state = 0
     for number in numbers:
         state = (state + number + _GAMMA) & _WORD
-        state = ((state ^ (state >> 30)) * _M1) & _WORD
-        state = ((state ^ (state >> 27)) * _M2) & _WORD
+        state = ((state ^ (state >> 30)) * M1) & _WORD
+        state = ((state ^ (state >> 27)) * M2) & _WORD
         state ^= state >> 31
     return state >> 1
 
 
 def mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64 tensors; products wrap around, shifts are made logical by the masks."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * signed(_M1)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * signed(_M2)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * signed(M1)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * signed(M2)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 

@@ -2,6 +2,7 @@ import errno
 import glob
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -238,6 +239,29 @@ def test_what_the_system_cannot_read_is_named_in_one_sentence(tmp_path, monkeypa
     monkeypatch.setattr(os, "scandir", refuse(real_scan))
     with pytest.raises(DataError, match=rf"{name} cannot be read \({os.strerror(number)}\)[^\n]*$"):
         list(document.text for document in data.documents())
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="users are numbered on POSIX systems")
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "folder"])
+def test_a_file_without_permissions_is_named_in_one_sentence(name):
+    """Really without them, read by a user whom they bind: root reads everything."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are for its user alone
+        path = Path(folder, "texts", name)
+        (path if name == "folder" else path.parent).mkdir(parents=True)
+        if name != "folder":
+            pq.write_table(pa.table({"text": ["x"]}), path) if name == "a.parquet" else path.write_text("{}\n")
+        Path(folder, "texts", "b.txt").write_text("fine")
+        os.chmod(folder, 0o755)
+        data = FilesData(path=str(path.parent))
+        path.chmod(0)
+        user = os.geteuid()
+        os.seteuid(65534 if user == 0 else user)
+        try:
+            with pytest.raises(DataError, match=rf"{name} cannot be read \(Permission denied\)[^\n]*$"):
+                texts(data)
+        finally:
+            os.seteuid(user)
+            path.chmod(0o700)
 
 
 @pytest.mark.parametrize("groups", [[[], ["a", "b"]], [["a"], [], ["b"]], [["a", "b"], []], [[], [], ["a", "b"], []]])

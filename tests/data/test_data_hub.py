@@ -1,5 +1,6 @@
 import re
 import time
+import zlib
 
 import datasets
 import huggingface_hub
@@ -286,3 +287,20 @@ def test_an_empty_row_group_at_the_beginning_hides_nothing(tmp_path, monkeypatch
             writer.write_table(pa.table({"text": group}, schema))
     documents = HubData(name=str(tmp_path / "set"), streaming=streaming).documents()
     assert [document.text for document in documents] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("error", [OSError("connection reset"), zlib.error("bad block"), RuntimeError("of a library")])
+def test_whatever_a_reader_raises_is_said_with_the_row_before_it(snapshot, monkeypatch, error):
+    def rows():
+        yield {"text": "one"}
+        raise error
+
+    monkeypatch.setattr(HubData, "_rows", lambda self: {"train": rows()})
+    with pytest.raises(DataError, match=rf"split 'train', cannot be read beyond row 1: {error}$"):
+        list(HubData(name=snapshot).documents())
+
+
+def test_a_folder_and_a_link_to_it_are_one_data_set(snapshot, tmp_path):
+    (tmp_path / "link").symlink_to(snapshot, target_is_directory=True)
+    given, linked = HubData(name=snapshot), HubData(name=str(tmp_path / "link"))
+    assert given.held_out_by() == linked.held_out_by()

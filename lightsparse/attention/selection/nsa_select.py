@@ -24,7 +24,7 @@ from lightsparse.attention.selection.row_parts import slices
 from lightsparse.kernels import chunk_sizes
 from lightsparse.patterns.mask import document_starts
 
-_SCORES, _WIDE_SCORES = 1 << 17, 1 << 26  # in memory at once; the second where chunks are wide
+_SCORES, _WIDE_SCORES = 1 << 17, 1 << 28  # in memory at once; the second where chunks are wide (1 GiB in fp32)
 
 
 @dataclass(frozen=True)

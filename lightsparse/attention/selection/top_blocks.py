@@ -16,7 +16,7 @@ from lightsparse.attention.selection.router import best, listed
 from lightsparse.attention.selection.row_parts import slices
 from lightsparse.kernels import chunk_sizes
 
-_SCORES, _WIDE_SCORES = 1 << 17, 1 << 26  # in memory at once; the second where chunks are wide
+_SCORES, _WIDE_SCORES = 1 << 17, 1 << 28  # in memory at once; the second where chunks are wide (1 GiB in fp32)
 _ONE_BY_ONE = 4  # up to so many maxima are faster one after the other than by topk (measured: 64 … 512 blocks)
 _WIDE_ONE_BY_ONE = 16  # where chunks are wide; more are found by topk twice, as equal scores are never looked for
 
