@@ -160,8 +160,8 @@ class Config:
         _at_least(1, "threads", self.threads)
         if self.compile and self.model.activation_checkpointing == "offload":
             raise ValueError(
-                "compile is true and model.activation_checkpointing is offload, which moves tensors between layers, where "
-                "a compiled model has no border; use model.activation_checkpointing=true or compile=false"
+                "compile is true and model.activation_checkpointing is offload, which moves tensors between layers, "
+                "where a compiled model has no border; use model.activation_checkpointing=true or compile=false"
             )
         if self.data.has_answers and self.objective == "mlm":
             raise ValueError("objective is mlm, but the data is a task whose answers follow; use objective=causal")

@@ -60,8 +60,8 @@ def check_model(config: Config) -> Transformer:
     """`check` without the disk; the model on the meta device."""
     if config.model.activation_checkpointing == "offload" and not torch.cuda.is_available():
         raise ConfigError(
-            "model.activation_checkpointing is offload and this machine has no CUDA device, beside whose memory the main "
-            "one would be; use model.activation_checkpointing=true"
+            "model.activation_checkpointing is offload and this run is on the CPU, which has no other memory than the "
+            "main one; use model.activation_checkpointing=true"
         )
     for group, kind in (("logger", Logger), ("callbacks", Callback)):
         for name, node in getattr(config, group).items():

@@ -324,6 +324,7 @@ def _shorter(config: Config) -> Iterator[_Setting]:
 
 def _less_deep(config: Config) -> Iterator[_Setting]:
     depth = config.model.depth // 2
-    while depth >= len(config.model.layer_pattern):
+    least = 2 if config.model.activation_checkpointing == "offload" else 1  # one layer has nothing to move
+    while depth >= max(least, len(config.model.layer_pattern)):
         yield f"model.depth={depth}", replace(config, model=replace(config.model, depth=depth))
         depth //= 2
