@@ -124,7 +124,7 @@ class _RecomputedLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BNE: Tensor, grad_aux: Tensor | None):
-        here = next(iter(ctx.saved_tensors), None)
+        here: Any = next(iter(ctx.saved_tensors), None)
         x_BNE: Tensor = here if ctx.kept is None else ctx.kept.back(here)
         of: Recomputed = ctx.of
         attention = of.layer.self_attn

@@ -99,9 +99,7 @@ def test_main_memory_that_cannot_hold_the_layers_inputs_is_refused_or_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     offload = "model.activation_checkpointing=offload"
-    with pytest.raises(
-        ConfigError, match=r"^model\.activation_checkpointing is offload; the inputs of 99 layers take "
-    ):
+    with pytest.raises(ConfigError, match=r"_checkpointing is offload; the inputs of 99 layers take at "):
         check_memory(compose([*DEEP, offload, "model.depth=100"]))
     check_memory(compose([*DEEP, "model.activation_checkpointing=true", "model.depth=100"]))
     check_memory(compose([*DEEP, offload]))
