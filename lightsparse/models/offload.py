@@ -126,8 +126,10 @@ class KeptInputs:
 
     @torch.no_grad()
     def keep(self, x: Tensor, *, stays: bool) -> KeptInput:
-        """Keep one more; one that stays is left to the caller."""
-        self.settle()
+        """Keep one more; one that stays is left to the caller, and nothing is on its way after it."""
+        if self._leaving is not None:
+            self.copies.wait(self._leaving[1])
+            self._leaving = None
         there = None
         if not stays:
             x = x.detach()
@@ -135,12 +137,6 @@ class KeptInputs:
             self._leaving = x, mark
         self._last = KeptInput(self.copies, there, self._last)
         return self._last
-
-    def settle(self) -> None:
-        """Let go of what has been copied out. To be called when the last layer is done."""
-        if self._leaving is not None:
-            self.copies.wait(self._leaving[1])
-            self._leaving = None
 
 
 Keep = Callable[[Tensor], KeptInput]  # KeptInputs.keep for one layer
@@ -152,13 +148,12 @@ def kept_by(keep: Keep) -> AbstractContextManager[Any]:
     The function itself runs under the checkpoint's own hooks, so that nothing of it comes here.
     """
 
-    def pack(x: Tensor) -> Tensor | tuple[KeptInput, Tensor | None]:
-        if not x.numel():  # the checkpoint's own, which makes it a node of the graph
-            return x
+    def pack(x: Tensor) -> tuple[KeptInput, Tensor | None]:
         kept = keep(x)
         return kept, (x if kept.stays else None)
 
-    def unpack(packed: Tensor | tuple[KeptInput, Tensor | None]) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed[0].back(packed[1])
+    def unpack(packed: tuple[KeptInput, Tensor | None]) -> Tensor:
+        kept, here = packed
+        return kept.back(here)
 
     return saved_tensors_hooks(pack, unpack)

@@ -243,8 +243,6 @@ class Transformer(nn.Module):
                 stats.setdefault(name, []).append(value.detach())
             if "density" in layer_stats and self.config.layers[index] == "S":
                 stats.setdefault("chosen_density", []).append(layer_stats["density"].detach())
-        if kept is not None:
-            kept.settle()
         return ModelOutput(
             hidden=self.norm(x_BNE),
             aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
