@@ -159,6 +159,11 @@ class Config:
         if not 0.0 < self.mlm_ratio < 1.0:
             raise ValueError(f"mlm_ratio is {self.mlm_ratio}; it is a share of tokens and must lie in (0, 1)")
         _at_least(1, "threads", self.threads)
+        if self.compile and self.model.activation_checkpointing == "offload":
+            raise ValueError(
+                "compile is true and model.activation_checkpointing is offload, which moves tensors between layers, "
+                "where a compiled model has no border; use model.activation_checkpointing=true or compile=false"
+            )
         if self.data.has_answers and self.objective == "mlm":
             raise ValueError("objective is mlm, but the data is a task whose answers follow; use objective=causal")
         if self.eval.stop_accuracy is not None and not self.data.has_answers:

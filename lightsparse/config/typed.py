@@ -159,7 +159,7 @@ def _described(annotation: Any) -> str:
     if members != [annotation]:
         return " or ".join(map(_described, members))
     if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in arguments)
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(str(choice) for choice in arguments)
     if origin is tuple:
         return f"a list{'' if ... in arguments else f' of {len(arguments)}'}, each {_described(arguments[0])}"
     if origin is dict:

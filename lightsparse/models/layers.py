@@ -8,6 +8,7 @@ Shapes: B batch, N tokens, E embed_dim, H heads, D head_dim, M mlp_dim.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from lightsparse.kernels.compute_dtype import as_autocast, keeps_fp32
 from lightsparse.models.cache import KVCache
 from lightsparse.models.chunked import map_chunks
 from lightsparse.models.dropout import dropped
+from lightsparse.models.offload import Keep, kept_by
 from lightsparse.models.recompute import Recomputed
 from lightsparse.models.rope import Rotation
 from lightsparse.utils.compat.torch import silu_backward_
@@ -159,8 +161,9 @@ class Layer(nn.Module):
     depth       layers of the model: the more write to the stream, the smaller each starts
     mlp         swiglu, gelu, or none: attention alone
     dropout     share of what each half adds that is dropped in training
-    checkpoint  keep only the layer's input and recompute the rest in the backward pass (recompute.py); with dropout the
-                input of each half
+    activation_checkpointing
+                keep only the layer's input and recompute the rest in the backward pass (recompute.py); with dropout the
+                input of each half. Where inputs are kept is said at each pass
     chunk       tokens the MLP takes at a time
     """
 
@@ -191,25 +194,33 @@ class Layer(nn.Module):
             self.mlp = make_mlp(embed_dim, mlp_dim, out_std)
 
     def forward(
-        self, x_BNE: Tensor, rotation: Rotation | None, ctx: SequenceContext, cache: KVCache | None = None
+        self,
+        x_BNE: Tensor,
+        rotation: Rotation | None,
+        ctx: SequenceContext,
+        cache: KVCache | None = None,
+        keep: Keep | None = None,
     ) -> LayerOutput:
+        """keep takes what activation checkpointing keeps until the backward pass; None = it stays on the device."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         drops = self.training and self.dropout > 0  # it must know which tokens it has: not in pieces
         if self.activation_checkpointing and cache is None and not drops and not torch.compiler.is_compiling():
-            y_BNE, result = Recomputed(self, rotation, ctx)(x_BNE)
+            y_BNE, result = Recomputed(self, rotation, ctx, keep)(x_BNE)
             return LayerOutput(y_BNE, result.aux_loss, result.stats, result.choice)
         # The halves are recomputed apart: around both, the MLP's chunks would be computed three times. The generator
         # state is not kept because all randomness of a layer is a function of ctx.
         if recompute and cache is None:
-            attended: LayerOutput = checkpoint(
-                self._attend, x_BNE, rotation, ctx, cache, use_reentrant=False, preserve_rng_state=False
-            )
+            with nullcontext() if keep is None else kept_by(keep):
+                attended: LayerOutput = checkpoint(
+                    self._attend, x_BNE, rotation, ctx, cache, use_reentrant=False, preserve_rng_state=False
+                )
         else:
             attended = self._attend(x_BNE, rotation, ctx, cache)
         if self.mlp is None:
             return attended
         if drops:  # outside of the chunks
-            added_BNE = map_chunks(self.feed_forward, attended.x, self.chunk, recompute=recompute)
+            with nullcontext() if keep is None else kept_by(keep):
+                added_BNE = map_chunks(self.feed_forward, attended.x, self.chunk, recompute=recompute)
             return attended._replace(x=attended.x + dropped(added_BNE, self.dropout, self.site + 1, ctx))
         x_BNE = map_chunks(self._with_feed_forward, attended.x, self.chunk, recompute=recompute)
         return attended._replace(x=x_BNE)

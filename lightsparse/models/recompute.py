@@ -1,5 +1,7 @@
 """One layer that keeps nothing but its input for the backward pass, and works through the tokens in pieces.
 
+Where the input is kept is the caller's to say: on the device, or in main memory (offload.py).
+
 Between two pieces of work that every token does alone (norm, projections and rotation before the attention; output
 projection and MLP after it) only q, k, v and the attention's output exist for the whole sequence, in the dtype of the
 attention. In the backward pass they are computed once more; then the gradients of each piece are taken as soon as its
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightsparse.attention.core import AttentionResult, SequenceContext
+from lightsparse.models.offload import Keep
 from lightsparse.models.rope import Rotation
 
 
@@ -40,10 +43,11 @@ class Recomputed:
     """A layer on one pass: what forward and backward share. Calling it gives the new residual stream and the result.
 
     The result's `out` is let go: only aux_loss, stats and choice remain.
+    keep  takes the input until the backward pass; None = it stays on the device
     """
 
-    def __init__(self, layer: Layer, rotation: Rotation | None, ctx: SequenceContext):
-        self.layer, self.rotation, self.ctx = layer, rotation, ctx
+    def __init__(self, layer: Layer, rotation: Rotation | None, ctx: SequenceContext, keep: Keep | None = None):
+        self.layer, self.rotation, self.ctx, self.keep = layer, rotation, ctx, keep
         self.learns = torch.is_grad_enabled()  # a core may have its loss only then, and forward() always runs without
         self.result: AttentionResult | None = None
 
@@ -99,7 +103,10 @@ class _RecomputedLayer(torch.autograd.Function):
         device = x_BNE.device.type
         ctx.of = of
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        ctx.save_for_backward(x_BNE)
+        # Not by hooks on what autograd saves: they would meet what a kernel keeps in `attend`, too.
+        ctx.kept = of.keep(x_BNE) if of.keep is not None and any(ctx.needs_input_grad) else None
+        if ctx.kept is None or ctx.kept.stays:
+            ctx.save_for_backward(x_BNE)
         with _autocast(ctx):
             heads = of.all_heads(x_BNE)
             with torch.set_grad_enabled(of.learns):  # of what comes, only the core's own parameters require gradients
@@ -117,7 +124,8 @@ class _RecomputedLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BNE: Tensor, grad_aux: Tensor | None):
-        (x_BNE,) = ctx.saved_tensors
+        here: Any = next(iter(ctx.saved_tensors), None)
+        x_BNE: Tensor = here if ctx.kept is None else ctx.kept.back(here)
         of: Recomputed = ctx.of
         attention = of.layer.self_attn
         sums = _Sums(p for p in of.layer.parameters() if p.requires_grad)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from lightsparse.models.chunked import cross_entropy_sum, token_cross_entropy
 from lightsparse.models.dropout import dropped
 from lightsparse.models.layer_pattern import check_layers, common_core
 from lightsparse.models.layers import INIT_STD, MLPS, Layer, RMSNorm, SelfAttention, matrix
+from lightsparse.models.offload import KeptInputs, copies_of
 from lightsparse.models.rope import RopeConfig, RotaryEmbedding
 
 
@@ -53,7 +55,9 @@ class ModelConfig:
     layer_pattern: str = "S"  # repeated over the depth: S the chosen attention, D dense, L local
     local_window: int | None = None  # tokens that an L layer reads, the own one included; null: there is none
     norm_eps: float = 1e-6
-    activation_checkpointing: bool = False  # keep only the residual stream, recompute the layers in the backward pass
+    # Keep only the residual stream between layers, recompute the layers in the backward pass; offload = keep it in main
+    # memory (CUDA only; see offload.py).
+    activation_checkpointing: bool | Literal["offload"] = False
     chunk: int = 8192  # tokens at a time in the MLP and the loss; above it they are recomputed chunk by chunk
 
     def __post_init__(self) -> None:
@@ -64,6 +68,16 @@ class ModelConfig:
         for name, choices in (("mlp", tuple(MLPS)), ("positions", ("rope", "learned"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        if not isinstance(self.activation_checkpointing, bool) and self.activation_checkpointing != "offload":
+            raise ValueError(
+                f"model.activation_checkpointing is {self.activation_checkpointing!r}; "
+                "it must be true or false or offload"
+            )
+        if self.activation_checkpointing == "offload" and self.depth == 1:
+            raise ValueError(
+                "model.activation_checkpointing is offload and model.depth is 1, whose only layer keeps its input on "
+                "the device; use model.activation_checkpointing=true"
+            )
         if self.positions == "learned" and self.rope != RopeConfig():
             raise ValueError("model.positions is learned, which does not read model.rope; leave that at its defaults")
         if self.mlp == "none" and self.mlp_dim is not None:
@@ -177,7 +191,7 @@ class Transformer(nn.Module):
                     qk_norm=config.qk_norm,
                     qkv_bias=config.qkv_bias,
                     eps=config.norm_eps,
-                    activation_checkpointing=config.activation_checkpointing,
+                    activation_checkpointing=bool(config.activation_checkpointing),
                     chunk=config.chunk,
                 )
             )
@@ -192,7 +206,8 @@ class Transformer(nn.Module):
     def forward(self, tokens_BN: Tensor, ctx: SequenceContext, caches: list[KVCache] | None = None) -> ModelOutput:
         """Hidden states of int64 tokens [B, N]; with caches (one per layer), N new tokens after ctx.q_start old ones.
 
-        Raises ValueError where caches do not hold ctx.q_start tokens, or more positions are read than were learned.
+        Raises ValueError where caches do not hold ctx.q_start tokens, more positions are read than were learned, or
+        what is kept for the backward pass should leave a device that has no other memory (offload on a CPU).
         """
         if caches is not None and any(cache.length != ctx.q_start for cache in caches):
             raise ValueError(
@@ -213,9 +228,13 @@ class Transformer(nn.Module):
         aux_losses: list[Tensor] = []
         stats: dict[str, list[Tensor]] = {}
         choices: list[Tensor] = []
+        kept = None
+        if self.config.activation_checkpointing == "offload" and caches is None and torch.is_grad_enabled():
+            kept = KeptInputs(copies_of(x_BNE.device))
         for index, layer in enumerate(self.layers):
             cache = None if caches is None else caches[index]
-            x_BNE, aux_loss, layer_stats, choice = layer(x_BNE, rotation, ctx, cache)
+            keep = None if kept is None else partial(kept.keep, stays=index == len(self.layers) - 1)
+            x_BNE, aux_loss, layer_stats, choice = layer(x_BNE, rotation, ctx, cache, keep)
             if choice is not None:
                 choices.append(choice)
             if aux_loss is not None:

@@ -24,7 +24,7 @@ Tiny = Callable[..., Config]
 def ended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The replay file of a run whose second norm's weight became infinite before step 6."""
     monkeypatch.setattr(run, "matmul_peak", lambda *given: 1e11)
-    config = tiny("health.skip_steps=1", "trainer.accumulate_grad_batches=2")
+    config = tiny("model.depth=2", "health.skip_steps=1", "trainer.accumulate_grad_batches=2")
     training_step = LanguageModel.training_step
 
     def breaking(self: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -51,6 +51,13 @@ def test_the_batches_of_the_step_and_its_weights_are_kept(ended: Path) -> None:
     assert content["batches"][0]["tokens"].shape == (2, 64)
     broken = [name for name, weight in content["state_dict"].items() if not weight.isfinite().all()]
     assert len(broken) == 1
+
+
+def test_a_run_whose_layers_kept_their_inputs_in_main_memory_is_replayed_on_the_cpu(ended: Path) -> None:
+    expected, stored = replay(ended), ended.parents[1] / "config.yaml"
+    before = stored.read_text()
+    stored.write_text(before.replace("activation_checkpointing: false", "activation_checkpointing: offload"))
+    assert stored.read_text() != before and replay(ended) == expected
 
 
 def test_the_first_module_with_what_is_no_number_is_named(ended: Path) -> None:

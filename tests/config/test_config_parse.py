@@ -103,6 +103,8 @@ WRONG = {
     "model.heads=5": "model.embed_dim is 192 and model.heads 5; heads must divide embed_dim",
     "model.depth=0": "model.depth is 0;",
     "model.dpth=2": "model.dpth is not a key; did you mean model.depth?",
+    "model.activation_checkpointing=disk": "is 'disk'; it must be true or false or offload",
+    "model.activation_checkpointing=offload": "model.activation_checkpointing is offload and this run is on the CPU",
     "data.context=-1": "data.context is -1;",
     "data.batch_size=1.5": "data.batch_size is 1.5; it must be an integer",
     "trainer.max_steps=0": "trainer.max_steps is 0; it must be at least 1",
@@ -149,6 +151,16 @@ def test_a_wrong_override_is_one_readable_sentence(override):
         check(compose([*base, override]))
     assert WRONG[override] in str(caught.value)
     assert "\n" not in str(caught.value) and "HYDRA_FULL_ERROR" not in str(caught.value)
+
+
+def test_offload_is_accepted_on_a_gpu_and_refused_where_it_would_change_nothing_there(monkeypatch):
+    words = ["attention=sliding_window", "precision=32", "model.activation_checkpointing=offload"]
+    with pytest.raises(ConfigError, match=r"^compile is true and model\.activation_checkpointing is offload, "):
+        compose([*words, "compile=true"])
+    with pytest.raises(ConfigError, match=r"^model\.activation_checkpointing is offload and model\.depth is 1, "):
+        compose([*words, "model.depth=1"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check(compose(words))
 
 
 def test_a_missing_data_path_is_refused_with_its_name():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def replay(file: Path) -> list[str]:
         raise ConfigError(f"file is {file}; it must be a file of a run's replay folder, where a run left one")
     folder, content = file.parents[1], torch.load(file, map_location="cpu", weights_only=True)
     config = stored_config(folder)
+    if config.model.activation_checkpointing == "offload":  # the same numbers on the CPU, where nothing can be moved
+        config = replace(config, model=replace(config.model, activation_checkpointing=True))
     module = language_model(config, tokenizer_of(config.data, folder))
     if not replay_file(folder, content["step"], 0).is_file():
         raise ConfigError(f"{replay_file(folder, content['step'], 0)} is missing, which holds the weights of the step")

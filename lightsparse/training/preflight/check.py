@@ -58,6 +58,11 @@ def check(config: Config) -> None:
 
 def check_model(config: Config) -> Transformer:
     """`check` without the disk; the model on the meta device."""
+    if config.model.activation_checkpointing == "offload" and not torch.cuda.is_available():
+        raise ConfigError(
+            "model.activation_checkpointing is offload and this run is on the CPU, which has no other memory than the "
+            "main one; use model.activation_checkpointing=true"
+        )
     for group, kind in (("logger", Logger), ("callbacks", Callback)):
         for name, node in getattr(config, group).items():
             if node is not None:

@@ -38,7 +38,13 @@ from lightsparse.training.preflight.check import (
 )
 from lightsparse.training.preflight.estimate import estimate
 from lightsparse.training.preflight.flops import matmul_error, matmul_peak
-from lightsparse.training.preflight.out_of_memory import check_memory, is_out_of_memory, memory_per_rank, ways_out
+from lightsparse.training.preflight.out_of_memory import (
+    check_memory,
+    is_out_of_memory,
+    memory_per_rank,
+    room_for_layers,
+    ways_out,
+)
 from lightsparse.training.preflight.timed_pass import Pass, flops, timed
 from lightsparse.utils import file_lock
 from lightsparse.utils.machine import usable_cores
@@ -229,7 +235,9 @@ def _time(config: Config, data: DataModule, measured: list[Pass]) -> Iterator[Li
             * flops(config, module, config.data.batch_size, context)
             / flops(config, module, 1, taken.context)
         )
-        if ranks == 1 and expected < _LONGEST and estimate(config).total < _SPARE * free:
+        needed = estimate(config)
+        fits = needed.total < _SPARE * free and needed.main_memory <= room_for_layers(config)
+        if ranks == 1 and expected < _LONGEST and fits:
             taken = timed(config, module, batch, config.data.batch_size, context)
             measured.append(taken)
             seconds, how = taken.seconds, "measured at the run's own shape"
@@ -264,7 +272,10 @@ def _memory(config: Config, measured: list[Pass]) -> Iterator[Line]:
     if measured:
         text += f", {size(measured[0].peak)} of it measured in the timed pass"
     text += f"; {size(free)} of {size(total)} are free"
-    if needed.total > free:
+    room = room_for_layers(config)
+    if needed.main_memory:
+        text += f", and of main memory {size(room)} may be taken"
+    if needed.total > free or needed.main_memory > room:
         yield Line("problem", "memory", f"{text}; {ways_out(config, free)}")
     elif needed.total > _SPARE * free:
         yield Line("warning", "memory", f"{text}; for more room {ways_out(config, _SPARE * free)}")

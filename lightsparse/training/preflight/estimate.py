@@ -17,7 +17,7 @@ under bf16-mixed, 2 and 2 under bf16-true), w those of a parameter:
                  Where products stay in fp32 under bf16-mixed (kernels/compute_dtype.py), c is 2 for what the kernel
                  takes and gives and 4 elsewhere, and r = r' = 1.
                  model.activation_checkpointing leaves E s of the layer, with dropout of each half; more than one
-                 chunk of tokens leaves as much of the MLP.
+                 chunk of tokens leaves as much of the MLP. With offload only the last layer leaves it here.
     working      what exists for one layer or chunk at a time, the larger of
                  the backward pass of a layer  T (2 E s + 3 (A + K) c) + C (3 M + 2 E) c, with what is recomputed of it:
                                                attention for T tokens, the MLP for C;
@@ -27,9 +27,15 @@ under bf16-mixed, 2 and 2 under bf16-true), w those of a parameter:
                                                less the T E (8 + c), which are gone by then
                  the loss of a chunk           12 V tokens + 4 V E
                  Keys and values of other ranks come on top, of the whole context for key_exchange=gather, else as many
-                 as its own; and two layers at full size where parameters are sharded (fsdp).
+                 as its own; two layers at full size where parameters are sharded (fsdp); and with offload T E s for
+                 the input of the layer at work, beside which the next one comes.
     saving       on a CPU with checkpoint.background, a copy of weights and optimizer state
     process      on a CPU, what libraries take beside their code once they are used: 50 MiB
+
+and beside that, in the main memory of a GPU's machine and not in the sum:
+
+    main_memory  with model.activation_checkpointing=offload what every layer but the last leaves, each in a pinned
+                 block of a power of two bytes, as PyTorch allocates it
 
 Weights, gradients, optimizer state and their copy are divided by the ranks under fsdp. The text and what the imports
 hold are not counted, nor what a core keeps beside q, k, v and the output: for the summaries of nsa and hca a fifth of
@@ -39,6 +45,7 @@ Measured peaks are in tests/training/preflight/test_preflight_estimate.py: it is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -72,14 +79,22 @@ class Estimate:
     working: float
     saving: float
     process: float
+    main_memory: float = 0  # beside the device's
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What the device holds, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "main_memory"}
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Bytes on the device."""
+        return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{field.name} {size(getattr(self, field.name))}" for field in fields(self))
-        return f"{size(self.total)} ({parts})"
+        parts = ", ".join(f"{name} {size(taken)}" for name, taken in self.parts.items())
+        beside = f" and {size(self.main_memory)} of main memory" if self.main_memory else ""
+        return f"{size(self.total)} ({parts}){beside}"
 
 
 def estimate(config: Config) -> Estimate:
@@ -112,7 +127,7 @@ def _formula(config: Config, of: _Sizes, tokens: int) -> Estimate:
     mixed = config.precision == "bf16-mixed" and not _products_stay_fp32(config)
     weight_bytes = 2 if config.precision == "bf16-true" else 4
     shards = config.ranks if config.strategy.sharded else 1
-    kept, working = _activations(config, of.vocabulary, tokens)
+    kept, working, main_memory = _activations(config, of.vocabulary, tokens)
     if config.strategy.sharded:
         working += 2 * 2 * weight_bytes * of.of_a_layer
     buckets = 2 if isinstance(config.strategy, Replicas) and config.ranks > 1 else 1
@@ -127,6 +142,7 @@ def _formula(config: Config, of: _Sizes, tokens: int) -> Estimate:
         working=working,
         saving=copied if on_cpu and config.checkpoint.background else 0,
         process=_PROCESS if on_cpu else 0,
+        main_memory=main_memory,
     )
 
 
@@ -140,8 +156,8 @@ def optimizer_bytes(config: Config, model: Transformer) -> int:
     return sum(value.numel() * value.element_size() for value in states if isinstance(value, torch.Tensor))
 
 
-def _activations(config: Config, vocabulary: int, tokens: int) -> tuple[float, float]:
-    """(kept, working) in bytes, as in the formula."""
+def _activations(config: Config, vocabulary: int, tokens: int) -> tuple[float, float, float]:
+    """(kept, working, main memory) in bytes, as in the formula."""
     embed, heads, kv_heads, head_dim, mlp = config.model.widths
     wide, narrow = heads * head_dim, kv_heads * head_dim
     chunk = config.model.chunk
@@ -149,7 +165,8 @@ def _activations(config: Config, vocabulary: int, tokens: int) -> tuple[float, f
     mixed, true = config.precision == "bf16-mixed" and not fp32, config.precision == "bf16-true"
     s, c = (2 if true else 4), (2 if mixed or true else 4)
     kernel = 2 if fp32 else c
-    chunked, recomputed = tokens > chunk, config.model.activation_checkpointing
+    chunked, recomputed = tokens > chunk, bool(config.model.activation_checkpointing)
+    offload = config.model.activation_checkpointing == "offload"
     in_pieces = recomputed and not config.model.dropout
     at_once = min(tokens, chunk)
 
@@ -159,7 +176,8 @@ def _activations(config: Config, vocabulary: int, tokens: int) -> tuple[float, f
     feed_forward = 8 * embed + embed * (2 if mixed else 1) * c + 3 * mlp * c
     layer = (embed * s if recomputed else attention) + (embed * s if recomputed or chunked else feed_forward)
     layer = embed * s if in_pieces else layer
-    kept: float = config.model.depth * tokens * layer + tokens * embed * (8 + c)
+    here = 1 if offload else config.model.depth  # layers
+    kept: float = here * tokens * layer + tokens * embed * (8 + c)
 
     backward: float = tokens * (2 * embed * s + 3 * (wide + narrow) * c) + at_once * (3 * mlp + 2 * embed) * c
     backward += tokens * attention * recomputed + at_once * feed_forward * (recomputed or chunked)
@@ -167,12 +185,17 @@ def _activations(config: Config, vocabulary: int, tokens: int) -> tuple[float, f
         backward = tokens * (embed * s + 4 * (wide + narrow) * kernel * (_dilated_share(config) or 1.0) + 24 * narrow)
         backward += at_once * (attention + feed_forward + (3 * mlp + 2 * embed) * c)
         backward = max(0.0, backward - tokens * embed * (8 + c))  # what the loss has kept is gone by then
+    away = 0.0
+    if offload:
+        stream = tokens * embed * s
+        backward += stream
+        away = (config.model.depth - 1) * layer / (embed * s) * 2 ** math.ceil(math.log2(stream))
     if isinstance(config.strategy, ContextRanks) and config.grid.context > 1:
         foreign = config.data.context * config.data.batch_size if config.strategy.key_exchange == "gather" else tokens
         backward += 2 * foreign * narrow * c
     loss_chunk = min(tokens, chunk, max(1, chunk * mlp // vocabulary))
     loss = 12 * loss_chunk * vocabulary + 4 * vocabulary * embed
-    return kept, max(backward, loss)
+    return kept, max(backward, loss), away
 
 
 def _products_stay_fp32(config: Config) -> bool:
@@ -193,21 +216,25 @@ def _dilated_share(config: Config) -> float | None:
 _Setting = tuple[str, Config]  # as on the command line, and the config under it
 
 
-def remedies(config: Config, budget: float, *, several_devices: bool) -> list[tuple[str, Estimate]]:
+def remedies(
+    config: Config, budget: float, *, several_devices: bool, main_memory: float = 0
+) -> list[tuple[str, Estimate]]:
     """Three settings under which the run would take at most `budget` bytes per rank, with what it would take.
 
     First those that change nothing but time, then those that train something else, then several together. Fewer than
     three where even these do not help.
     several_devices  whether this machine has several GPUs: then more ranks share a sequence there, else more machines
+    main_memory      bytes per rank that are free beside the device's, for what layers keep; 0 on a CPU, which has none
     """
+    room = _Room(budget, main_memory)
     over_ranks = partial(_over_ranks, field="devices" if several_devices else "num_nodes")
     last = (over_ranks, _shorter) if several_devices else (_shorter, over_ranks)
-    ways = (_recomputed, _in_smaller_batches, *last, _less_deep)
+    ways = (partial(_recomputed, offload=main_memory > 0), _in_smaller_batches, *last, _less_deep)
     of = _sizes(config, meta_model(config))
     fitting: list[tuple[str, Estimate]] = []
     for way in ways:
         if len(fitting) < 3:
-            fitting += _first_that_fits(way(config), budget, None if way is _less_deep else of)
+            fitting += _first_that_fits(way(config), room, None if way is _less_deep else of)
     if len(fitting) < 3:
         words, least = "", config
         for way in ways[:2]:
@@ -216,32 +243,47 @@ def remedies(config: Config, budget: float, *, several_devices: bool) -> list[tu
         if words:
             for way in ways[2:]:
                 together = ((words + more, smaller) for more, smaller in way(least))
-                fitting += _first_that_fits(together, budget, None if way is _less_deep else of)
+                fitting += _first_that_fits(together, room, None if way is _less_deep else of)
     return fitting[:3]
 
 
-def _first_that_fits(settings: Iterable[_Setting], budget: float, of: _Sizes | None) -> list[tuple[str, Estimate]]:
-    """The first that takes no more than the budget, alone in a list, or none.
+class _Room(NamedTuple):
+    """Bytes per rank that are there."""
+
+    device: float
+    main_memory: float
+
+    def holds(self, needed: Estimate) -> bool:
+        return needed.total <= self.device and needed.main_memory <= self.main_memory
+
+
+def _first_that_fits(settings: Iterable[_Setting], room: _Room, of: _Sizes | None) -> list[tuple[str, Estimate]]:
+    """The first that takes no more than there is, alone in a list, or none.
 
     of  sizes where all settings share them: then only what fits by an even split of the tokens is looked at closely
     """
     for words, config in settings:
         tokens = config.data.batch_size * -(-config.data.context // config.grid.context)
-        if of is not None and _formula(config, of, tokens).total > budget:
+        if of is not None and not room.holds(_formula(config, of, tokens)):
             continue
         try:
             needed = estimate(config)
         except ConfigError:  # the attention does not take this length, or so many ranks
             continue
-        if needed.total <= budget:
+        if room.holds(needed):
             return [(words, needed)]
     return []
 
 
-def _recomputed(config: Config) -> Iterator[_Setting]:
-    if not config.model.activation_checkpointing:
+def _recomputed(config: Config, offload: bool) -> Iterator[_Setting]:
+    """First with what layers keep on the device; then, where that is possible, in main memory."""
+    before = config.model.activation_checkpointing
+    if not before:
         model = replace(config.model, activation_checkpointing=True)
         yield "model.activation_checkpointing=true", replace(config, model=model)
+    if offload and before != "offload" and config.model.depth > 1 and not config.compile:
+        model = replace(config.model, activation_checkpointing="offload")
+        yield "model.activation_checkpointing=offload", replace(config, model=model)
 
 
 def _in_smaller_batches(config: Config) -> Iterator[_Setting]:
@@ -282,6 +324,7 @@ def _shorter(config: Config) -> Iterator[_Setting]:
 
 def _less_deep(config: Config) -> Iterator[_Setting]:
     depth = config.model.depth // 2
-    while depth >= len(config.model.layer_pattern):
+    least = 2 if config.model.activation_checkpointing == "offload" else 1  # one layer has nothing to move
+    while depth >= max(least, len(config.model.layer_pattern)):
         yield f"model.depth={depth}", replace(config, model=replace(config.model, depth=depth))
         depth //= 2

@@ -17,6 +17,7 @@ from lightsparse.training import run
 from lightsparse.training.preflight import doctor
 from lightsparse.training.preflight.doctor import checks, examine
 from lightsparse.training.run import fit
+from lightsparse.utils.text import size
 
 Tiny = Callable[..., Config]
 
@@ -78,6 +79,7 @@ def test_changed_text_and_missing_text_are_problems(tiny: Tiny, tmp_path: Path) 
     [
         ("attention.density=0.5", "config", "attention.density is 0.5"),
         ("eval.tokens=10", "config", "it must hold one sample"),
+        ("model.activation_checkpointing=offload model.depth=2", "config", "use model.activation_checkpointing=true"),
         ("kernels.backend=flex", "machine", "has no backward on CPU"),
         ("runs_dir=pyproject.toml", "disk", "is no folder; set runs_dir="),
         ("trainer.max_time=1e-9", "time", "ends it before the first step"),
@@ -87,7 +89,7 @@ def test_what_would_be_refused_is_a_problem_with_the_same_words_and_code_2(
     word: str, subject: str, sentence: str, tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        config = tiny(word)
+        config = tiny(*word.split())
     except ValueError as error:  # what the schema refuses never comes here
         assert sentence in str(error)
         return
@@ -107,6 +109,21 @@ def test_too_little_memory_is_a_problem_with_settings_that_fit(tiny: Tiny, monke
     level, text = said(config)["memory"]
     assert level == "problem" and "set data.batch_size=" in text
     assert "extrapolated by FLOPs" in said(config)["time"][1]  # it is not tried where it may not fit
+
+
+def test_main_memory_for_the_layers_inputs_is_named_and_too_little_of_it_is_a_problem(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("model.activation_checkpointing=offload", "model.depth=3")
+    needed = doctor.estimate(config)
+    assert needed.main_memory > 0
+    monkeypatch.setattr(doctor, "memory_per_rank", lambda config: (2**34, 2**34))
+    monkeypatch.setattr(doctor, "room_for_layers", lambda config: needed.main_memory)
+    (line,) = doctor._memory(config, [])
+    assert line.level == "ok" and f" and {size(needed.main_memory)} of main memory per rank" in line.text
+    monkeypatch.setattr(doctor, "room_for_layers", lambda config: needed.main_memory - 1)
+    (line,) = doctor._memory(config, [])
+    assert line.level == "problem" and f"and of main memory {size(needed.main_memory - 1)} may be taken" in line.text
 
 
 def test_a_disk_that_is_nearly_full_is_a_warning(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lightsparse.config.compose import compose_raw
 from lightsparse.config.parse import compose, parse
 from lightsparse.config.schema import Config
 from lightsparse.data import ByteTokenizer
+from lightsparse.models import transformer
 from lightsparse.models.transformer import context_for
 from lightsparse.optim.optimizers import parameter_groups
 from lightsparse.training import run
@@ -23,6 +25,7 @@ from lightsparse.utils.machine import in_child
 from lightsparse.utils.text import size
 
 VARIANTS = ("dense", "block_sparse", "sliding_window", "big_bird", "dilated", "hierarchical", "adaptive")
+RECOMPUTED, OFFLOAD = (f"model.activation_checkpointing={way}" for way in ("true", "offload"))
 SHAPE = (
     "precision=32",
     "model.depth=2",
@@ -74,6 +77,77 @@ def test_the_activations_of_every_variant_are_those_that_autograd_keeps(attentio
 def test_the_activations_follow_the_settings_that_change_them(word: str) -> None:
     config = compose([*SHAPE, "attention=sliding_window", word])
     assert estimate(config).activations == pytest.approx(kept_bytes(config), rel=0.15)
+
+
+class Cloning:
+    """Copies to a memory of their own, at once."""
+
+    def __init__(self) -> None:
+        self.away: list[Tensor] = []
+
+    def out(self, x: Tensor) -> tuple[Tensor, None]:
+        self.away.append(x.clone())
+        return self.away[-1], None
+
+    def back(self, there: Tensor) -> tuple[Tensor, None]:
+        return there.clone(), None
+
+    def wait(self, mark: None) -> None: ...
+
+
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+@pytest.mark.parametrize("precision", ["32", "bf16-true"])
+def test_offload_leaves_one_layers_input_here_and_those_of_the_others_in_main_memory(
+    dropout: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = Cloning()
+    monkeypatch.setattr(transformer, "copies_of", lambda device: copies)
+    words = [*SHAPE, "attention=sliding_window", "model.depth=4", f"precision={precision}"]
+    words.append(OFFLOAD)
+    config = compose([*words, f"model.dropout={dropout}"])
+    kept, needed = kept_bytes(config), estimate(config)
+    blocks = [2 ** math.ceil(math.log2(there.nbytes)) for there in copies.away]
+    assert needed.main_memory == sum(blocks) and len(blocks) == (3 if dropout == "0" else 6)
+    assert f" and {size(needed.main_memory)} of main memory" in str(needed)
+    if dropout == "0":  # what dropout itself keeps is counted nowhere
+        assert needed.activations == pytest.approx(kept, rel=0.15)
+    stays = estimate(compose([*words[:-1], RECOMPUTED, f"model.dropout={dropout}"]))
+    stream = copies.away[0].nbytes
+    assert stays.main_memory == 0 and "main memory" not in str(stays)
+    assert stays.activations - needed.activations == len(blocks) * stream  # here, not rounded up
+    if dropout == "0":  # the next input comes while a layer works, which takes more than the loss of a small chunk
+        here, away = (estimate(compose([*words[:-1], "model.chunk=64", way])) for way in (RECOMPUTED, words[-1]))
+        assert away.working - here.working == stream
+
+
+def test_offload_is_the_next_step_where_layers_inputs_are_too_much_and_main_memory_holds_them() -> None:
+    given = ["attention=sliding_window", "data.context=65536", "model.depth=12", "model.chunk=1024", "optimizer=adamw"]
+    config = compose([*given, "precision=32"])
+    recomputed = estimate(compose([*given, "precision=32", "model.activation_checkpointing=true"]))
+    offloaded = estimate(compose([*given, "precision=32", "model.activation_checkpointing=offload"]))
+    assert offloaded.total < recomputed.total
+    between, beside = (offloaded.total + recomputed.total) / 2, offloaded.main_memory
+
+    def first(budget: float, main_memory: float, config: Config = config) -> str:
+        return remedies(config, budget, several_devices=False, main_memory=main_memory)[0][0]
+
+    assert first(recomputed.total, beside) == "model.activation_checkpointing=true"  # it costs less
+    assert first(between, beside) == "model.activation_checkpointing=offload"
+    assert "offload" not in first(between, beside - 1)
+    assert "offload" not in first(between, 0)
+    already = compose([*given, "precision=32", "model.activation_checkpointing=true"])
+    assert first(between, beside, already) == "model.activation_checkpointing=offload"
+    compiled = compose([*given, "precision=32", "compile=true"])
+    assert "offload" not in first(between, beside, compiled)
+
+
+def test_what_is_proposed_to_an_offloading_run_is_no_offload_and_fits_in_both_memories() -> None:
+    config = compose([*SHAPE, "attention=sliding_window", "data.batch_size=4", "model.depth=4", OFFLOAD])
+    needed = estimate(config)
+    found = remedies(config, needed.total, several_devices=False, main_memory=needed.main_memory / 2)
+    assert len(found) == 3
+    for words, smaller in found:
+        assert "activation_checkpointing" not in words and smaller.main_memory <= needed.main_memory / 2
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -157,6 +231,6 @@ def test_several_settings_together_are_proposed_where_none_is_enough_alone() -> 
 
 def test_the_estimate_reads_as_a_sum_in_words() -> None:
     needed = estimate(compose(["attention=sliding_window"]))
-    assert needed.total == sum(dataclasses.astuple(needed))
+    assert needed.total == sum(dataclasses.astuple(needed)) and needed.main_memory == 0
     assert str(needed).startswith(size(needed.total)) and "activations" in str(needed)
     assert (size(3 * 2**20), size(2**30), size(1536 * 2**20)) == ("3 MiB", "1.0 GiB", "1.5 GiB")

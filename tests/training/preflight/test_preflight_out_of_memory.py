@@ -64,6 +64,53 @@ def test_the_allocators_own_error_becomes_a_sentence_with_three_settings() -> No
     assert sentence.count("(about ") == 3 and "data.batch_size=" in sentence
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 80 GiB in a machine of 64, as far as memory is asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * GIB, 80 * GIB))
+    monkeypatch.setattr(out_of_memory, "main_memory_per_rank", lambda config: (64 * GIB, 50 * GIB))
+
+
+DEEP = ("precision=32", "attention=sliding_window", "data.context=262144", "eval.tokens=262144", "model.depth=24",
+        "model.embed_dim=1024", "optimizer=adamw")  # fmt: skip
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_the_sentence_names_offload_after_activation_checkpointing() -> None:
+    def said(*words: str) -> str:
+        config = compose([*DEEP, *words])
+        with pytest.raises(MemoryShortError) as failed, memory_named(config, estimate(config)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return str(failed.value)
+
+    assert "set model.activation_checkpointing=true (about " in said()
+    assert "set model.activation_checkpointing=offload (about " in said("model.activation_checkpointing=true")
+    assert " of main memory), or data." in said("model.activation_checkpointing=true")
+    last = said("model.activation_checkpointing=offload")
+    assert "activation_checkpointing" not in last.split("; ")[-1]
+    assert " of main memory, and 80.0 GiB of 80.0 GiB on a GPU were free when it started, beside 50.0 GiB of" in last
+
+
+@pytest.mark.usefixtures("gpu")
+def test_main_memory_that_cannot_hold_the_layers_inputs_is_refused_or_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    offload = "model.activation_checkpointing=offload"
+    with pytest.raises(ConfigError, match=r"_checkpointing is offload; the inputs of 99 layers take at "):
+        check_memory(compose([*DEEP, offload, "model.depth=100"]))
+    check_memory(compose([*DEEP, "model.activation_checkpointing=true", "model.depth=100"]))
+    check_memory(compose([*DEEP, offload]))
+    wide = compose([*DEEP, offload, "data.context=400000", "eval.tokens=400000", "model.depth=40"])
+    with caplog.at_level(logging.WARNING):
+        warn_of_memory(compose([*DEEP, offload]), estimate(compose([*DEEP, offload])))
+        assert caplog.text == ""
+        warn_of_memory(wide, estimate(wide))
+    assert "the main memory has 64.0 GiB" in caplog.text
+
+
 def test_other_errors_pass_unchanged() -> None:
     config = compose(WORDS)
     with pytest.raises(ZeroDivisionError), memory_named(config, estimate(config)):
