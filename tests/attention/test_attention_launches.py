@@ -100,6 +100,66 @@ def test_a_layer_at_64k_launches_few_kernels_and_waits_for_none(variant, monkeyp
     assert launches(variant, LONG, "meta", monkeypatch).total() < MOST
 
 
+LAUNCHED_BY_TRITON = {"moba": (300, 400), "nsa": (600, 400)}  # forward, backward
+
+
+@pytest.mark.parametrize("variant", ["moba", "nsa"])
+def test_a_layer_at_64k_launches_some_hundred_kernels_under_triton(variant, monkeypatch):
+    """Its own are counted as they are launched, the others as PyTorch dispatches them.
+
+    NSA's forward has eight chunks of scores, each of some forty operations before its blocks are chosen.
+    """
+    pytest.importorskip("triton")
+    from lightsparse.kernels.triton import call, tables
+
+    launched: list[str] = []
+
+    class Kernel:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: launched.append(self.name)
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, layout):
+            ctx.layout = layout
+            out, lse = call.forward(q, k, v, layout, 0.1, None, None)
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad_out):
+            q, k, v, out, lse = ctx.saved_tensors
+            return *call.backward(grad_out, None, out, lse, q, k, v, ctx.layout, 0.1, None, None)[:3], None
+
+    for module, names in {
+        call: "rows_forward rows_backward columns_forward columns_backward add_segments merge_outputs "
+        "merge_query_gradients",
+        tables: "_rank_in_chunk _place",
+    }.items():
+        for name in names.split():
+            monkeypatch.setattr(module, name, Kernel(name))
+    monkeypatch.setitem(globals(), "PerQuery", Attention)
+    at_backward, backward = [], torch.Tensor.backward
+
+    class Counted(Launches):
+        def __enter__(self):
+            monkeypatch.setattr(
+                torch.Tensor,
+                "backward",
+                lambda *given: at_backward.append(self.of.total() + len(launched)) or backward(*given),
+            )
+            return super().__enter__()
+
+    monkeypatch.setitem(globals(), "Launches", Counted)
+    total = launches(variant, LONG, "meta", monkeypatch).total() + len(launched)
+    forward_most, backward_most = LAUNCHED_BY_TRITON[variant]
+    assert {"columns_forward", "merge_outputs", "columns_backward", "merge_query_gradients"} <= set(launched)
+    assert at_backward[0] < forward_most and total - at_backward[0] < backward_most
+
+
 def test_lists_walked_by_query_are_not_cut_to_the_size_of_parts_that_they_do_not_have():
     """DSA's single keys: 512 for each query, gathered. Cut to the size of parts these would be 19,000 launches."""
     q, k, v = (torch.ones(1, h, LONG, DIM, dtype=torch.bfloat16, device="meta").requires_grad_() for h in (8, 2, 2))
