@@ -31,6 +31,12 @@ def has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
+def refuse_tangents(name: str, *inputs: Tensor | None) -> None:
+    """NotImplementedError where a forward-mode derivative is asked of a backend that has none."""
+    if not torch.compiler.is_compiling() and any(has_tangent(x) for x in inputs if x is not None):
+        raise NotImplementedError(f"backend {name!r} has no forward-mode derivative; use backend=reference")
+
+
 def with_gradients(name: str, forward: Forward, backward: Backward) -> Forward:
     """The operators lightsparse::<name> and …_backward, as a differentiable function with the forward's arguments.
 
@@ -81,8 +87,7 @@ def with_gradients(name: str, forward: Forward, backward: Backward) -> Forward:
     run.register_autograd(gradients, setup_context=keep)
 
     def attention(q, k, v, layout, scale, bias, dropout):
-        if not torch.compiler.is_compiling() and any(has_tangent(x) for x in (q, k, v, bias) if x is not None):
-            raise NotImplementedError(f"backend {name!r} has no forward-mode derivative; use backend=reference")
+        refuse_tangents(name, q, k, v, bias)
         out, lse = run(q, k, v, bias, *layout_arguments.flat(layout, dropout), scale)
         return out, lse.to(sum_dtype(q))
 

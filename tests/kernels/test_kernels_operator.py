@@ -109,7 +109,8 @@ def test_inputs_are_left_as_they_are(backend):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_no_tensor_is_as_large_as_the_square_of_the_length(causal, watched, backend, monkeypatch):
+def test_no_tensor_is_as_large_as_the_square_of_the_length(causal, watched, backend, monkeypatch, threads):
+    threads(1)  # each has a workspace of its own
     for module, name in ((per_query, "_PARTS"), (lists, "_NUMBERS")):  # or all rows would be worked on at once
         monkeypatch.setattr(module, name, 1 << 16)
 

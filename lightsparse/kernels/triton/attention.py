@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lightsparse.kernels.compute_dtype import sum_dtype
 from lightsparse.kernels.dropout import Dropout
-from lightsparse.kernels.operator import with_gradients
+from lightsparse.kernels.operator import refuse_tangents, with_gradients
 from lightsparse.kernels.triton import call
 from lightsparse.patterns.layout import BlockLayout
 
@@ -48,6 +48,7 @@ def triton_attention(
     """out [B, H, Nq, D] in q's dtype, lse [B, H, Nq] in fp32 (fp64 for fp64)."""
     if torch.compiler.is_compiling():
         return _operator(q, k, v, layout, scale, bias, dropout)
+    refuse_tangents("triton", q, k, v, bias)
     with torch.autocast(q.device.type, enabled=False):
         out, lse = _Attention.apply(q, k, v, bias, layout, scale, dropout)
     return out, lse.to(sum_dtype(q))
