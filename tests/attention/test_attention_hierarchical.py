@@ -266,5 +266,5 @@ def test_levels_that_make_no_hierarchy_are_refused(fields, says):
 
 
 def test_reading_both_ways_is_refused_with_the_alternative():
-    with pytest.raises(ValueError, match="causal only; use objective=causal \(causal=True\) or another attention"):
+    with pytest.raises(ValueError, match=r"causal only; use objective=causal \(causal=True\) or another attention"):
         BlockSparseHierarchical(SMALL, AttentionShape(4, 2, 16, 64, causal=False))

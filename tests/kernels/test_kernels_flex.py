@@ -483,7 +483,7 @@ def test_small_heads_are_refused_on_cuda():
 
 
 def asked_on_cuda(layout: BlockLayout, bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> dispatch.Request:
-    return dispatch.Request(layout, bias, False, False, OnCuda(dtype=dtype), True)
+    return dispatch.Request(layout, bias, False, False, OnCuda(dtype=dtype), kv_heads=1, gradients=True)
 
 
 def test_on_cuda_dense_goes_to_sdpa_tiles_to_flex_single_queries_to_per_query_and_the_rest_to_blocked():

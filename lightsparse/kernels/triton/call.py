@@ -90,13 +90,14 @@ class Call:
         self.sizes = tile_sizes(_capability(q.device), q.dtype, self.D, layout.kv_block, self.M, extras)
         mask = layout.mask
         documents = mask.q_doc is not None and mask.kv_doc is not None
+        opens, closes = torch.broadcast_tensors(mask.visible_from, mask.visible_until)
         self.inputs: dict[str, Any] = {
             "q": self.q,
             "k": self.k,
             "v": self.v,
             **self._of_batch("q_pos", mask.q_pos, "pos_of_b"),
-            **self._of_batch("opens", mask.visible_from, "keys_of_b"),
-            "closes": mask.visible_until.expand(len(mask.visible_from), -1).contiguous(),
+            **self._of_batch("opens", opens, "keys_of_b"),
+            **self._of_batch("closes", closes, "keys_of_b"),
             **self._of_batch("q_doc", mask.q_doc if documents else None, "q_doc_of_b"),
             **self._of_batch("kv_doc", mask.kv_doc if documents else None, "kv_doc_of_b"),
             "scale": scale,
@@ -112,9 +113,6 @@ class Call:
             **self._of_bias(bias),
             **self._of_dropout(dropout),
         }
-        if len(mask.visible_until) > len(mask.visible_from):
-            opens = mask.visible_from.expand(len(mask.visible_until), -1)
-            self.inputs |= self._of_batch("opens", opens, "keys_of_b") | {"closes": mask.visible_until.contiguous()}
 
     # ---- by row -----------------------------------------------------------------------------------------------------
 
